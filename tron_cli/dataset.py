@@ -1,0 +1,248 @@
+"""A prepared dataset on disk: memory-mapped session arrays beside one `dataset.json`.
+
+    DATA_DIR/NAME/
+        dataset.json              name, protocol, options, counts, checksums, fingerprints
+        item_ids.npy | .txt       original id of item i in entry i - 1 (int64, or one a line)
+        train|val|test/items.npy      int32, the items of all sessions back to back
+        train|val|test/offsets.npy    int64, session s is items[offsets[s]:offsets[s + 1]]
+        train|val|test/times.npy      int64 milliseconds since 1970 UTC, where the source has times
+
+Item ids are 1..num_items; 0 means padding. Opening maps the files and reads none of them, so that a
+dataset of any size opens at once and several processes share its pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from tron_cli.errors import InputError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val", "test")
+PROTOCOLS = ("every-step", "last-item")
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """The sessions of one split, back to back.
+
+    items: int32 [E]; offsets: int64 [S + 1]; times: int64 [E] milliseconds since 1970 UTC, or None.
+    """
+
+    items: np.ndarray
+    offsets: np.ndarray
+    times: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, session: int) -> np.ndarray:
+        return self.items[self.offsets[session] : self.offsets[session + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [S], events of each session."""
+        return np.diff(self.offsets)
+
+
+class Dataset:
+    """A prepared dataset, opened for reading."""
+
+    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+        self.path = path
+        self.info = info
+        self.name: str = info["name"]
+        self.protocol: str = info["protocol"]
+        self.num_items: int = info["num_items"]
+        self.catalogue_fingerprint: str = info["catalogue_fingerprint"]
+
+    @classmethod
+    def open(cls, path: Path) -> Dataset:
+        """Open DATA_DIR/NAME; raises InputError where there is no readable dataset."""
+        file = path / "dataset.json"
+        if not file.is_file():
+            raise InputError(
+                f"no prepared dataset at {path}: expected {file}; run `tron prepare` first, "
+                "or name its folder with --data-dir"
+            )
+        try:
+            info = json.loads(file.read_text())
+        except ValueError as error:
+            raise InputError(
+                f"{file} is not readable JSON ({error}); prepare the dataset again"
+            ) from error
+        version = info.get("format_version")
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"{file} has format version {version}, this tron reads {FORMAT_VERSION}; "
+                "prepare the dataset again"
+            )
+        return cls(path, info)
+
+    def split(self, name: str) -> Sessions:
+        """Map the arrays of `train`, `val` or `test`."""
+        folder = self.path / name
+        times = folder / "times.npy"
+        try:
+            return Sessions(
+                items=_map(folder / "items.npy"),
+                offsets=_map(folder / "offsets.npy"),
+                times=_map(times) if times.exists() else None,
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the {name} split of {self.path} is not readable ({error}); prepare it again"
+            ) from error
+
+    @cached_property
+    def item_ids(self) -> np.ndarray:
+        """Original ids, entry i - 1 for item i: int64 [I], or str [I]."""
+        file = self.path / "item_ids.npy"
+        if file.exists():
+            return _map(file)
+        text = (self.path / "item_ids.txt").read_text(encoding="utf-8")
+        return np.array(text.split("\n")[:-1], dtype=object)
+
+    def split_info(self, name: str) -> dict[str, Any]:
+        """Counts of a split: sessions, events, mean_length, median_length, fingerprint, ..."""
+        return self.info["splits"][name]
+
+
+def _map(file: Path) -> np.ndarray:
+    # An empty file cannot be mapped; its array has no pages to share anyway.
+    array = np.load(file, mmap_mode="r")
+    return array if array.size else np.load(file)
+
+
+class DatasetWriter:
+    """Writes a dataset beside its final place and renames it there when it is complete.
+
+        with DatasetWriter(data_dir / "shop", force=False) as writer:
+            writer.write_items(original_ids)
+            writer.write_split("train", chunks)      # likewise "val" and "test"
+            writer.finish(name="shop", protocol="every-step", ...)
+
+    Without `finish` (an exception, say) nothing is left behind.
+    """
+
+    def __init__(self, path: Path, *, force: bool = False) -> None:
+        if path.exists() and not force:
+            raise InputError(f"{path} exists already; pass --force to replace it, or another --name")
+        self.path = path
+        self._folder = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        self._splits: dict[str, dict[str, Any]] = {}
+        self._catalogue: dict[str, Any] = {}
+
+    def __enter__(self) -> DatasetWriter:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            self._folder.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"cannot write to {self.path.parent}: {error}") from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def write_items(self, ids: np.ndarray) -> None:
+        """Original ids in the order of the new ones: integers, or strings without line breaks."""
+        if np.issubdtype(ids.dtype, np.integer):
+            ids = np.ascontiguousarray(ids, dtype=np.int64)
+            np.save(self._folder / "item_ids.npy", ids)
+            content = ids.tobytes()
+        else:
+            content = "".join(f"{item}\n" for item in ids).encode()
+            (self._folder / "item_ids.txt").write_bytes(content)
+        self._catalogue = {"num_items": len(ids), "catalogue_fingerprint": _sha256(content)}
+
+    def write_split(
+        self,
+        name: str,
+        chunks: Iterable[Sessions],
+        **counts: Any,
+    ) -> None:
+        """Append chunks of sessions (each with offsets from 0) to a split; extra counts go with it.
+
+        All chunks have times, or none has.
+        """
+        folder = self._folder / name
+        folder.mkdir()
+        digest = hashlib.sha256()
+        lengths: list[np.ndarray] = []
+        items_file, times_file = folder / "items.bin", folder / "times.bin"
+        with items_file.open("wb") as items_out, times_file.open("wb") as times_out:
+            for chunk in chunks:
+                chunk_items = np.ascontiguousarray(chunk.items, dtype=np.int32)
+                items_out.write(chunk_items.data)
+                digest.update(chunk_items.data)
+                if chunk.times is not None:
+                    times_out.write(np.ascontiguousarray(chunk.times, dtype=np.int64).data)
+                lengths.append(np.diff(chunk.offsets))
+        length = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+        offsets = np.zeros(len(length) + 1, np.int64)
+        np.cumsum(length, out=offsets[1:])
+        np.save(folder / "offsets.npy", offsets)
+        digest.update(offsets.data)
+        _with_header(items_file, folder / "items.npy", np.dtype(np.int32))
+        if times_file.stat().st_size:
+            _with_header(times_file, folder / "times.npy", np.dtype(np.int64))
+        else:
+            times_file.unlink()
+        self._splits[name] = {
+            "sessions": len(length),
+            "events": int(offsets[-1]),
+            "mean_length": float(length.mean()) if len(length) else None,
+            "median_length": float(np.median(length)) if len(length) else None,
+            "max_length": int(length.max()) if len(length) else None,
+            "fingerprint": digest.hexdigest(),
+            **counts,
+        }
+
+    def finish(self, *, name: str, protocol: str, **info: Any) -> Dataset:
+        """Write dataset.json and move the folder to its place; returns the dataset, opened."""
+        assert protocol in PROTOCOLS and set(self._splits) == set(SPLITS) and self._catalogue
+        content = {
+            "format_version": FORMAT_VERSION,
+            "name": name,
+            "protocol": protocol,
+            **self._catalogue,
+            "splits": {split: self._splits[split] for split in SPLITS},
+            **info,
+        }
+        (self._folder / "dataset.json").write_text(json.dumps(content, indent=2) + "\n")
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.replace(self._folder, self.path)
+        return Dataset.open(self.path)
+
+
+def _with_header(raw: Path, file: Path, dtype: np.dtype[Any]) -> None:
+    """Turn a file of raw values into .npy without holding it in memory."""
+    header = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": (raw.stat().st_size // dtype.itemsize,),
+    }
+    with raw.open("rb") as source, file.open("wb") as target:
+        np.lib.format.write_array_header_1_0(target, header)
+        shutil.copyfileobj(source, target, 1 << 24)
+    raw.unlink()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
