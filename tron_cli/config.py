@@ -1,0 +1,348 @@
+"""One frozen, typed, validated configuration; where it comes from and how it is overridden.
+
+Defaults < a Python file that exposes `config = ExperimentConfig(...)` < key=value words on the
+command line. Names are gSASRec's where it has one and TRON's for the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tron_cli.errors import InputError
+
+CONFIGS_DIR = Path(__file__).parent / "configs"
+
+
+def _setting(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A field with its meaning, unit and range; low is in the range, above and below are not."""
+    metadata = {
+        "doc": doc,
+        "low": low,
+        "above": above,
+        "below": below,
+        "choices": choices,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Everything that decides what is trained; defaults are TRON's setting for sessions."""
+
+    dataset_name: str = dataclasses.field(
+        metadata={"doc": "folder of the prepared dataset in --data-dir"}
+    )
+
+    # Model
+    model: str = _setting("sasrec", "network; sasrec is TRON's backbone", choices=("sasrec",))
+    sequence_length: int = _setting(50, "last events of a session that the model sees", low=1)
+    embedding_dim: int = _setting(200, "width of embeddings and hidden states", low=1)
+    num_heads: int = _setting(1, "attention heads; divides embedding_dim", low=1)
+    num_blocks: int = _setting(2, "transformer layers", low=1)
+    dropout_rate: float = _setting(0.05, "dropout probability", low=0, below=1)
+    positions: str = _setting(
+        "end",
+        "what position 0 means: the oldest event of the window (start), or places counted from "
+        "the end of the window as TRON and SASRec do (end)",
+        choices=("end", "start"),
+    )
+    reuse_item_embeddings: bool = _setting(
+        True, "score with the input embeddings instead of a table of their own"
+    )
+    output_bias: bool = _setting(False, "one learned bias an item, added to its score")
+
+    # Loss and negatives
+    loss: str = _setting("ssm", "training loss", choices=("bce", "bpr-max", "ssm"))
+    bpr_penalty: float = _setting(0.0, "weight of bpr-max's score penalty", low=0)
+    num_uniform_negatives: int = _setting(
+        16384, "uniformly drawn negatives an event, session or batch", low=0
+    )
+    num_batch_negatives: int = _setting(
+        127, "negatives a session, drawn from the other sessions of the batch", low=0
+    )
+    sampling_style: str = _setting(
+        "batchwise",
+        "what shares one set of uniform negatives",
+        choices=("eventwise", "sessionwise", "batchwise"),
+    )
+    reject_uniform_session_items: bool = _setting(
+        False, "eventwise, sessionwise: no uniform negative is an input of the same session"
+    )
+    reject_in_batch_items: bool = _setting(
+        True,
+        "in-batch negatives come from other sessions only; batchwise: and no uniform negative is "
+        "an input of the batch",
+    )
+    topk_sampling: bool = _setting(True, "train on the highest-scored negatives only")
+    topk_sampling_k: int = _setting(100, "negatives that top-k sampling keeps", low=1)
+    mask_collisions: bool = _setting(
+        True, "a position's own target is never its negative (TRON: False)"
+    )
+
+    # Optimization
+    train_batch_size: int = _setting(128, "sessions a step", low=1)
+    max_epochs: int = _setting(10, "epochs at most", low=1)
+    max_batches_per_epoch: int = _setting(0, "steps an epoch at most; 0: all sessions", low=0)
+    optimizer: str = _setting("adam", "optimizer", choices=("adam", "adagrad"))
+    lr: float = _setting(5e-4, "learning rate at its highest", above=0)
+    lr_schedule: str = _setting(
+        "constant", "after the warm-up: constant, or cosine to 0", choices=("constant", "cosine")
+    )
+    warmup_steps: int = _setting(0, "steps of linear warm-up of the learning rate", low=0)
+    clip_norm: float = _setting(0.0, "largest norm of the gradient; 0: not clipped", low=0)
+    shuffling_style: str = _setting(
+        "shuffle_without_replacement",
+        "order of the training sessions",
+        choices=("no_shuffling", "shuffle_without_replacement", "shuffle_with_replacement"),
+    )
+    overfit_batches: int = _setting(
+        0, "train and validate on this many first batches only; 0: off", low=0
+    )
+    precision: str = _setting(
+        "auto",
+        "training arithmetic; auto: float32 on CPU, bf16 on CUDA where it exists, else fp16",
+        choices=("auto", "float32", "bf16", "fp16"),
+    )
+    seed: int = _setting(42, "seed of everything random", low=0)
+
+    # Evaluation
+    metrics: tuple[str, ...] = _setting(
+        ("R@5", "R@10", "R@20", "RR@5", "RR@10", "RR@20", "nDCG@10", "nDCG@20"),
+        "measures to report, in ir-measures' names, each with a cutoff",
+    )
+    val_metric: str = _setting("R@20", "measure that chooses the best checkpoint")
+    early_stopping_patience: int = _setting(
+        0, "epochs without a better val_metric before training stops; 0: never", low=0
+    )
+    limit_val_batches: float = _setting(
+        1.0,
+        "validation sessions: a share up to 1.0, above it a number of batches of train_batch_size",
+        above=0,
+    )
+    eval_batch_size: int = _setting(512, "histories a forward pass in evaluation", low=1)
+    filter_rated: bool = _setting(False, "never recommend items of the same history")
+    recommendation_limit: int = _setting(20, "items a prediction in a run file", low=1)
+
+    # Bookkeeping
+    save_every: int = _setting(1000, "steps between writes of last.pt; 0: only epochs", low=0)
+
+    def __post_init__(self) -> None:
+        # Lists and ir-measures objects (as gSASRec's configs have them) become tuples of names.
+        if isinstance(self.metrics, list | tuple):
+            object.__setattr__(self, "metrics", tuple(str(name) for name in self.metrics))
+        if not isinstance(self.val_metric, str):
+            object.__setattr__(self, "val_metric", str(self.val_metric))
+        for field in dataclasses.fields(self):
+            value = _checked_type(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            _check_range(field, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.embedding_dim % self.num_heads:
+            raise InputError(
+                f"embedding_dim={self.embedding_dim} is not a multiple of "
+                f"num_heads={self.num_heads}; change one of them"
+            )
+        negatives = self.num_uniform_negatives + self.num_batch_negatives
+        if negatives == 0:
+            raise InputError(
+                "num_uniform_negatives=0 and num_batch_negatives=0 leave no negatives; "
+                "the losses need at least one"
+            )
+        if self.topk_sampling and self.topk_sampling_k > negatives:
+            raise InputError(
+                f"topk_sampling_k={self.topk_sampling_k} exceeds the {negatives} negatives "
+                "(num_uniform_negatives + num_batch_negatives); lower it"
+            )
+        for measure in (*self.metrics, self.val_metric):
+            if not re.fullmatch(r"[A-Za-z_]+(\(.*\))?@[1-9][0-9]*", measure):
+                raise InputError(
+                    f"metrics and val_metric need a measure with a cutoff such as nDCG@10, "
+                    f"not {measure!r}"
+                )
+
+    @property
+    def method(self) -> str:
+        """The name of what is trained: tron for a top-k listwise SASRec, else the model's name."""
+        is_tron = self.model == "sasrec" and self.loss == "ssm" and self.topk_sampling
+        return "tron" if is_tron else self.model
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(ExperimentConfig)}
+_TYPES = typing.get_type_hints(ExperimentConfig)
+
+
+def load_config(
+    name: str, overrides: Sequence[str] = ()
+) -> tuple[ExperimentConfig, dict[str, str]]:
+    """Resolve a config file and key=value overrides.
+
+    `name` is a path, or else the name of a packaged config (with or without `.py`). Returns the
+    config and, for each field, where its value comes from. Raises InputError.
+    """
+    path = _find_config(name)
+    from_file = _execute(path)
+    changes = parse_overrides(overrides)
+    config = dataclasses.replace(from_file, **changes)
+    origins = {}
+    for key, field in FIELDS.items():
+        if key in changes:
+            origins[key] = "command line"
+        elif field.default == getattr(from_file, key):
+            origins[key] = "default"
+        else:
+            origins[key] = path.name
+    return config, origins
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """`["lr=1e-3", "metrics=R@20,nDCG@10"]` -> {"lr": 0.001, "metrics": ("R@20", "nDCG@10")}."""
+    changes: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise InputError(f"expected key=value after the options, got {word!r}")
+        _check_key(key)
+        if key in changes:
+            raise InputError(f"{key} is given twice on the command line; keep one")
+        changes[key] = _parse_value(key, text)
+    return changes
+
+
+def config_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
+    """The inverse of `dataclasses.asdict`, for configs stored in checkpoints."""
+    for key in values:
+        _check_key(key)
+    return ExperimentConfig(**values)
+
+
+def packaged_configs() -> list[str]:
+    """Names of the configs that come with the package."""
+    return sorted(path.stem for path in CONFIGS_DIR.glob("config_*.py"))
+
+
+def _find_config(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    packaged = CONFIGS_DIR / f"{name.removesuffix('.py')}.py"
+    if path.name == name and packaged.is_file():
+        return packaged
+    near = difflib.get_close_matches(name.removesuffix(".py"), packaged_configs(), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"packaged are {', '.join(packaged_configs())}"
+    raise InputError(f"no config {name!r}: neither a file nor a packaged config; {hint}")
+
+
+def _execute(path: Path) -> ExperimentConfig:
+    scope: dict[str, Any] = {"__name__": "tron_config", "__file__": str(path)}
+    try:
+        exec(compile(path.read_text(), str(path), "exec"), scope)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown:
+            raise InputError(f"{path}: {_unknown_key(unknown.group(1))}") from error
+        raise InputError(f"{path}: {error}") from error
+    except Exception as error:
+        line = getattr(error, "lineno", None)
+        trace = error.__traceback__
+        while line is None and trace is not None:
+            if trace.tb_frame.f_code.co_filename == str(path):
+                line = trace.tb_lineno
+                break
+            trace = trace.tb_next
+        where = f"{path}, line {line}" if line else str(path)
+        raise InputError(f"{where}: {type(error).__name__}: {error}") from error
+    config = scope.get("config")
+    if not isinstance(config, ExperimentConfig):
+        raise InputError(f"{path} must define `config = ExperimentConfig(...)`, got {config!r}")
+    return config
+
+
+def _unknown_key(key: str) -> str:
+    near = difflib.get_close_matches(key, FIELDS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; see `tron config show`"
+    return f"unknown setting {key!r}{hint}"
+
+
+def _check_key(key: str) -> None:
+    if key not in FIELDS:
+        raise InputError(_unknown_key(key))
+
+
+def _parse_value(key: str, text: str) -> Any:
+    kind = _TYPES[key]
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if kind is int:
+            return int(text)
+        if kind is float:
+            return float(text)
+    except (KeyError, ValueError):
+        raise InputError(_wrong_type(key, repr(text))) from None
+    if kind is str:
+        return text
+    return tuple(part for part in re.split(r"[,\s]+", text) if part)
+
+
+def _checked_type(name: str, value: Any) -> Any:
+    kind = _TYPES[name]
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, types.GenericAlias):
+        if isinstance(value, tuple):
+            return value
+    elif type(value) is kind:
+        return value
+    raise InputError(_wrong_type(name, repr(value)))
+
+
+def _wrong_type(name: str, shown: str) -> str:
+    kinds = {
+        bool: "True or False",
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+    }
+    return f"{name} must be {kinds.get(_TYPES[name], 'a list of measures')}, got {shown}"
+
+
+def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
+    limits = field.metadata
+    choices = limits.get("choices")
+    if choices:
+        if value not in choices:
+            near = difflib.get_close_matches(value, choices, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(
+                f"{field.name} must be one of {', '.join(choices)}, got {value!r}{hint}"
+            )
+        return
+    bounds = (
+        ("at least", limits.get("low"), lambda v, b: v >= b),
+        ("above", limits.get("above"), lambda v, b: v > b),
+        ("below", limits.get("below"), lambda v, b: v < b),
+    )
+    for words, bound, holds in bounds:
+        if bound is not None and not (math.isfinite(value) and holds(value, bound)):
+            raise InputError(f"{field.name} must be {words} {bound}, got {value}")
