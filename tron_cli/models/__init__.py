@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from tron_cli.config import ExperimentConfig
+from typing import TYPE_CHECKING
+
 from tron_cli.models.sasrec import SASRec
+
+if TYPE_CHECKING:
+    from tron_cli.config import ExperimentConfig
 
 
 def build_model(config: ExperimentConfig, num_items: int) -> SASRec:

@@ -10,12 +10,14 @@ Shapes: N packed events, D embedding_dim, R rows of a group, W their padded widt
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tron_cli.batches import AttentionGroup, Batch
+if TYPE_CHECKING:
+    from tron_cli.batches import AttentionGroup, Batch
 
 
 class SASRec(nn.Module):

@@ -1,0 +1,57 @@
+"""Losses: logits of the positive and of its negatives -> loss of each position.
+
+Shapes: N positions, K negatives of a position. keep_NK marks the negatives that count (bool; None:
+all). What is not kept has weight zero; a position without any kept negative has only its positive
+term (bce) or a loss of zero (ssm, bpr-max). Logits are computed with in float32 at least.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+
+def bce(
+    positive_N: torch.Tensor, negative_NK: torch.Tensor, keep_NK: torch.Tensor | None
+) -> torch.Tensor:
+    """Binary cross-entropy with averaged negatives: softplus(-p) + mean_j softplus(n_j)."""
+    terms_NK = F.softplus(negative_NK)
+    if keep_NK is None:
+        negative_N = terms_NK.mean(dim=1)
+    else:
+        kept_N = keep_NK.sum(dim=1).clamp(min=1)
+        negative_N = (terms_NK * keep_NK).sum(dim=1) / kept_N
+    return F.softplus(-positive_N) + negative_N
+
+
+def ssm(
+    positive_N: torch.Tensor, negative_NK: torch.Tensor, keep_NK: torch.Tensor | None
+) -> torch.Tensor:
+    """Sampled softmax: cross-entropy of the positive, log(e^p + sum_j e^n_j) - p."""
+    if keep_NK is not None:
+        negative_NK = negative_NK.masked_fill(~keep_NK, -torch.inf)
+    logits = torch.cat([positive_N[:, None], negative_NK], dim=1)
+    return logits.logsumexp(dim=1) - positive_N
+
+
+def bpr_max(
+    positive_N: torch.Tensor,
+    negative_NK: torch.Tensor,
+    keep_NK: torch.Tensor | None,
+    *,
+    penalty: float,
+) -> torch.Tensor:
+    """BPR-max: -log sum_j s_j sigmoid(p - n_j) + penalty * sum_j s_j n_j^2, s = softmax(n).
+
+    Hidasi and Karatzoglou, Recurrent Neural Networks with Top-k Gains (CIKM 2018).
+    """
+    weighed_NK = negative_NK
+    if keep_NK is not None:
+        weighed_NK = negative_NK.masked_fill(~keep_NK, torch.finfo(negative_NK.dtype).min)
+    log_weight_NK = weighed_NK.log_softmax(dim=1)
+    log_gain_NK = F.logsigmoid(positive_N[:, None] - negative_NK)
+    penalty_N = penalty * (log_weight_NK.exp() * negative_NK.square()).sum(dim=1)
+    loss_N = penalty_N - (log_weight_NK + log_gain_NK).logsumexp(dim=1)
+    if keep_NK is not None:
+        loss_N = loss_N.where(keep_NK.any(dim=1), 0.0)
+    return loss_N

@@ -1,0 +1,149 @@
+"""Ranks to figures: ir-measures' own numbers, each with a standard error clustered by session.
+
+With one relevant item per prediction a measure depends on the rank of that item alone. So
+ir-measures scores one synthetic query per rank 1..K (K = the largest cutoff) and one miss, and the
+figure is the mean of those values over the histogram of ranks: exactly ir-measures' figure, at any
+size.
+"""
+
+from __future__ import annotations
+
+import difflib
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import ir_measures
+import numpy as np
+from ir_measures import Measure, Qrel, ScoredDoc
+
+from tron_cli.errors import InputError
+
+# The synthetic queries hold cutoff^2 documents: a second of work at this depth.
+MAX_CUTOFF = 1000
+
+# Names that the field uses for recall with one relevant item and that ir-measures does not know.
+_RECALL_NAMES = {"hit", "hits", "hitrate", "hitratio", "hr"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over events and its standard error, clustered by session (None for one session)."""
+
+    value: float
+    stderr: float | None
+
+
+def parse_measures(names: Sequence[str] | str) -> list[Measure]:
+    """Measures from "R@20 RR@20 nDCG@10" or a list of such names; repeated ones are kept once.
+
+    Any ir-measures measure with a cutoff that the rank of one relevant item determines is accepted.
+    Raises InputError, with a suggestion, for anything else.
+    """
+    words = names.split() if isinstance(names, str) else list(names)
+    if not words:
+        raise InputError("no measure given: expected names such as R@20 RR@20 nDCG@10")
+    return list(dict.fromkeys(_parse_measure(word) for word in words))
+
+
+def score(
+    ranks: np.ndarray, sessions: np.ndarray, measures: Sequence[Measure]
+) -> dict[str, Figure]:
+    """Mean of each measure over all events, by the measure's name as ir-measures prints it.
+
+    ranks: int [N], 1 = best, 0 = the target cannot be ranked (a miss in every measure).
+    sessions: int [N], index of the session of each event, in any order.
+    measures: as parse_measures returns them.
+
+    The standard error treats the sessions as the independent sample: with G sessions of n_s events
+    that sum to y_s, and mean m over N events, it is sqrt(G/(G-1) * sum_s (y_s - n_s*m)^2) / N.
+    Raises InputError where there is no event to average over.
+    """
+    assert ranks.shape == sessions.shape
+    num_events = len(ranks)
+    if num_events == 0:
+        raise InputError("there is no event to score: the split holds no session with a prediction")
+    depth = max(measure["cutoff"] for measure in measures)
+    events_of_session = np.bincount(sessions)
+    num_sessions = np.count_nonzero(events_of_session)
+    ranks = np.where(ranks > depth, 0, ranks)
+    histogram = np.bincount(ranks, minlength=depth + 1)
+    figures = {}
+    for name, values in _values_of_ranks(measures, range(depth + 1), depth).items():
+        mean = float(histogram @ values) / num_events
+        stderr = None
+        if num_sessions > 1:
+            totals = np.bincount(sessions, weights=values[ranks])
+            squares = np.square(totals - events_of_session * mean).sum()
+            stderr = float(np.sqrt(num_sessions / (num_sessions - 1) * squares)) / num_events
+        figures[name] = Figure(mean, stderr)
+    return figures
+
+
+def _parse_measure(word: str) -> Measure:
+    try:
+        measure = ir_measures.parse_measure(word)
+    except NameError as error:
+        raise InputError(f"unknown measure {word!r}; {_suggestion(word)}") from error
+    except ValueError as error:
+        raise InputError(
+            f"{word!r} is not a measure: expected NAME@CUTOFF, several of them separated by "
+            "spaces, such as R@20 RR@20 nDCG@10"
+        ) from error
+    if "cutoff" not in measure.SUPPORTED_PARAMS:
+        raise InputError(f"{word!r} takes no cutoff, so it is not supported; try R@20 or nDCG@10")
+    if "cutoff" not in measure.params:
+        raise InputError(f"the measure {word!r} needs a cutoff, such as {word}@20")
+    cutoff = measure["cutoff"]
+    if type(cutoff) is not int or not 1 <= cutoff <= MAX_CUTOFF:
+        raise InputError(
+            f"the cutoff of {word!r} must be a whole number from 1 to {MAX_CUTOFF}, "
+            f"such as {word.rpartition('@')[0]}@20"
+        )
+    try:
+        measure.validate_params()
+        # Some measures, such as Accuracy, are undefined for a miss; a figure needs every event.
+        _values_of_ranks([measure], [0, 1], cutoff)
+    except (AssertionError, ValueError, KeyError, subprocess.CalledProcessError) as error:
+        raise InputError(
+            f"ir-measures cannot compute {word!r} from the rank of one relevant item; "
+            "try R@20, RR@20 or nDCG@10"
+        ) from error
+    return measure
+
+
+def _suggestion(word: str) -> str:
+    name, _, cutoff = word.partition("@")
+    known = {alias.lower(): kind.NAME for alias, kind in ir_measures.measures.registry.items()}
+    if name.lower().replace("_", "") in _RECALL_NAMES:
+        close = "R"
+    else:
+        matches = difflib.get_close_matches(name.lower(), known, n=1)
+        close = known[matches[0]] if matches else "R"
+    return f"did you mean {close}@{cutoff or 20}?"
+
+
+def _values_of_ranks(
+    measures: Sequence[Measure], ranks: Sequence[int], depth: int
+) -> dict[str, np.ndarray]:
+    """Each measure of one query per rank, whose list of `depth` items has the target there.
+
+    Rank 0 is a list without the target. Returns float64 [len(ranks)] by name of the measure;
+    raises KeyError where a measure has no value for some query.
+    """
+
+    def documents() -> Iterator[ScoredDoc]:
+        for rank in ranks:
+            for place in range(1, depth + 1):
+                item = "target" if place == rank else str(place)
+                yield ScoredDoc(str(rank), item, float(depth - place))
+
+    relevant = [Qrel(str(rank), "target", 1) for rank in ranks]
+    value_of = {
+        (str(metric.measure), metric.query_id): metric.value
+        for metric in ir_measures.iter_calc(measures, relevant, documents())
+    }
+    return {
+        str(measure): np.array([value_of[str(measure), str(rank)] for rank in ranks])
+        for measure in measures
+    }

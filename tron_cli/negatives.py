@@ -1,0 +1,126 @@
+"""Negative sampling on the device of the batch, without loops and without retries.
+
+Random numbers come from torch's default generator of that device.
+Shapes: N events of the batch, B sessions, K uniform negatives, M in-batch negatives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from tron_cli.batches import Batch
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """What is drawn for one batch.
+
+    uniform: int64 item ids, [K] shared by the batch, [B, K] by session, or [N, K] an event each.
+    uniform_keep: bool, [1], [B] or [N]; False where rejection left no item to draw from; None: all True.
+    in_batch_BM: int64, indices into the batch's inputs_N, for each session.
+    in_batch_keep_BM: bool, False where a session had fewer candidates than M; None: all True.
+    """
+
+    uniform: torch.Tensor
+    uniform_keep: torch.Tensor | None
+    in_batch_BM: torch.Tensor
+    in_batch_keep_BM: torch.Tensor | None
+
+
+def sample_negatives(
+    batch: Batch,
+    num_items: int,
+    *,
+    num_uniform: int,
+    num_batch: int,
+    sampling_style: str,
+    reject_uniform_session_items: bool,
+    reject_in_batch_items: bool,
+) -> Negatives:
+    """Draw the negatives of a batch by TRON's rules (arXiv 2307.14906).
+
+    Uniform negatives are drawn from the items 1..num_items with replacement: one set an event
+    (eventwise), a session (sessionwise) or a batch (batchwise). Rejected are, batchwise with
+    reject_in_batch_items, the inputs of the batch; eventwise and sessionwise with
+    reject_uniform_session_items, the inputs of the own session. A draw under rejection is uniform
+    over the items that remain; where none remains the set is marked as not kept.
+
+    In-batch negatives are occurrences among the inputs of the other sessions (of all sessions
+    without reject_in_batch_items), without replacement; all of them where there are fewer than
+    num_batch, and the rest is marked as not kept.
+    """
+    inputs_N = batch.inputs_N
+    if sampling_style == "batchwise":
+        shape = torch.Size([num_uniform])
+        excluded = inputs_N[None] if reject_in_batch_items else None
+    else:
+        excluded = _padded_rows(batch, num_items + 1) if reject_uniform_session_items else None
+        if sampling_style == "sessionwise":
+            shape = torch.Size([len(batch.lengths_B), num_uniform])
+        else:
+            shape = torch.Size([len(inputs_N), num_uniform])
+            excluded = excluded[batch.rows_N] if excluded is not None else None
+    uniform, uniform_keep = _draw_uniform(shape, num_items, excluded, inputs_N.device)
+    in_batch_BM, in_batch_keep_BM = _draw_in_batch(batch, num_batch, reject_in_batch_items)
+    return Negatives(uniform, uniform_keep, in_batch_BM, in_batch_keep_BM)
+
+
+def _draw_uniform(
+    shape: torch.Size,
+    num_items: int,
+    excluded: torch.Tensor | None,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Uniform item ids; row r of the result avoids the ids in row r of `excluded`.
+
+    Ids above num_items in `excluded` are padding.
+    """
+    if excluded is None:
+        return torch.randint(1, num_items + 1, shape, device=device), None
+    # The j-th smallest excluded id has gap_j = id_j - 1 - j allowed items below it, so the r-th
+    # allowed item (from 0) is r + 1 + the number of j with gap_j <= r.
+    ids = excluded.sort(dim=-1).values
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    ids = ids.masked_fill(repeated, num_items + 1).sort(dim=-1).values
+    real = ids <= num_items
+    gaps = ids - 1 - torch.arange(ids.shape[1], device=device)
+    gaps = gaps.masked_fill(~real, num_items + 1)
+    left = num_items - real.sum(dim=-1, keepdim=True)
+    rows = len(ids)
+    draws = torch.rand((rows, shape[-1]), dtype=torch.float64, device=device)
+    nth = (draws * left).long().clamp(max=left - 1)
+    drawn = nth + 1 + torch.searchsorted(gaps, nth, right=True)
+    drawn = drawn.clamp(1, num_items).view(shape)
+    everything_may_be_excluded = excluded.shape[1] >= num_items
+    return drawn, (left > 0).squeeze(-1) if everything_may_be_excluded else None
+
+
+def _draw_in_batch(
+    batch: Batch, num_batch: int, other_sessions_only: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    rows_N = batch.rows_N
+    num_sessions, num_events = len(batch.lengths_B), len(rows_N)
+    device = rows_N.device
+    # The num_batch largest of independent random keys are a draw without replacement.
+    keys_BN = torch.rand((num_sessions, num_events), device=device)
+    if other_sessions_only:
+        own_BN = rows_N == torch.arange(num_sessions, device=device)[:, None]
+        keys_BN = keys_BN.masked_fill(own_BN, -1.0)
+    key_BM, index_BM = keys_BN.topk(min(num_batch, num_events), dim=1)
+    longest = max(group.gather_RW.shape[1] for group in batch.groups)
+    enough = num_events - (longest if other_sessions_only else 0) >= num_batch
+    return index_BM, None if enough else key_BM >= 0
+
+
+def _padded_rows(batch: Batch, padding: int) -> torch.Tensor:
+    """int64 [B, longest]: the inputs of each session."""
+    longest = max(group.gather_RW.shape[1] for group in batch.groups)
+    shape = (len(batch.lengths_B), longest)
+    rows = torch.full(shape, padding, dtype=torch.int64, device=batch.inputs_N.device)
+    rows[batch.rows_N, batch.places_N] = batch.inputs_N
+    return rows
