@@ -1,0 +1,149 @@
+"""Checkpoint + prepared dataset -> an evaluation report: figures, and everything they rest on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tron_cli.checkpoint import Checkpoint, dataset_identity
+from tron_cli.dataset import Dataset, Sessions
+from tron_cli.errors import InputError
+from tron_cli.evaluate import predict
+from tron_cli.metrics import Figure, parse_measures, score
+from tron_cli.trec import write_qrels, write_run
+
+TIE_RULE = "items that score the same as the target count as ranked above it"
+
+log = logging.getLogger("tron")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What `tron evaluate` was asked; None means the checkpoint's or the dataset's own."""
+
+    split: str = "test"
+    protocol: str | None = None
+    metrics: str | None = None
+    filter_rated: bool | None = None
+    full_sessions: bool = False
+    one_pass: bool = False
+    limit_sessions: int | None = None
+    run: Path | None = None
+    qrels: Path | None = None
+
+
+def assess(
+    checkpoint: Checkpoint, dataset: Dataset, options: EvaluationOptions, device: torch.device
+) -> dict[str, Any]:
+    """Evaluate and return the report that `tron evaluate --json` prints.
+
+    Raises InputError where checkpoint, dataset and options do not fit together.
+    """
+    config = checkpoint.config
+    protocol = options.protocol or dataset.protocol
+    _check(checkpoint, dataset, options, protocol)
+    measures = parse_measures(options.metrics or config.metrics)
+    filter_rated = config.filter_rated if options.filter_rated is None else options.filter_rated
+    sessions = dataset.split(options.split)
+    whole_split = options.limit_sessions is None or options.limit_sessions >= len(sessions)
+    if not whole_split:
+        sessions = Sessions(sessions.items, sessions.offsets[: options.limit_sessions + 1])  # type: ignore[operator]
+    if not len(sessions):
+        raise InputError(
+            f"the {options.split} split of {dataset.path} is empty; prepare it with one, or "
+            "choose another --split"
+        )
+    depth = max(config.recommendation_limit, *(measure["cutoff"] for measure in measures))
+    model = checkpoint.build_model(device)
+    predictions = predict(
+        model,
+        sessions,
+        protocol=protocol,
+        filter_rated=filter_rated,
+        full_sessions=options.full_sessions,
+        one_pass=options.one_pass,
+        top_items=depth if options.run else 0,
+        batch_size=config.eval_batch_size,
+        progress=f"{options.split} split",
+    )
+    figures = score(predictions.rank_E, predictions.session_E, measures)
+    item_ids = dataset.item_ids
+    if options.qrels:
+        write_qrels(options.qrels, predictions, item_ids)
+    if options.run:
+        write_run(options.run, predictions, item_ids)
+
+    events = len(predictions.rank_E)
+    possible = int((sessions.lengths - 1).clip(min=0).sum())
+    lost = int(dataset.split_info(options.split).get("lost_predictions", 0)) if whole_split else 0
+    report: dict[str, Any] = {
+        "metrics": {
+            name: _with_lost(figure, events, lost) for name, figure in figures.items()
+        },
+        "protocol": protocol,
+        "split": options.split,
+        "events": events,
+        "sessions": len(set(predictions.session_E.tolist())),
+        "items": dataset.num_items,
+        "checkpoint": str(checkpoint.path),
+        "dataset": dataset.name,
+        "positions": _positions(config.positions, options.one_pass),
+        "tie_rule": TIE_RULE,
+        "filter_rated": filter_rated,
+        "left_out": {
+            "earlier_events": possible - events if protocol == "every-step" else 0,
+            "sessions_beyond_limit": dataset.split_info(options.split)["sessions"] - len(sessions),
+            "lost_predictions": lost,
+        },
+        "missed_because_filtered": int((predictions.rank_E == 0).sum()),
+    }
+    references = dataset.info.get("references", {}).get(options.split)
+    if references and protocol == "every-step" and not filter_rated and whole_split:
+        report["references"] = references
+    return report
+
+
+def _check(
+    checkpoint: Checkpoint, dataset: Dataset, options: EvaluationOptions, protocol: str
+) -> None:
+    trained_on, found = checkpoint.dataset, dataset_identity(dataset)
+    if trained_on["catalogue_fingerprint"] != found["catalogue_fingerprint"]:
+        raise InputError(
+            f"{checkpoint.path} was trained on a catalogue of {trained_on['num_items']:,} items "
+            f"({trained_on['name']}), which is not that of {dataset.path} "
+            f"({found['num_items']:,} items): their item ids differ; evaluate it on the dataset "
+            "it was trained on"
+        )
+    if trained_on["train_fingerprint"] != found["train_fingerprint"]:
+        log.warning(
+            "the checkpoint was trained on other sessions than the training split of %s",
+            dataset.path,
+        )
+    if protocol == "every-step" and dataset.protocol == "last-item":
+        raise InputError(
+            f"{dataset.name} is leave-one-out data: the earlier events of its histories are "
+            "training data, so every-step would score what the model was trained on; use "
+            "--protocol last-item"
+        )
+    if options.one_pass and options.full_sessions:
+        raise InputError(
+            "--one-pass covers the last sequence_length events of a session only; leave out "
+            "--full-sessions"
+        )
+
+
+def _with_lost(figure: Figure, events: int, lost: int) -> dict[str, float | None]:
+    shown: dict[str, float | None] = {"value": figure.value, "stderr": figure.stderr}
+    if lost:
+        shown["value_with_lost_as_misses"] = figure.value * events / (events + lost)
+    return shown
+
+
+def _positions(positions: str, one_pass: bool) -> str:
+    if one_pass:
+        return f"{positions}, one pass over the whole session"
+    return f"{positions}, each event from its own history"

@@ -1,0 +1,160 @@
+"""Checkpoints: self-contained, safe to load, never half-written.
+
+A checkpoint holds tensors and plain data only, and is read with weights_only=True. Its name is a
+label for people; its content is the truth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tron_cli.config import ExperimentConfig, config_from_dict
+from tron_cli.dataset import Dataset
+from tron_cli.errors import InputError
+from tron_cli.models import SASRec, build_model
+
+FORMAT_VERSION = 1
+LAST = "last.pt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds. `training` is what resuming needs; empty in a best checkpoint."""
+
+    path: Path
+    config: ExperimentConfig
+    weights: dict[str, torch.Tensor]
+    step: int
+    epoch: int
+    metrics: dict[str, float]
+    dataset: dict[str, Any]
+    item_ids: torch.Tensor
+    training: dict[str, Any]
+
+    def build_model(self, device: torch.device) -> SASRec:
+        """The model with its weights, in evaluation mode."""
+        model = build_model(self.config, self.dataset["num_items"])
+        model.load_state_dict(self.weights)
+        return model.to(device).eval()
+
+    def decoded_item_ids(self) -> np.ndarray:
+        """Original ids, entry i - 1 for item i: int64, or str objects."""
+        if self.item_ids.dtype == torch.uint8:
+            lines = self.item_ids.numpy().tobytes().decode().split("\n")
+            return np.array(lines[:-1], dtype=object)
+        return self.item_ids.numpy()
+
+
+def checkpoint_name(config: ExperimentConfig, step: int, metrics: dict[str, float]) -> str:
+    """Such as tron-otto-step=12000-loss=ssm-negs=16384+127-topk=100-emb=200-...-R@20=0.4720.pt."""
+    parts = [
+        config.method,
+        config.dataset_name,
+        f"step={step}",
+        f"loss={config.loss}",
+        f"negs={config.num_uniform_negatives}+{config.num_batch_negatives}",
+    ]
+    if config.topk_sampling:
+        parts.append(f"topk={config.topk_sampling_k}")
+    parts += [
+        f"emb={config.embedding_dim}",
+        f"blocks={config.num_blocks}",
+        f"dropout={config.dropout_rate:g}",
+    ]
+    if config.val_metric in metrics:
+        parts.append(f"{config.val_metric}={metrics[config.val_metric]:.4f}")
+    return "-".join(parts) + ".pt"
+
+
+def dataset_identity(dataset: Dataset) -> dict[str, Any]:
+    """What a checkpoint remembers of its dataset."""
+    return {
+        "name": dataset.name,
+        "protocol": dataset.protocol,
+        "num_items": dataset.num_items,
+        "catalogue_fingerprint": dataset.catalogue_fingerprint,
+        "train_fingerprint": dataset.split_info("train")["fingerprint"],
+    }
+
+
+def encode_item_ids(item_ids: np.ndarray) -> torch.Tensor:
+    """int64 ids as they are; text ids as UTF-8 bytes, one a line."""
+    if np.issubdtype(item_ids.dtype, np.integer):
+        return torch.from_numpy(np.array(item_ids, dtype=np.int64))
+    text = "".join(f"{item}\n" for item in item_ids).encode()
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    config: ExperimentConfig,
+    model: torch.nn.Module,
+    step: int,
+    epoch: int,
+    metrics: dict[str, float],
+    dataset: dict[str, Any],
+    item_ids: torch.Tensor,
+    training: dict[str, Any],
+) -> None:
+    """Write aside and rename: whoever looks finds the old file or the new one, whole."""
+    settings = dataclasses.asdict(config)
+    settings["metrics"] = list(config.metrics)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "config": settings,
+        "weights": {key: value.cpu() for key, value in model.state_dict().items()},
+        "step": step,
+        "epoch": epoch,
+        "metrics": metrics,
+        "dataset": dataset,
+        "item_ids": item_ids,
+        "training": training,
+    }
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint, or the best one of a run folder. Raises InputError."""
+    if path.is_dir():
+        path = best_checkpoint(path)
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}: expected a .pt file or a run folder")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{path} is not a readable tron checkpoint ({reason}); train again or name another file"
+        ) from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path} is not a tron checkpoint of format version {FORMAT_VERSION} "
+            f"(found {version}); train again or name another file"
+        )
+    del content["format_version"]
+    try:
+        config = config_from_dict(content.pop("config"))
+    except InputError as error:
+        raise InputError(f"{path} was written by another version of tron: {error}") from error
+    return Checkpoint(path=path, config=config, **content)
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """The one .pt file of a run folder that is not last.pt. Raises InputError."""
+    found = sorted(path for path in run_dir.glob("*.pt") if path.name != LAST)
+    if not found:
+        raise InputError(f"{run_dir} holds no finished checkpoint; expected a .pt file beside {LAST}")
+    return max(found, key=lambda path: path.stat().st_mtime)
