@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -26,14 +28,12 @@ def brute_force(
     occurred = [sum(s.count(item) for s in train) for item in range(num_items + 1)]
 
     def score(previous: int, item: int) -> tuple[int, int]:
-        followed = sum(
-            pair == (previous, item) for s in train for pair in zip(s, s[1:], strict=False)
-        )
+        followed = sum(pair == (previous, item) for s in train for pair in pairwise(s))
         return (followed if markov else 0, occurred[item])
 
     ranks = []
     for session in split:
-        for previous, target in zip(session, session[1:], strict=False):
+        for previous, target in pairwise(session):
             wanted = score(previous, target)
             others = [item for item in range(1, num_items + 1) if item != target]
             ranks.append(1 + sum(score(previous, item) >= wanted for item in others))

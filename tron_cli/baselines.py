@@ -4,8 +4,7 @@ The rank of a target is 1 + the number of other items that score at least as hig
 this project: ties count against the baseline. Ranks are counted in sorted tables, so that time and
 memory grow with the events and never with events times items.
 
-Legend: E events and S sessions of a split, N = its predictions (every event but the first of each
-session, sessions in order), I items.
+Legend: N = the predictions of a split (every event but the first of each session, in order).
 """
 
 from __future__ import annotations
