@@ -1,0 +1,387 @@
+"""The `tron` command: thin, and torch is imported only by the commands that compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+import traceback
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from tron_cli import __version__
+from tron_cli.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    import torch
+
+    from tron_cli.config import ExperimentConfig
+
+app = typer.Typer(
+    name="tron",
+    help="Train and evaluate session-based recommenders on catalogues of millions of items.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+
+log = logging.getLogger("tron")
+
+DataDir = Annotated[Path, typer.Option("--data-dir", help="Folder of the prepared datasets.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Overrides = Annotated[
+    Optional[list[str]], typer.Argument(metavar="[key=value ...]", help="Settings that override the config.")
+]  # fmt: skip
+
+
+class Split(str, Enum):
+    """Splits that `tron evaluate` reads."""
+
+    test = "test"
+    val = "val"
+
+
+class Protocol(str, Enum):
+    """Which events of a session are predicted."""
+
+    every_step = "every-step"
+    last_item = "last-item"
+
+
+def main() -> None:
+    """Run the command line; wrong usage and bad input exit with 2, failed runs with 1."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    sys.exit(_run([word for word in arguments if word != "--debug"], debug))
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        app(arguments)
+        return 0
+    except SystemExit as end:  # Typer's own: 0 for --help, 2 for wrong usage
+        return end.code if isinstance(end.code, int) else 1
+    except InputError as error:
+        return _fail(str(error), 2, debug)
+    except RunError as error:
+        return _fail(str(error), 1, debug)
+    except MemoryError:
+        return _fail("out of memory; try a smaller batch or dataset", 1, debug)
+    except Exception as error:
+        if "out of memory" in str(error):
+            sentence = "the device is out of memory; lower train_batch_size or eval_batch_size"
+        else:
+            sentence = f"{type(error).__name__}: {error}; run again with --debug for the traceback"
+        return _fail(sentence, 1, debug)
+
+
+def _fail(sentence: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"tron: {sentence}", file=sys.stderr)
+    return code
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        print(f"tron {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    _log_to_stderr()
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config: Annotated[
+        Optional[str], typer.Option(help="A config file, or the name of a packaged config.")
+    ] = None,
+    data_dir: DataDir = Path("datasets"),
+    output_dir: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path("runs"),
+    name: Annotated[Optional[str], typer.Option(help="Name of the run's folder.")] = None,
+    resume: Annotated[Optional[Path], typer.Option(help="Folder of a run to go on with.")] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Train a model; the best checkpoint by validation is kept."""
+    from tron_cli.checkpoint import load_checkpoint
+
+    best = run_training(config, overrides or [], data_dir, output_dir, name, resume, device)
+    if as_json:
+        metrics = load_checkpoint(best).metrics
+        print(json.dumps({"checkpoint": str(best), "validation": metrics}))
+    else:
+        print(best)
+
+
+def run_training(
+    config_name: str | None,
+    overrides: list[str],
+    data_dir: Path,
+    output_dir: Path,
+    name: str | None,
+    resume: Path | None,
+    device_name: str,
+) -> Path:
+    """What `tron train` does; returns the best checkpoint."""
+    from tron_cli.checkpoint import LAST, dataset_identity, load_checkpoint
+    from tron_cli.config import load_config, parse_overrides
+    from tron_cli.dataset import Dataset
+    from tron_cli.train import train as train_model
+
+    if (config_name is None) == (resume is None):
+        raise InputError("give either --config NAME for a new run or --resume RUN_DIR for an old one")
+    checkpoint = None
+    if resume is not None:
+        if not (resume / LAST).is_file():
+            raise InputError(f"nothing to resume: expected {resume / LAST}, written by tron train")
+        checkpoint = load_checkpoint(resume / LAST)
+        changes = parse_overrides(overrides)
+        fixed = sorted(set(changes) - {"max_epochs", "early_stopping_patience"})
+        if fixed:
+            raise InputError(
+                f"a resumed run keeps its settings; only max_epochs and early_stopping_patience "
+                f"can change, not {', '.join(fixed)}"
+            )
+        experiment = dataclasses.replace(checkpoint.config, **changes)
+        run_dir = resume
+    else:
+        assert config_name is not None
+        experiment, _ = load_config(config_name, overrides)
+    dataset = Dataset.open(data_dir / experiment.dataset_name)
+    if checkpoint is not None and checkpoint.dataset != dataset_identity(dataset):
+        raise InputError(
+            f"the run in {resume} was trained on another version of {dataset.path}; prepare the "
+            "dataset as it was, or start a new run"
+        )
+    device = _device(device_name)
+    if checkpoint is None:
+        run_dir = _new_run_dir(output_dir, name, experiment)
+    _write_json(run_dir / "config.json", dataclasses.asdict(experiment))
+    with _log_to_file(run_dir / "train.log"):
+        return train_model(experiment, dataset, run_dir, device=device, resume=checkpoint)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pt file, or the folder of a run.")],
+    dataset: Annotated[
+        Optional[str], typer.Option(help="Prepared dataset; default: the checkpoint's.")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Split to evaluate on.")] = Split.test,
+    protocol: Annotated[
+        Optional[Protocol], typer.Option(help="Default: the dataset's own.")
+    ] = None,
+    metrics: Annotated[
+        Optional[str], typer.Option(help='Such as "R@20 RR@20 nDCG@10"; default: the config\'s.')
+    ] = None,
+    filter_rated: Annotated[
+        Optional[bool],
+        typer.Option("--filter-rated/--no-filter-rated", help="Never recommend items of the history; default: the config's."),
+    ] = None,
+    full_sessions: Annotated[
+        bool, typer.Option(help="Also predict what lies before the last sequence_length events.")
+    ] = False,
+    one_pass: Annotated[
+        bool, typer.Option(help="TRON's way: one pass over a whole session, not serving's.")
+    ] = False,
+    limit_sessions: Annotated[
+        Optional[int], typer.Option(min=1, help="Only the first N sessions of the split.")
+    ] = None,
+    run: Annotated[Optional[Path], typer.Option(help="Write the predictions as a TREC run.")] = None,
+    qrels: Annotated[Optional[Path], typer.Option(help="Write the targets as TREC qrels.")] = None,
+    data_dir: DataDir = Path("datasets"),
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Rank the whole catalogue exactly and report figures with standard errors."""
+    from tron_cli.assess import EvaluationOptions
+
+    options = EvaluationOptions(
+        split=split.value,
+        protocol=protocol.value if protocol else None,
+        metrics=metrics,
+        filter_rated=filter_rated,
+        full_sessions=full_sessions,
+        one_pass=one_pass,
+        limit_sessions=limit_sessions,
+        run=run,
+        qrels=qrels,
+    )
+    report = run_evaluation(checkpoint, dataset, options, data_dir, device)
+    _print_report(report, as_json)
+
+
+def run_evaluation(
+    path: Path, dataset_name: str | None, options: Any, data_dir: Path, device_name: str
+) -> dict[str, Any]:
+    """What `tron evaluate` does; returns the report."""
+    from tron_cli.assess import assess
+    from tron_cli.checkpoint import load_checkpoint
+    from tron_cli.dataset import Dataset
+
+    checkpoint = load_checkpoint(path)
+    dataset = Dataset.open(data_dir / (dataset_name or checkpoint.dataset["name"]))
+    return assess(checkpoint, dataset, options, _device(device_name))
+
+
+def _print_report(report: dict[str, Any], as_json: bool) -> None:
+    from tron_cli.report import evaluation_text
+
+    print(json.dumps(report) if as_json else evaluation_text(report))
+
+
+@app.command()
+def demo(
+    data_dir: DataDir = Path("datasets"),
+    output_dir: Annotated[Path, typer.Option(help="Where runs and demo.json go.")] = Path("runs"),
+) -> None:
+    """Prepare a generated shop, train TRON on it, and evaluate: everything in two minutes."""
+    from tron_cli.assess import EvaluationOptions
+    from tron_cli.prepare import summary
+    from tron_cli.prepare.synthetic import prepare_synthetic
+
+    def say(command: str) -> None:
+        print(f"\n$ {command}", flush=True)
+
+    say("tron prepare synthetic")
+    summary.print_summary(prepare_synthetic(data_dir, force=True))
+    say("tron train --config config_synthetic.py")
+    best = run_training("config_synthetic.py", [], data_dir, output_dir, None, None, "auto")
+    print(best)
+    say(f"tron evaluate {best}")
+    report = run_evaluation(best, None, EvaluationOptions(), data_dir, "auto")
+    _print_report(report, as_json=False)
+    references = {
+        name: {measure: {"value": value} for measure, value in figures.items()}
+        for name, figures in report["references"].items()
+    }
+    _write_json(output_dir / "demo.json", {"model": report["metrics"], **references})
+    print(f"\nresults: {output_dir / 'demo.json'}")
+
+
+@config_app.command("show")
+def config_show(
+    config: Annotated[str, typer.Argument(help="A config file, or the name of a packaged config.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the resolved values of a configuration and where each came from."""
+    from tron_cli.config import FIELDS, load_config
+    from tron_cli.report import format_table
+
+    experiment, origins = load_config(config, overrides or [])
+    values = dataclasses.asdict(experiment)
+    if as_json:
+        print(json.dumps(values))
+        return
+    rows = [[key, _shown(values[key]), origins[key]] for key in FIELDS]
+    print(format_table(["setting", "value", "from"], rows))
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)
+
+
+@config_app.command("list")
+def config_list() -> None:
+    """Print the names of the packaged configurations."""
+    from tron_cli.config import packaged_configs
+
+    print("\n".join(packaged_configs()))
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used here ({reason}); try cpu") from error
+    return device
+
+
+def _new_run_dir(output_dir: Path, name: str | None, config: ExperimentConfig) -> Path:
+    stamp = f"{config.method}-{config.dataset_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = output_dir / (name or stamp)
+    number = 1
+    while name is None and run_dir.exists():
+        number += 1
+        run_dir = output_dir / f"{stamp}-{number}"
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError:
+        raise InputError(
+            f"{run_dir} exists already; choose another --name, or go on with --resume {run_dir}"
+        ) from None
+    except OSError as error:
+        raise InputError(f"cannot make the run folder {run_dir}: {error}") from error
+    return run_dir
+
+
+def _write_json(path: Path, content: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)
+
+
+class _BarSafeHandler(logging.Handler):
+    """Writes to stderr above a progress bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _log_to_stderr() -> None:
+    if not log.handlers:
+        handler = _BarSafeHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+
+
+class _log_to_file:  # noqa: N801
+    """Copies the log into the run's folder while a command runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.handler = logging.FileHandler(path, encoding="utf-8")
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def __enter__(self) -> None:
+        log.addHandler(self.handler)
+
+    def __exit__(self, *error: object) -> None:
+        log.removeHandler(self.handler)
+        self.handler.close()
+
+
+def _add_prepare() -> None:
+    from tron_cli.prepare.commands import app as prepare_app
+
+    app.add_typer(prepare_app, name="prepare")
+
+
+#_add_prepare()

@@ -1,0 +1,16 @@
+"""SASRec with one eventwise negative and binary cross-entropy on Diginetica: TRON's published baseline."""
+
+from tron_cli.config import ExperimentConfig
+
+config = ExperimentConfig(
+    dataset_name="diginetica",
+    loss="bce",
+    num_uniform_negatives=1,
+    num_batch_negatives=0,
+    sampling_style="eventwise",
+    reject_uniform_session_items=True,
+    topk_sampling=False,
+    lr=1e-3,
+    max_epochs=100,
+    early_stopping_patience=3,
+)
