@@ -69,7 +69,7 @@ def score(
     ranks = np.where(ranks > depth, 0, ranks)
     histogram = np.bincount(ranks, minlength=depth + 1)
     figures = {}
-    for name, values in _values_of_ranks(measures, range(depth + 1), depth).items():
+    for name, values in values_of_ranks(measures, range(depth + 1), depth).items():
         mean = float(histogram @ values) / num_events
         stderr = None
         if num_sessions > 1:
@@ -78,6 +78,32 @@ def score(
             stderr = float(np.sqrt(num_sessions / (num_sessions - 1) * squares)) / num_events
         figures[name] = Figure(mean, stderr)
     return figures
+
+
+def values_of_ranks(
+    measures: Sequence[Measure], ranks: Sequence[int], depth: int
+) -> dict[str, np.ndarray]:
+    """Each measure of one query per rank, whose list of `depth` items has the target there.
+
+    Rank 0 is a list without the target. Returns float64 [len(ranks)] by name of the measure;
+    raises KeyError where a measure has no value for some query.
+    """
+
+    def documents() -> Iterator[ScoredDoc]:
+        for rank in ranks:
+            for place in range(1, depth + 1):
+                item = "target" if place == rank else str(place)
+                yield ScoredDoc(str(rank), item, float(depth - place))
+
+    relevant = [Qrel(str(rank), "target", 1) for rank in ranks]
+    value_of = {
+        (str(metric.measure), metric.query_id): metric.value
+        for metric in ir_measures.iter_calc(measures, relevant, documents())
+    }
+    return {
+        str(measure): np.array([value_of[str(measure), str(rank)] for rank in ranks])
+        for measure in measures
+    }
 
 
 def _parse_measure(word: str) -> Measure:
@@ -103,7 +129,7 @@ def _parse_measure(word: str) -> Measure:
     try:
         measure.validate_params()
         # Some measures, such as Accuracy, are undefined for a miss; a figure needs every event.
-        _values_of_ranks([measure], [0, 1], cutoff)
+        values_of_ranks([measure], [0, 1], cutoff)
     except (AssertionError, ValueError, KeyError, subprocess.CalledProcessError) as error:
         raise InputError(
             f"ir-measures cannot compute {word!r} from the rank of one relevant item; "
@@ -121,29 +147,3 @@ def _suggestion(word: str) -> str:
         matches = difflib.get_close_matches(name.lower(), known, n=1)
         close = known[matches[0]] if matches else "R"
     return f"did you mean {close}@{cutoff or 20}?"
-
-
-def _values_of_ranks(
-    measures: Sequence[Measure], ranks: Sequence[int], depth: int
-) -> dict[str, np.ndarray]:
-    """Each measure of one query per rank, whose list of `depth` items has the target there.
-
-    Rank 0 is a list without the target. Returns float64 [len(ranks)] by name of the measure;
-    raises KeyError where a measure has no value for some query.
-    """
-
-    def documents() -> Iterator[ScoredDoc]:
-        for rank in ranks:
-            for place in range(1, depth + 1):
-                item = "target" if place == rank else str(place)
-                yield ScoredDoc(str(rank), item, float(depth - place))
-
-    relevant = [Qrel(str(rank), "target", 1) for rank in ranks]
-    value_of = {
-        (str(metric.measure), metric.query_id): metric.value
-        for metric in ir_measures.iter_calc(measures, relevant, documents())
-    }
-    return {
-        str(measure): np.array([value_of[str(measure), str(rank)] for rank in ranks])
-        for measure in measures
-    }
