@@ -1,0 +1,171 @@
+"""Downloading a large file: with a bar, resumed where it broke off, renamed when complete."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from email.message import Message
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tron_cli.errors import InputError
+
+BLOCK = 1 << 18
+TIMEOUT = 30  # seconds without a byte
+_BROKEN = (http.client.HTTPException, ConnectionError, TimeoutError)
+
+
+def download(
+    url: str,
+    target: Path,
+    *,
+    sha256: str | None = None,
+    attempts: int = 5,
+    pause: float = 1.0,
+) -> Path:
+    """Download `url` to `target`, going on from a transfer that broke off, now or in an earlier run.
+
+    What has come lies in TARGET.part, with what identifies the server's file (ETag or
+    Last-Modified, and size) in TARGET.part.json: only the rest is asked for, and only if the file
+    is still the same. A server that cannot do that sends the whole again. Gives up after `attempts`
+    transfers in a row that brought nothing; waits `pause` seconds, doubling, between them. Raises
+    InputError when the server refuses, the connection fails, or the checksum differs.
+    """
+    part = target.with_name(target.name + ".part")
+    about = target.with_name(target.name + ".part.json")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        failures = 0
+        while True:
+            before = _size(part)
+            reason = _transfer(url, part, about)
+            if reason is None:
+                break
+            failures = failures + 1 if _size(part) <= before else 0
+            if failures >= attempts:
+                raise InputError(
+                    f"downloading {url} broke off after {_size(part):,} bytes ({reason}); "
+                    "run the same command again to go on from there"
+                )
+            time.sleep(pause * 2**failures)
+    except urllib.error.HTTPError as error:
+        raise InputError(f"downloading {url} failed: the server says {error}") from error
+    except urllib.error.URLError as error:
+        raise InputError(f"downloading {url} failed: {error.reason}") from error
+    except OSError as error:
+        raise InputError(f"downloading {url} to {target} failed: {error}") from error
+
+    if sha256 is not None and (actual := _sha256(part)) != sha256:
+        part.unlink()
+        about.unlink()
+        raise InputError(
+            f"{url} came with sha256 {actual}, expected {sha256}: damaged on the way or changed "
+            "at its source, so it was deleted; run the same command again"
+        )
+    os.replace(part, target)
+    about.unlink()
+    return target
+
+
+def _transfer(url: str, part: Path, about: Path) -> str | None:
+    """One request: append to `part` what it brings. None when complete, else why it is not."""
+    identity = _read_identity(about, url)
+    have = _size(part) if identity else 0
+    request = urllib.request.Request(url, headers={"User-Agent": "tron-recsys"})
+    if identity and have:
+        if have == identity["size"]:
+            return None
+        request.add_header("Range", f"bytes={have}-")
+        request.add_header("If-Range", identity["etag"] or identity["modified"])
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not have:
+            raise
+        part.unlink()  # the file at the server is another, and shorter
+        return "the file has changed"
+    except _BROKEN as error:
+        return _reason(error)
+    with response:
+        came = _identity(url, response.headers)
+        if response.status == http.client.PARTIAL_CONTENT:
+            start, size = _content_range(response.headers)
+            came["size"] = size
+            if start != have or came != identity:
+                part.unlink()
+                return "the file has changed"
+        else:
+            have = 0
+            about.write_text(json.dumps(came))
+        with (
+            part.open("ab" if have else "wb") as output,
+            tqdm(
+                desc=f"download {part.stem}",
+                total=came["size"],
+                initial=have,
+                unit="B",
+                unit_scale=True,
+                disable=None,
+            ) as bar,
+        ):
+            try:
+                while block := response.read(BLOCK):
+                    output.write(block)
+                    bar.update(len(block))
+            except _BROKEN as error:
+                return _reason(error)
+    if came["size"] is not None and _size(part) != came["size"]:
+        return f"got {_size(part):,} of {came['size']:,} bytes"
+    return None
+
+
+def _identity(url: str, headers: Message) -> dict[str, Any]:
+    """What tells one state of a file at a server from another."""
+    etag = headers.get("ETag")
+    length = headers.get("Content-Length")
+    return {
+        "url": url,
+        # A weak ETag does not promise the same bytes, so it cannot be resumed with.
+        "etag": None if etag is None or etag.startswith("W/") else etag,
+        "modified": headers.get("Last-Modified"),
+        "size": int(length) if length else None,
+    }
+
+
+def _read_identity(about: Path, url: str) -> dict[str, Any] | None:
+    """The identity of the file in part, or None where there is none to resume with."""
+    try:
+        identity = json.loads(about.read_text())
+        resumable = identity["url"] == url and (identity["etag"] or identity["modified"])
+        return identity if resumable and identity["size"] is not None else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _content_range(headers: Message) -> tuple[int, int] | tuple[None, None]:
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
+    return (int(match[1]), int(match[2])) if match else (None, None)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,188 @@
+"""Where the raw files of the known sources come from, and finding them on this machine."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tron_cli.errors import InputError
+from tron_cli.prepare.archive import is_archive, unpack
+from tron_cli.prepare.download import download
+
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One public data set: what `prepare` reads of it, and where a person or a program gets it.
+
+    files: names of the plain files that are read.
+    downloads: names under which the file or archive reaches people's disks, the first one first.
+    page: the page for a person. url: a direct address, or None where an account or a browser is
+    needed. sha256: of the file at url, where known.
+    """
+
+    files: tuple[str, ...]
+    downloads: tuple[str, ...]
+    page: str
+    url: str | None = None
+    sha256: str | None = None
+
+
+SOURCES: dict[str, Source] = {
+    "otto": Source(
+        files=("otto-recsys-train.jsonl", "otto-recsys-test.jsonl"),
+        # The Kaggle client names the archive after the data set, the browser calls it archive.zip.
+        downloads=("recsys-dataset.zip", "archive.zip"),
+        page="https://www.kaggle.com/datasets/otto/recsys-dataset",
+    ),
+    "yoochoose": Source(
+        files=("yoochoose-clicks.dat",),
+        downloads=("yoochoose-data.7z",),
+        page="https://www.kaggle.com/datasets/chadgostopp/recsys-challenge-2015",
+        url="https://s3-eu-west-1.amazonaws.com/yc-rdata/yoochoose-data.7z",
+    ),
+    "diginetica": Source(
+        files=("train-item-views.csv",),
+        downloads=("dataset-train-diginetica.zip",),
+        page="https://drive.google.com/file/d/0B7XZSACQf0KdenRmMk8yVUU5LWc/",
+    ),
+    # Kang's preprocessing. The same file is data/ml-1m.txt in kang205/SASRec,
+    # python/data/ml-1m.txt in pmixer/SASRec.pytorch and datasets/ml1m/ml-1m.txt in
+    # asash/gSASRec-pytorch.
+    "ml1m": Source(
+        files=("ml-1m.txt",),
+        downloads=("ml-1m.txt",),
+        page="https://github.com/kang205/SASRec/blob/master/data/ml-1m.txt",
+        url="https://raw.githubusercontent.com/kang205/SASRec/master/data/ml-1m.txt",
+        sha256="b725f3acb3986fe3130bffd1e77a74d182a1f51799567a236dbd60270f95b0a2",
+    ),
+}
+
+
+def locate(source: str, raw: Path | None, data_dir: Path) -> dict[str, Path]:
+    """Find, unpack or download the raw files of a source.
+
+    raw: the archive, the unpacked folder (searched with its subfolders) or the file itself; without
+    it DATA_DIR/raw/SOURCE is searched, then the source is downloaded to there. Returns the path of
+    every file in SOURCES[source].files, gzip-compressed or not: read them with `open_raw`. Raises
+    InputError where a file cannot be had, and says how to get it.
+    """
+    known = SOURCES[source]
+    folder = data_dir / "raw" / source
+    if raw is not None:
+        return _from_raw(known, raw, folder)
+    found = _search(known, folder)
+    if found:
+        return found
+    archive = _find_one(folder, known.downloads)
+    if archive is None:
+        if known.url is None:
+            raise InputError(
+                f"{source} needs a browser or an account to download: get {known.downloads[0]} "
+                f"from {known.page} and put it into {folder}, or pass --raw PATH"
+            )
+        try:
+            archive = download(known.url, folder / known.downloads[0], sha256=known.sha256)
+        except InputError as error:
+            raise InputError(
+                f"{error}; or get {known.downloads[0]} from {known.page} yourself and put it into "
+                f"{folder}, or pass --raw PATH"
+            ) from error
+    return _from_raw(known, archive, folder)
+
+
+def _from_raw(known: Source, raw: Path, folder: Path) -> dict[str, Path]:
+    """The files of a source out of what --raw names; an archive is unpacked into `folder`."""
+    wanted = " and ".join(known.files)
+    if raw.is_dir():
+        found = _search(known, raw)
+        if found:
+            return found
+        archive = _find_one(raw, known.downloads)
+        if archive is None:
+            raise InputError(
+                f"{raw} and its subfolders hold neither {wanted} (or .gz) nor {known.downloads[0]}; "
+                f"get it from {known.page}"
+            )
+        raw = archive
+    if not raw.is_file():
+        raise InputError(f"{raw} does not exist: expected {wanted}, its folder or its archive")
+    if is_archive(raw):
+        return unpack(raw, known.files, folder)
+    if len(known.files) == 1:
+        return {known.files[0]: raw}
+    if raw.name.removesuffix(".gz") not in known.files:
+        raise InputError(
+            f"{raw} is not an archive and not named as expected: {wanted} (or .gz); "
+            "rename it, or pass the folder that holds them"
+        )
+    found = _search(known, raw.parent)
+    if not found:
+        raise InputError(f"{raw.parent} must hold both {wanted} (or .gz), one of them is missing")
+    return found | {raw.name.removesuffix(".gz"): raw}
+
+
+def _search(known: Source, folder: Path) -> dict[str, Path] | None:
+    """All files of the source in a folder, plain or .gz; None where one is missing."""
+    found = {name: _find_one(folder, (name, name + ".gz")) for name in known.files}
+    complete = {name: path for name, path in found.items() if path is not None}
+    return complete if len(complete) == len(found) else None
+
+
+def _find_one(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of these names that the folder has, else one that a subfolder has."""
+    if not folder.is_dir():
+        return None
+    # Folders with a leading dot are ours, in the middle of unpacking, or not meant to be seen.
+    nested = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    for level in ([folder], nested):
+        for name in names:
+            matches = [place / name for place in level if (place / name).is_file()]
+            if len(matches) > 1:
+                listing = " and ".join(map(str, matches))
+                raise InputError(f"found {name} more than once, {listing}: pass the one to use")
+            if matches:
+                return matches[0]
+    return None
+
+
+@contextmanager
+def open_raw(path: Path) -> Iterator[IO[bytes]]:
+    """Open a raw file for binary reading, decompressing gzip as it goes.
+
+    A file that cannot be read, or a truncated or corrupt gzip file, raises InputError, also while
+    it is being read within the `with` block.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(GZIP_MAGIC))
+            file.seek(0)
+            if magic == GZIP_MAGIC:
+                with gzip.GzipFile(fileobj=file) as content:
+                    yield content  # type: ignore[misc]
+            else:
+                yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(
+            f"{path} is a truncated or corrupt gzip file ({error}); get it again"
+        ) from error
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except PermissionError as error:
+        raise InputError(f"{path} may not be read: {error.strerror}") from error
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What dataset.json records of a source file: {"file", "bytes", "sha256"}, as it lies there."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
