@@ -27,7 +27,7 @@ BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class _Member:
-    """A file in an archive: its whole name, its size in bytes, its CRC-32 and whether it is plain."""
+    """A member that is no folder: name with its path, bytes, CRC-32, whether it is a plain file."""
 
     name: str
     size: int
@@ -82,7 +82,7 @@ def unpack(archive: Path, wanted: Sequence[str], folder: Path) -> dict[str, Path
             if not aside[name].is_file() or aside[name].stat().st_size != members[name].size:
                 raise InputError(f"{archive} is damaged: {name} ends too early; get it again")
         for name in missing:
-            os.replace(aside[name], targets[name])
+            aside[name].replace(targets[name])
     finally:
         for path in aside.values():
             path.unlink(missing_ok=True)
@@ -103,7 +103,7 @@ def _reading(archive: Path) -> Iterator[None]:
             raise InputError(f"unpacking {archive} failed: {error}") from error
         raise _damaged(archive, error) from error
     except Exception as error:
-        # Both libraries meet damage with whatever it leads to: struct, Type, Index, LZMA errors, ...
+        # Damage shows as whatever it leads to in these libraries: struct, Type, Index, LZMA errors.
         raise _damaged(archive, error) from error
 
 

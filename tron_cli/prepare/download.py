@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
-import os
 import re
 import time
 import urllib.error
@@ -31,7 +30,7 @@ def download(
     attempts: int = 5,
     pause: float = 1.0,
 ) -> Path:
-    """Download `url` to `target`, going on from a transfer that broke off, now or in an earlier run.
+    """Download `url` to `target`, going on from a transfer that broke off now or in an earlier run.
 
     What has come lies in TARGET.part, with what identifies the server's file (ETag or
     Last-Modified, and size) in TARGET.part.json: only the rest is asked for, and only if the file
@@ -70,7 +69,7 @@ def download(
             f"{url} came with sha256 {actual}, expected {sha256}: damaged on the way or changed "
             "at its source, so it was deleted; run the same command again"
         )
-    os.replace(part, target)
+    part.replace(target)
     about.unlink()
     return target
 

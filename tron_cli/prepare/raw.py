@@ -108,8 +108,8 @@ def _from_raw(known: Source, raw: Path, folder: Path) -> dict[str, Path]:
         archive = _find_one(raw, known.downloads)
         if archive is None:
             raise InputError(
-                f"{raw} and its subfolders hold neither {wanted} (or .gz) nor {known.downloads[0]}; "
-                f"get it from {known.page}"
+                f"{raw} and its subfolders hold neither {wanted} (or .gz) nor "
+                f"{known.downloads[0]}; get it from {known.page}"
             )
         raw = archive
     if not raw.is_file():
