@@ -81,9 +81,7 @@ def assess(
     possible = int((sessions.lengths - 1).clip(min=0).sum())
     lost = int(dataset.split_info(options.split).get("lost_predictions", 0)) if whole_split else 0
     report: dict[str, Any] = {
-        "metrics": {
-            name: _with_lost(figure, events, lost) for name, figure in figures.items()
-        },
+        "metrics": {name: _with_lost(figure, events, lost) for name, figure in figures.items()},
         "protocol": protocol,
         "split": options.split,
         "events": events,

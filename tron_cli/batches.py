@@ -51,25 +51,24 @@ class Batch:
         if device.type == "cpu":
             return self
 
-        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.pin_memory().to(device, non_blocking=True)
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
 
-        groups = tuple(
-            AttentionGroup(group.start, group.end, move(group.gather_RW), move(group.keep))  # type: ignore[arg-type]
-            for group in self.groups
-        )
         return Batch(
-            *(  # type: ignore[arg-type]
-                move(tensor)
-                for tensor in (
-                    self.inputs_N,
-                    self.targets_N,
-                    self.lengths_B,
-                    self.rows_N,
-                    self.places_N,
+            inputs_N=move(self.inputs_N),
+            targets_N=None if self.targets_N is None else move(self.targets_N),
+            lengths_B=move(self.lengths_B),
+            rows_N=move(self.rows_N),
+            places_N=move(self.places_N),
+            groups=tuple(
+                AttentionGroup(
+                    start=group.start,
+                    end=group.end,
+                    gather_RW=move(group.gather_RW),
+                    keep=None if group.keep is None else move(group.keep),
                 )
+                for group in self.groups
             ),
-            groups=groups,
         )
 
 
@@ -122,21 +121,17 @@ def _attention_groups(lengths_B: np.ndarray, first_B: np.ndarray) -> Iterator[At
 
 
 def training_batch(sessions: Sessions, chosen: np.ndarray, sequence_length: int) -> Batch:
-    """The last sequence_length + 1 events of each chosen session: inputs, and the items that follow.
+    """The last sequence_length + 1 events of each chosen session: inputs, and what follows each.
 
     chosen: int64 [B], sessions of at least two events.
     """
     ends = sessions.offsets[chosen + 1]
     lengths = np.minimum(ends - sessions.offsets[chosen] - 1, sequence_length)
     order = np.argsort(lengths, kind="stable")
-    return pack(
-        sessions.items, (ends - lengths - 1)[order], lengths[order], with_targets=True
-    )
+    return pack(sessions.items, (ends - lengths - 1)[order], lengths[order], with_targets=True)
 
 
-def session_order(
-    num_sessions: int, style: str, *, seed: int, epoch: int
-) -> np.ndarray:
+def session_order(num_sessions: int, style: str, *, seed: int, epoch: int) -> np.ndarray:
     """int64 [S]: the order in which an epoch visits the sessions, a function of seed and epoch."""
     if style == "no_shuffling":
         return np.arange(num_sessions)

@@ -156,5 +156,7 @@ def best_checkpoint(run_dir: Path) -> Path:
     """The one .pt file of a run folder that is not last.pt. Raises InputError."""
     found = sorted(path for path in run_dir.glob("*.pt") if path.name != LAST)
     if not found:
-        raise InputError(f"{run_dir} holds no finished checkpoint; expected a .pt file beside {LAST}")
+        raise InputError(
+            f"{run_dir} holds no finished checkpoint; expected a .pt file beside {LAST}"
+        )
     return max(found, key=lambda path: path.stat().st_mtime)

@@ -10,7 +10,7 @@ import time
 import traceback
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,7 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True, rich_markup_mode=None)
+config_app = typer.Typer(
+    help="Look at configurations.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(config_app, name="config")
 
 log = logging.getLogger("tron")
@@ -39,8 +41,9 @@ DataDir = Annotated[Path, typer.Option("--data-dir", help="Folder of the prepare
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Overrides = Annotated[
-    Optional[list[str]], typer.Argument(metavar="[key=value ...]", help="Settings that override the config.")
-]  # fmt: skip
+    list[str] | None,
+    typer.Argument(metavar="[key=value ...]", help="Settings that override the config."),
+]
 
 
 class Split(str, Enum):
@@ -111,15 +114,17 @@ def _options(
 def train(
     overrides: Overrides = None,
     config: Annotated[
-        Optional[str], typer.Option(help="A config file, or the name of a packaged config.")
+        str | None, typer.Option(help="A config file, or the name of a packaged config.")
     ] = None,
     data_dir: DataDir = Path("datasets"),
-    output_dir: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path("runs"),
-    name: Annotated[Optional[str], typer.Option(help="Name of the run's folder.")] = None,
-    resume: Annotated[Optional[Path], typer.Option(help="Folder of a run to go on with.")] = None,
+    output_dir: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path(
+        "runs"
+    ),
+    name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder of a run to go on with.")] = None,
     device: Device = "auto",
     as_json: AsJson = False,
-) -> None:  # fmt: skip
+) -> None:
     """Train a model; the best checkpoint by validation is kept."""
     from tron_cli.checkpoint import load_checkpoint
 
@@ -147,7 +152,9 @@ def run_training(
     from tron_cli.train import train as train_model
 
     if (config_name is None) == (resume is None):
-        raise InputError("give either --config NAME for a new run or --resume RUN_DIR for an old one")
+        raise InputError(
+            "give either --config NAME for a new run or --resume RUN_DIR for an old one"
+        )
     checkpoint = None
     if resume is not None:
         if not (resume / LAST).is_file():
@@ -183,18 +190,19 @@ def run_training(
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A .pt file, or the folder of a run.")],
     dataset: Annotated[
-        Optional[str], typer.Option(help="Prepared dataset; default: the checkpoint's.")
+        str | None, typer.Option(help="Prepared dataset; default: the checkpoint's.")
     ] = None,
     split: Annotated[Split, typer.Option(help="Split to evaluate on.")] = Split.test,
-    protocol: Annotated[
-        Optional[Protocol], typer.Option(help="Default: the dataset's own.")
-    ] = None,
+    protocol: Annotated[Protocol | None, typer.Option(help="Default: the dataset's own.")] = None,
     metrics: Annotated[
-        Optional[str], typer.Option(help='Such as "R@20 RR@20 nDCG@10"; default: the config\'s.')
+        str | None, typer.Option(help='Such as "R@20 RR@20 nDCG@10"; default: the config\'s.')
     ] = None,
     filter_rated: Annotated[
-        Optional[bool],
-        typer.Option("--filter-rated/--no-filter-rated", help="Never recommend items of the history; default: the config's."),
+        bool | None,
+        typer.Option(
+            "--filter-rated/--no-filter-rated",
+            help="Never recommend items of the history; default: the config's.",
+        ),
     ] = None,
     full_sessions: Annotated[
         bool, typer.Option(help="Also predict what lies before the last sequence_length events.")
@@ -203,14 +211,14 @@ def evaluate(
         bool, typer.Option(help="TRON's way: one pass over a whole session, not serving's.")
     ] = False,
     limit_sessions: Annotated[
-        Optional[int], typer.Option(min=1, help="Only the first N sessions of the split.")
+        int | None, typer.Option(min=1, help="Only the first N sessions of the split.")
     ] = None,
-    run: Annotated[Optional[Path], typer.Option(help="Write the predictions as a TREC run.")] = None,
-    qrels: Annotated[Optional[Path], typer.Option(help="Write the targets as TREC qrels.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Write the predictions as a TREC run.")] = None,
+    qrels: Annotated[Path | None, typer.Option(help="Write the targets as TREC qrels.")] = None,
     data_dir: DataDir = Path("datasets"),
     device: Device = "auto",
     as_json: AsJson = False,
-) -> None:  # fmt: skip
+) -> None:
     """Rank the whole catalogue exactly and report figures with standard errors."""
     from tron_cli.assess import EvaluationOptions
 
@@ -384,4 +392,4 @@ def _add_prepare() -> None:
     app.add_typer(prepare_app, name="prepare")
 
 
-#_add_prepare()
+# _add_prepare()

@@ -138,7 +138,9 @@ class DatasetWriter:
 
     def __init__(self, path: Path, *, force: bool = False) -> None:
         if path.exists() and not force:
-            raise InputError(f"{path} exists already; pass --force to replace it, or another --name")
+            raise InputError(
+                f"{path} exists already; pass --force to replace it, or another --name"
+            )
         self.path = path
         self._folder = path.with_name(f".{path.name}.partial-{os.getpid()}")
         self._splits: dict[str, dict[str, Any]] = {}
@@ -216,7 +218,9 @@ class DatasetWriter:
 
     def finish(self, *, name: str, protocol: str, **info: Any) -> Dataset:
         """Write dataset.json and move the folder to its place; returns the dataset, opened."""
-        assert protocol in PROTOCOLS and set(self._splits) == set(SPLITS) and self._catalogue
+        assert protocol in PROTOCOLS
+        assert set(self._splits) == set(SPLITS)
+        assert self._catalogue
         content = {
             "format_version": FORMAT_VERSION,
             "name": name,
@@ -227,7 +231,7 @@ class DatasetWriter:
         }
         (self._folder / "dataset.json").write_text(json.dumps(content, indent=2) + "\n")
         shutil.rmtree(self.path, ignore_errors=True)
-        os.replace(self._folder, self.path)
+        self._folder.replace(self.path)
         return Dataset.open(self.path)
 
 

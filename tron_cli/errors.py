@@ -2,7 +2,7 @@
 
 
 class InputError(Exception):
-    """Wrong usage or bad input: says what was expected, what came, where, and what to do. Exit 2."""
+    """Wrong usage or bad input: what was expected, what came, where, what to do. Exit 2."""
 
 
 class RunError(Exception):

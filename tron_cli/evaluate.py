@@ -106,9 +106,7 @@ def predict(
     return _in_order(parts, top_items)
 
 
-def _count_events(
-    sessions: Sessions, model: SASRec, protocol: str, full_sessions: bool
-) -> int:
+def _count_events(sessions: Sessions, model: SASRec, protocol: str, full_sessions: bool) -> int:
     most = 1 if protocol == "last-item" else None if full_sessions else model.sequence_length
     return int(np.clip(sessions.lengths - 1, 0, most).sum())
 

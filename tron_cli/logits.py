@@ -131,7 +131,7 @@ def dot_products(
     hidden_ND: torch.Tensor, table_VD: torch.Tensor, ids_NK: torch.Tensor
 ) -> torch.Tensor:
     """[N, K]: hidden_ND[n] . table_VD[ids_NK[n, k]], never holding the gathered [N, K, D]."""
-    return _DotProducts.apply(hidden_ND, table_VD, ids_NK)  # type: ignore[no-untyped-call,no-any-return]
+    return _DotProducts.apply(hidden_ND, table_VD, ids_NK)
 
 
 class _DotProducts(torch.autograd.Function):
@@ -154,9 +154,7 @@ class _DotProducts(torch.autograd.Function):
         hidden_ND, table_VD, ids_NK = ctx.saved_tensors
         grad_NK = grads[0].contiguous()
         # Both gradients are sums of weighted rows: embedding bags.
-        grad_hidden_ND = F.embedding_bag(
-            ids_NK, table_VD, per_sample_weights=grad_NK, mode="sum"
-        )
+        grad_hidden_ND = F.embedding_bag(ids_NK, table_VD, per_sample_weights=grad_NK, mode="sum")
         sorted_ids, order = ids_NK.flatten().sort()
         items_U, counts_U = sorted_ids.unique_consecutive(return_counts=True)
         grad_UD = F.embedding_bag(

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Negatives:
     """What is drawn for one batch.
 
-    uniform: int64 item ids, [K] shared by the batch, [B, K] by session, or [N, K] an event each.
-    uniform_keep: bool, [1], [B] or [N]; False where rejection left no item to draw from; None: all True.
+    uniform: int64 item ids, [K] of the batch, [B, K] of each session, or [N, K] of each event.
+    uniform_keep: bool, [1], [B] or [N]; False where rejection left no item; None: all True.
     in_batch_BM: int64, indices into the batch's inputs_N, for each session.
     in_batch_keep_BM: bool, False where a session had fewer candidates than M; None: all True.
     """

@@ -18,6 +18,7 @@ from tron_cli.errors import RunError
 
 _CHUNK_ELEMENTS = 1 << 20  # scores held at once: 4 MB, so that counting finds them in the cache
 _PAIRS_AT_ONCE = 1 << 16
+_SPARE_CANDIDATES = 32  # beyond the last place asked for, in case rounding swapped some
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Catalogue:
         roundings = (self.table.shape[1] + 4) * 2.0**-24
         self._bound_per_norm = roundings / (1 - roundings) * largest_norm.double() * (1 + 1e-6)
 
-    def score(self, hidden_ED: torch.Tensor, event_P: torch.Tensor, item_P: torch.Tensor) -> torch.Tensor:
+    def score(
+        self, hidden_ED: torch.Tensor, event_P: torch.Tensor, item_P: torch.Tensor
+    ) -> torch.Tensor:
         """float64 [P]: scores of items at events."""
         scores = [
             (hidden_ED[event].double() * self.table[item].double()).sum(dim=1)
@@ -94,9 +97,7 @@ class Catalogue:
             rank_E.index_add_(0, event_P, at_least.long())
         if seen is not None:
             seen_score_P = self.score(hidden_ED, seen.event_P, seen.item_P)
-            rank_E.index_add_(
-                0, seen.event_P, -(seen_score_P >= score_E[seen.event_P]).long()
-            )
+            rank_E.index_add_(0, seen.event_P, -(seen_score_P >= score_E[seen.event_P]).long())
         return rank_E
 
     def top_items(
@@ -111,25 +112,34 @@ class Catalogue:
         Equal scores are ordered by item id, but the target comes last among its equals.
         """
         hidden_ED = hidden_ED.float()
-        bound_E = (hidden_ED.double().norm(dim=1) * self._bound_per_norm).tolist()
+        bound_E = hidden_ED.double().norm(dim=1) * self._bound_per_norm
+        limit_here = min(limit, self.num_items)
+        kept = min(limit_here + _SPARE_CANDIDATES, self.num_items)
         top = torch.zeros(len(target_E), limit, dtype=torch.int64, device=target_E.device)
-        for event in range(len(target_E)):
-            hidden_D = hidden_ED[event]
-            score_I = self.table @ hidden_D
-            score_I[0] = -torch.inf
+        events = max(1, _CHUNK_ELEMENTS // max(1, self.num_items))
+        for low in range(0, len(target_E), events):
+            part = slice(low, low + events)
+            score_eI = hidden_ED[part] @ self.table[1:].T
             if seen is not None:
-                score_I[seen.item_P[seen.event_P == event]] = -torch.inf
-            eligible = int(torch.isfinite(score_I).sum())
-            count = min(limit, eligible)
-            if count == 0:
-                continue
-            # Whatever could be among the best `count` in exact arithmetic, and nothing more.
-            threshold = score_I.topk(count).values[-1] - 2 * bound_E[event]
-            item_C = (score_I >= threshold).nonzero()[:, 0]
-            item_C = item_C[item_C > 0]
-            exact_C = (self.table[item_C].double() * hidden_D.double()).sum(dim=1)
-            is_target_C = item_C == target_E[event]
-            order = torch.argsort(is_target_C.long(), stable=True)
-            order = order[torch.argsort(exact_C[order], descending=True, stable=True)]
-            top[event, :count] = item_C[order[:count]]
+                here = (seen.event_P >= low) & (seen.event_P < low + events)
+                score_eI[seen.event_P[here] - low, seen.item_P[here] - 1] = -torch.inf
+            score_ek, index_ek = score_eI.topk(kept, dim=1)
+            # In exact arithmetic an item this far below the last place cannot reach it.
+            hopeless_e = score_ek[:, limit_here - 1].double() - 2 * bound_E[part]
+            for event in range(len(score_eI)):
+                if kept < self.num_items and score_ek[event, -1] >= hopeless_e[event]:
+                    possible = (score_eI[event] >= hopeless_e[event]) & score_eI[event].isfinite()
+                    item_C = possible.nonzero()[:, 0] + 1
+                else:
+                    item_C = index_ek[event][score_ek[event] > -torch.inf].sort().values + 1
+                best = self._ordered(hidden_ED[low + event], item_C, target_E[low + event])
+                top[low + event, : len(best[:limit])] = best[:limit]
         return top
+
+    def _ordered(
+        self, hidden_D: torch.Tensor, item_C: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor:
+        """Items (ascending ids) by exact score; the target last among its equals."""
+        exact_C = (self.table[item_C].double() * hidden_D.double()).sum(dim=1)
+        order = torch.argsort((item_C == target).long(), stable=True)
+        return item_C[order[torch.argsort(exact_C[order], descending=True, stable=True)]]

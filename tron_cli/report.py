@@ -47,7 +47,9 @@ def evaluation_text(report: dict[str, Any]) -> str:
         f"seen items {'filtered' if report['filter_rated'] else 'not filtered'}",
     ]
     if report["missed_because_filtered"]:
-        facts.append(f"           {report['missed_because_filtered']:,} filtered targets are misses")
+        facts.append(
+            f"           {report['missed_because_filtered']:,} filtered targets are misses"
+        )
     if left_out["earlier_events"]:
         facts.append(
             f"left out   {left_out['earlier_events']:,} events before the last of long sessions "

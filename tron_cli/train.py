@@ -55,7 +55,7 @@ _LOG_EVERY = 20  # steps; also how often the loss is checked, since reading it w
 log = logging.getLogger("tron")
 
 
-class Interrupted(RunError):
+class InterruptedRunError(RunError):
     """The user stopped the run; it was saved."""
 
 
@@ -80,7 +80,7 @@ def train(
     """Train, choose the best checkpoint on validation, and return its path.
 
     Raises InputError where config and dataset do not fit, RunError where the loss is not finite,
-    Interrupted after Ctrl-C.
+    InterruptedRunError after Ctrl-C.
     """
     sessions, validation = _splits(config, dataset)
     measures = parse_measures((*config.metrics, config.val_metric))
@@ -181,7 +181,7 @@ def train(
             else:
                 run.save_last(epoch)
             if stop and progress.step < total_steps:
-                raise Interrupted(
+                raise InterruptedRunError(
                     f"stopped at step {progress.step:,} of {total_steps:,} and saved; go on with "
                     f"`tron train --resume {run_dir}`"
                 )

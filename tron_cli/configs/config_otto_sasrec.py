@@ -1,4 +1,4 @@
-"""SASRec with one eventwise negative and binary cross-entropy on OTTO: TRON's published baseline."""
+"""TRON's published baseline on OTTO: SASRec, binary cross-entropy, one eventwise negative."""
 
 from tron_cli.config import ExperimentConfig
 

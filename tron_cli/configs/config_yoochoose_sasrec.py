@@ -1,4 +1,4 @@
-"""SASRec with one eventwise negative and binary cross-entropy on Yoochoose: TRON's published baseline."""
+"""TRON's published baseline on Yoochoose: SASRec, binary cross-entropy, one eventwise negative."""
 
 from tron_cli.config import ExperimentConfig
 

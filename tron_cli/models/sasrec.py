@@ -49,7 +49,9 @@ class SASRec(nn.Module):
         nn.init.xavier_uniform_(self.item_embedding.weight)
         nn.init.xavier_uniform_(self.position_embedding.weight)
         self.output_embedding = (
-            self.item_embedding if reuse_item_embeddings else nn.Embedding(num_items + 1, output_dim)
+            self.item_embedding
+            if reuse_item_embeddings
+            else nn.Embedding(num_items + 1, output_dim)
         )
         self.dropout = nn.Dropout(dropout_rate)
         self.blocks = nn.ModuleList(
@@ -81,7 +83,7 @@ class SASRec(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm encoder layer, with the arithmetic and initialization of nn.TransformerEncoderLayer."""
+    """A pre-norm layer with the arithmetic and initialization of nn.TransformerEncoderLayer."""
 
     def __init__(self, dim: int, num_heads: int, dropout_rate: float) -> None:
         super().__init__()
