@@ -1,20 +1,16 @@
 """Text and Parquet files -> columns, block by block, with the line number of every row.
 
-A text file is read in blocks of whole lines. The layout of a block (where its lines end, how many
-fields each has) is found in one vectorized look at its bytes, so that blank lines are stepped over,
-ragged ones are known by number, and polars parses only lines that have the right shape. All text
-columns come out as strings: what they mean, and which value is bad, the source decides.
+A text file is read in blocks of whole lines. Where the lines of a block end and how many fields
+each has is found in one vectorized look at its bytes: blank lines are stepped over, ragged ones are
+known by number, and polars parses only lines of the right shape. The columns of a text file come
+out as strings; a source turns them into values with `Columns.parse`, which names the line of a bad
+one.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
-import io
-import json
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,96 +19,295 @@ import polars as pl
 from tqdm import tqdm
 
 from tron_cli.errors import InputError
+from tron_cli.prepare.raw import open_raw
 
 BLOCK_BYTES = 1 << 24
 MAX_LINE_BYTES = 1 << 26
 PARQUET_ROWS = 1 << 21
-_NEWLINE, _RETURN, _QUOTE = b"\n\r\""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Rows of a file: one polars column per wanted name; lines int64 [rows], numbers from 1."""
-
-    frame: pl.DataFrame
-    lines: np.ndarray
-
-    def filter(self, keep: np.ndarray) -> Columns:
-        """The rows where `keep` (bool [rows]) holds."""
-        return self if keep.all() else Columns(self.frame.filter(pl.Series(keep)), self.lines[keep])
 
 
 class BadLines:
-    """What happens to a line that cannot be read: an InputError, or skipped and counted."""
+    """What becomes of a line that cannot be read: an InputError, or it is skipped and counted."""
 
     def __init__(self, *, skip: bool = False) -> None:
         self.skip = skip
         self.count = 0
         self.first: str | None = None
 
-    def reject(self, file: Path, line: int, problem: str) -> None:
-        """One bad line, numbered from 1."""
+    def reject(self, file: Path, line: int, problem: str, *, unit: str = "line") -> None:
+        """One bad line (of a Parquet file: row), numbered from 1."""
         if not self.skip:
             raise InputError(
-                f"{file}, line {line}: {problem}; correct the file, or pass --skip-bad-lines"
+                f"{file}, {unit} {line}: {problem}; correct it, or pass --skip-bad-lines"
             )
         self.count += 1
-        self.first = self.first or f"{file.name}, line {line}: {problem}"
+        self.first = self.first or f"{file.name}, {unit} {line}: {problem}"
 
-    def keep_valid(
-        self, file: Path, columns: Columns, name: str, values: pl.Series, expected: str
-    ) -> np.ndarray:
-        """bool [rows]: where `values`, made from column `name`, is not null; the rest is rejected."""
-        valid = values.is_not_null().to_numpy()
-        for row in np.flatnonzero(~valid):
-            found = columns.frame[name][int(row)]
-            shown = "nothing" if found is None or found == "" else repr(found)[:80]
-            self.reject(
-                file, int(columns.lines[row]), f"expected {expected} in {name}, found {shown}"
-            )
-        return valid
+
+@dataclass(frozen=True)
+class Parser:
+    """How the values of a column are read: `parse` makes a null of what is not `expected`."""
+
+    parse: Callable[[pl.Series], pl.Series]
+    expected: str
+
+
+INTEGER = Parser(lambda column: column.cast(pl.Int64, strict=False), "an integer")
+TEXT = Parser(lambda column: column.replace("", None), "a value")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Some rows of a file: the wanted columns in `frame`; `lines` int64 [rows], from 1."""
+
+    file: Path
+    frame: pl.DataFrame
+    lines: np.ndarray
+    unit: str = "line"
+
+    def parse(self, parsers: dict[str, Parser], bad: BadLines) -> Columns:
+        """The named columns with their values parsed; rows with a bad value are rejected."""
+        keep = np.ones(len(self.lines), bool)
+        parsed = {}
+        for name, parser in parsers.items():
+            parsed[name] = parser.parse(self.frame[name])
+            valid = parsed[name].is_not_null().to_numpy()
+            for row in np.flatnonzero(keep & ~valid).tolist():
+                value = self.frame[name][row]
+                found = "nothing" if value is None or value == "" else repr(value)[:60]
+                problem = f"expected {parser.expected} in {name}, found {found}"
+                bad.reject(self.file, int(self.lines[row]), problem, unit=self.unit)
+            keep &= valid
+        frame = pl.DataFrame(parsed)
+        if keep.all():
+            return Columns(self.file, frame, self.lines, self.unit)
+        return Columns(self.file, frame.filter(pl.Series(keep)), self.lines[keep], self.unit)
 
 
 def read_delimited(
     file: Path,
+    wanted: list[str],
+    bad: BadLines,
     *,
     separator: str,
-    wanted: list[str],
     names: list[str] | None = None,
     quoted: bool = False,
-    bad: BadLines,
 ) -> Iterator[Columns]:
-    """The wanted columns of a delimited text file (plain or gzip), as strings.
+    """The wanted columns of a delimited text file, plain or gzip, as strings.
 
-    names: the file's columns where it has no header line. quoted: whether double quotes enclose
-    fields (they may then hold separators and line breaks). Yields at least one row, or raises.
+    names: the columns of a file without header line. quoted: double quotes may enclose fields,
+    which may then hold separators and line breaks. Raises InputError where no line can be read.
     """
     found = False
-    positions: list[int] = []
-    for block, first_line in _text_blocks(file, quoted=quoted):
+    for block, first_line in text_blocks(file, quoted):
+        sizes, lines, fields = _layout(block, first_line, separator, quoted)
         if names is None:
-            header, block, first_line = _split_header(file, block, first_line, separator, quoted)
-            names = header
-        if not positions:
-            positions = [find_column(file, names, name) for name in wanted]
-        starts, ends, lines, fields = _layout(block, first_line, separator, quoted)
-        whole = fields == len(names)
-        for record in np.flatnonzero(~whole):
-            bad.reject(
-                file,
-                int(lines[record]),
-                f"expected {len(names)} fields separated by {separator!r}, found {fields[record]}",
-            )
-        lines = lines[whole]
-        if not len(lines):
-            continue
-        if len(lines) < len(starts) or ends[-1] - starts[0] + 1 < len(block):
-            block = b"".join(
-                block[start : end + 1]
-                for start, end in zip(starts[whole], ends[whole], strict=True)
-            )
-        for frame, part in _parse(file, block, lines, names, separator, quoted, bad):
+            header = int(np.argmax(fields > 0))
+            start = int(sizes[:header].sum())
+            names = _header(file, block[start : start + sizes[header]], separator)
+            for name in wanted:
+                find_column(file, names, name)
+            fields[header] = 0
+        for record in np.flatnonzero((fields > 0) & (fields != len(names))).tolist():
+            problem = f"expected {len(names)} fields separated by {separator!r}"
+            bad.reject(file, int(lines[record]), f"{problem}, found {fields[record]}")
+        schema = {f"column_{index}": pl.String() for index in range(len(names))}
+        parse = _CsvParser(schema, separator, quoted)
+        for frame, part in _parse(
+            file, *_select(block, sizes, lines, fields == len(names)), parse, bad
+        ):
             found = True
-            yield Columns(frame[:, positions].rename(dict(zip(frame[:, positions].columns, wanted))), part)
+            columns = {name: frame[:, find_column(file, names, name)] for name in wanted}
+            yield Columns(file, pl.DataFrame(columns), part)
     if not found:
-        raise InputError(f"{file} holds no readable line: expected {', '.join(wanted)} in each")
+        raise InputError(f"{file} holds no readable line: expected the columns {', '.join(wanted)}")
+
+
+def read_json_lines(file: Path, wanted: list[str], bad: BadLines) -> Iterator[Columns]:
+    """The wanted keys of a file with one JSON object a line, plain or gzip, as strings."""
+    schema = {name: pl.String() for name in wanted}
+    found = False
+    for block, first_line in text_blocks(file, quoted=False):
+        sizes, lines, fields = _layout(block, first_line, "\n", quoted=False)
+        selected = _select(block, sizes, lines, fields > 0)
+        for frame, part in _parse(
+            file, *selected, lambda text: pl.read_ndjson(text, schema=schema), bad
+        ):
+            found = True
+            yield Columns(file, frame, part)
+    if not found:
+        raise InputError(f"{file} holds no readable line: expected JSON objects, one a line")
+
+
+def read_parquet(file: Path, wanted: list[str]) -> Iterator[Columns]:
+    """The wanted columns of a Parquet file, in their own types."""
+    try:
+        table = pl.scan_parquet(file)
+        names = table.collect_schema().names()
+        rows = table.select(pl.len()).collect().item()
+        columns = [names[find_column(file, names, name)] for name in wanted]
+        selected = table.select(
+            pl.col(column).alias(name) for column, name in zip(columns, wanted, strict=True)
+        )
+        with tqdm(total=rows, desc=file.name, unit=" rows", unit_scale=True, disable=None) as bar:
+            for start in range(0, rows, PARQUET_ROWS):
+                frame = selected.slice(start, PARQUET_ROWS).collect()
+                lines = np.arange(start + 1, start + len(frame) + 1)
+                yield Columns(file, frame, lines, unit="row")
+                bar.update(len(frame))
+    except (pl.exceptions.PolarsError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{file} is not a readable Parquet file: {reason}") from error
+    if not rows:
+        raise InputError(f"{file} holds no row")
+
+
+def find_column(file: Path, names: list[str], wanted: str) -> int:
+    """Position of a column: by its name, or by its name before a RecBole type (`item_id:token`).
+
+    Case and underscores do not count where nothing fits exactly (`sessionId` is `session_id`).
+    """
+    for spelling in (str, _without_type, _plain):
+        fitting = [at for at, name in enumerate(names) if spelling(name) == spelling(wanted)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            raise InputError(f"{file} has {len(fitting)} columns named {wanted!r}: rename them")
+    raise InputError(f"{file} has no column {wanted!r}: its columns are {', '.join(names)}")
+
+
+def _without_type(name: str) -> str:
+    return name.split(":")[0]
+
+
+def _plain(name: str) -> str:
+    return _without_type(name).replace("_", "").lower()
+
+
+def text_blocks(file: Path, quoted: bool) -> Iterator[tuple[bytes, int]]:
+    """(whole lines with \\n as their ends, number of the first line) until the end of the file."""
+    if file.is_dir():
+        raise InputError(f"{file} is a folder: name the file in it")
+    line, rest = 1, b""
+    with (
+        open_raw(file) as content,
+        tqdm(
+            total=file.stat().st_size, desc=file.name, unit="B", unit_scale=True, disable=None
+        ) as bar,
+    ):
+        compressed = getattr(content, "fileobj", content)  # whose position is that in the file
+        while data := content.read(BLOCK_BYTES):
+            bar.update(compressed.tell() - bar.n)
+            if line == 1 and not rest:
+                data = data.removeprefix(b"\xef\xbb\xbf")
+            rest += data
+            cut = _last_end(rest, quoted) + 1
+            if cut:
+                yield rest[:cut].replace(b"\r\n", b"\n"), line
+                line += rest.count(b"\n", 0, cut)
+                rest = rest[cut:]
+            elif len(rest) > MAX_LINE_BYTES:
+                break
+    if rest.strip():
+        if len(rest) > MAX_LINE_BYTES or (quoted and rest.count(b'"') % 2):
+            what = "a quote that is opened and never closed" if b'"' in rest else "no line end"
+            raise InputError(f"{file}, line {line}: {what} in the {len(rest):,} bytes from here on")
+        yield rest.replace(b"\r\n", b"\n") + b"\n", line
+    elif line == 1:
+        raise InputError(f"{file} is empty")
+
+
+def _last_end(text: bytes, quoted: bool) -> int:
+    """Position of the last line end, -1 where there is none."""
+    if not (quoted and b'"' in text):
+        return text.rfind(b"\n")
+    data = np.frombuffer(text, np.uint8)
+    ends = np.flatnonzero((data == ord("\n")) & ~_inside_quotes(data))
+    return int(ends[-1]) if len(ends) else -1
+
+
+def _inside_quotes(data: np.ndarray) -> np.ndarray:
+    # An odd number of quotes so far; their count may wrap in uint8, its parity does not.
+    return np.cumsum(data == ord('"'), dtype=np.uint8) % 2 == 1
+
+
+def _layout(
+    block: bytes, first_line: int, separator: str, quoted: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each record: its bytes with the line end, its line number, its fields (0: it is blank)."""
+    data = np.frombuffer(block, np.uint8)
+    is_end, is_separator = data == ord("\n"), data == ord(separator)
+    line_ends = ends = np.flatnonzero(is_end)
+    if quoted and b'"' in block:
+        outside = ~_inside_quotes(data)
+        ends = np.flatnonzero(is_end & outside)
+        is_separator &= outside
+    sizes = np.diff(ends, prepend=-1)
+    starts = ends - sizes + 1
+    lines = first_line + np.searchsorted(line_ends, starts)
+    separators = np.searchsorted(np.flatnonzero(is_separator), ends)
+    fields = np.diff(separators, prepend=0) + 1
+    fields[sizes == 1] = 0
+    return sizes, lines, fields
+
+
+def _select(
+    block: bytes, sizes: np.ndarray, lines: np.ndarray, keep: np.ndarray
+) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """The block with only the records to keep, their sizes and their line numbers."""
+    if not keep.all():
+        block = np.frombuffer(block, np.uint8)[np.repeat(keep, sizes)].tobytes()
+    return block, sizes[keep], lines[keep]
+
+
+@dataclass(frozen=True)
+class _CsvParser:
+    schema: dict[str, pl.String]
+    separator: str
+    quoted: bool
+
+    def __call__(self, text: bytes) -> pl.DataFrame:
+        return pl.read_csv(
+            text,
+            has_header=False,
+            schema=self.schema,
+            separator=self.separator,
+            quote_char='"' if self.quoted else None,
+        )
+
+
+def _parse(
+    file: Path,
+    block: bytes,
+    sizes: np.ndarray,
+    lines: np.ndarray,
+    parse: Callable[[bytes], pl.DataFrame],
+    bad: BadLines,
+) -> Iterator[tuple[pl.DataFrame, np.ndarray]]:
+    """The parsed block with its line numbers; one that cannot be parsed is halved until the very
+    lines that are to blame are alone, and rejected."""
+    if not len(lines):
+        return
+    try:
+        frame = parse(block)
+    except pl.exceptions.PolarsError as error:
+        reason = str(error).splitlines()[0]
+    else:
+        if len(frame) == len(lines):
+            yield frame, lines
+            return
+        reason = f"{len(frame)} records in it"
+    if len(lines) == 1:
+        bad.reject(file, int(lines[0]), f"the line cannot be parsed ({reason})")
+        return
+    half = len(lines) // 2
+    cut = int(sizes[:half].sum())
+    yield from _parse(file, block[:cut], sizes[:half], lines[:half], parse, bad)
+    yield from _parse(file, block[cut:], sizes[half:], lines[half:], parse, bad)
+
+
+def _header(file: Path, line: bytes, separator: str) -> list[str]:
+    try:
+        return next(csv.reader([line.decode().rstrip("\n")], delimiter=separator))
+    except (UnicodeDecodeError, StopIteration, csv.Error) as error:
+        raise InputError(f"{file}, line 1: the header cannot be read ({error})") from error

@@ -1,0 +1,68 @@
+"""The filters of preparation, and the record of what each of them dropped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tron_cli.dataset import Sessions
+from tron_cli.prepare.events import drop_events, take_where
+
+
+def drop_short(sessions: Sessions, min_length: int) -> Sessions:
+    """Without the sessions of fewer than `min_length` events."""
+    return take_where(sessions, sessions.lengths >= min_length)
+
+
+def drop_rare_items(sessions: Sessions, min_count: int) -> Sessions:
+    """Without the events of items that occur fewer than `min_count` times in all of them."""
+    support = np.bincount(sessions.items)
+    return drop_events(sessions, (support >= min_count)[sessions.items])
+
+
+class Steps:
+    """The way from what came in to what is split, step by step, for dataset.json and the summary.
+
+    A step's entry: {step, sessions, events, items, dropped_sessions, dropped_events, why}; the
+    counts are those after the step.
+    """
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, Any]] = []
+
+    def record(self, step: str, sessions: Sessions, why: str) -> Sessions:
+        """Note what `step` left over; returns it."""
+        items = int(np.count_nonzero(np.bincount(sessions.items))) if len(sessions.items) else 0
+        self.count(step, len(sessions), len(sessions.items), items, why)
+        return sessions
+
+    def count(self, step: str, sessions: int, events: int, items: int, why: str) -> None:
+        """The same from counts alone."""
+        before = self.entries[-1] if self.entries else {"sessions": sessions, "events": events}
+        self.entries.append(
+            {
+                "step": step,
+                "sessions": sessions,
+                "events": events,
+                "items": items,
+                "dropped_sessions": before["sessions"] - sessions,
+                "dropped_events": before["events"] - events,
+                "why": why,
+            }
+        )
+
+
+def apply_filters(
+    sessions: Sessions, steps: Steps, *, min_session_length: int, min_item_count: int
+) -> Sessions:
+    """Short sessions, rare items, short sessions again: each once, in this order, as TRON does."""
+    steps.record("read", sessions, "")
+    short = f"sessions of fewer than {min_session_length} events"
+    sessions = drop_short(sessions, min_session_length)
+    steps.record("short sessions", sessions, short)
+    sessions = drop_rare_items(sessions, min_item_count)
+    sessions = take_where(sessions, sessions.lengths > 0)
+    steps.record("rare items", sessions, f"items with fewer than {min_item_count} events")
+    sessions = drop_short(sessions, min_session_length)
+    return steps.record("short sessions again", sessions, f"{short}, after rare items went")

@@ -1,0 +1,103 @@
+"""Text files with one session a line, as session-based papers exchange them.
+
+A session is its items' integer ids, oldest first. Such files keep their sessions in time order, so
+that the last training lines can validate.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tron_cli.dataset import Dataset, DatasetWriter, Sessions
+from tron_cli.errors import InputError
+from tron_cli.prepare.columns import BadLines
+from tron_cli.prepare.events import take
+from tron_cli.prepare.filters import Steps, drop_short
+from tron_cli.prepare.integers import read_integer_lines
+from tron_cli.prepare.split import Splits, sample
+from tron_cli.prepare.write import dataset_path, in_order_of_appearance, write_splits
+
+VAL_SHARE = 0.05
+
+
+def prepare_sequences(
+    train: Path,
+    test: Path,
+    data_dir: Path,
+    name: str,
+    *,
+    val: Path | None = None,
+    force: bool = False,
+    max_val_sessions: int = 100_000,
+    seed: int = 42,
+    skip_bad_lines: bool = False,
+) -> Dataset:
+    """Prepare files with one session a line; without `val` the last 5 % of the training lines.
+
+    Sessions of fewer than two events are dropped and counted. The catalogue is the items of train
+    and val; test loses the others.
+    """
+    with DatasetWriter(dataset_path(data_dir, name), force=force) as writer:
+        bad = BadLines(skip=skip_bad_lines)
+        steps = Steps()
+        files = [train, *([val] if val else []), test]
+        parts = [_read(file, bad) for file in files]
+        distinct, positions = np.unique(
+            np.concatenate([part.items for part in parts]), return_inverse=True
+        )
+        bounds = np.cumsum([0, *(len(part.items) for part in parts)])
+        parts = [
+            Sessions(positions[start:end].astype(np.int32), part.offsets)
+            for part, start, end in zip(parts, bounds[:-1], bounds[1:], strict=True)
+        ]
+        steps.record("read", _joined(parts), "")
+        parts = [drop_short(part, 2) for part in parts]
+        steps.record("short sessions", _joined(parts), "sessions of fewer than 2 events")
+        period = _joined(parts[:-1])
+        val_sessions = len(parts[1]) if val else int(len(period) * VAL_SHARE)
+        rows = np.arange(len(period))
+        cut = len(period) - val_sessions
+        held_out = take(period, rows[cut:])
+        sampled = sample(held_out, max_val_sessions, seed)
+        left_out = {
+            "val_sessions_beyond_sample": len(held_out) - len(sampled),
+            "val_events_beyond_sample": len(held_out.items) - len(sampled.items),
+        }
+        return write_splits(
+            writer,
+            Splits(period, take(period, rows[:cut]), sampled, parts[-1], left_out),
+            item_ids=distinct,
+            catalogue=in_order_of_appearance(period),
+            name=name,
+            protocol="every-step",
+            source="sequences",
+            options={
+                "train": str(train),
+                "val": str(val) if val else None,
+                "test": str(test),
+                "val_share": None if val else VAL_SHARE,
+                "max_val_sessions": max_val_sessions,
+                "seed": seed,
+                "skip_bad_lines": skip_bad_lines,
+            },
+            files=files,
+            steps=steps,
+            bad=bad,
+        )
+
+
+def _read(file: Path, bad: BadLines) -> Sessions:
+    blocks = list(read_integer_lines(file, bad))
+    items = np.concatenate([numbers for numbers, _ in blocks])
+    if not len(items):
+        raise InputError(f"{file} holds no session: expected integer item ids, one session a line")
+    lengths = np.concatenate([counts for _, counts in blocks])
+    return Sessions(items, np.concatenate(([0], np.cumsum(lengths))))
+
+
+def _joined(parts: list[Sessions]) -> Sessions:
+    lengths = np.concatenate([part.lengths for part in parts])
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    return Sessions(np.concatenate([part.items for part in parts]), offsets)

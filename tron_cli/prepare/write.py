@@ -1,0 +1,119 @@
+"""Splits -> prepared dataset: the catalogue, what test loses to it, the arrays and dataset.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tron_cli.dataset import Dataset, DatasetWriter, Sessions
+from tron_cli.errors import InputError
+from tron_cli.prepare.columns import BadLines
+from tron_cli.prepare.events import drop_events, take_where
+from tron_cli.prepare.filters import Steps, drop_short
+from tron_cli.prepare.raw import describe
+from tron_cli.prepare.split import Splits
+
+
+def dataset_path(data_dir: Path, name: str) -> Path:
+    """DATA_DIR/NAME; refuses a name that is not a plain folder name, and the downloads' own."""
+    if name in ("", ".", "..", "raw") or name.startswith(".") or Path(name).name != name:
+        raise InputError(f"--name {name!r} is not a folder name to use: take letters and digits")
+    return data_dir / name
+
+
+def in_order_of_appearance(sessions: Sessions) -> np.ndarray:
+    """int64: the distinct items of the sessions, the one that appears first in front."""
+    events = len(sessions.items)
+    first = np.full(int(sessions.items.max(initial=-1)) + 1, events)
+    first[sessions.items[::-1]] = np.arange(events)[::-1]  # of repeated positions the last one wins
+    order = np.argsort(first, kind="stable")
+    return order[: np.count_nonzero(first < events)]
+
+
+def write_splits(
+    writer: DatasetWriter,
+    splits: Splits,
+    *,
+    item_ids: np.ndarray,
+    catalogue: np.ndarray,
+    name: str,
+    protocol: str,
+    source: str,
+    options: dict[str, Any],
+    files: list[Path],
+    steps: Steps,
+    bad: BadLines,
+) -> Dataset:
+    """Index the items, drop from test what the catalogue lacks, write and open the dataset.
+
+    item_ids: original id of each position; catalogue: int64 [I], the position of item i in entry
+    i - 1, made of the items of splits.period.
+    """
+    index = np.zeros(len(item_ids), np.int32)
+    index[catalogue] = np.arange(1, len(catalogue) + 1)
+    test, unseen_events, lost_predictions = _drop_unseen(splits.test, index > 0, protocol)
+    for split, sessions in (("train", splits.train), ("test", test)):
+        if not len(sessions):
+            raise InputError(
+                f"no session is left for the {split} split ({_story(steps)}): "
+                "give more data, shorter test and validation stretches, or weaker filters"
+            )
+    in_train = np.zeros(len(item_ids), bool)
+    in_train[splits.train.items] = True
+    writer.write_items(item_ids[catalogue])
+    writer.write_split("train", [_indexed(splits.train, index)])
+    writer.write_split(
+        "val",
+        [_indexed(splits.val, index)],
+        unseen_events=0,
+        lost_predictions=0,
+        events_unseen_in_train=int(np.count_nonzero(~in_train[splits.val.items])),
+    )
+    writer.write_split(
+        "test",
+        [_indexed(test, index)],
+        unseen_events=unseen_events,
+        lost_predictions=lost_predictions,
+        short_sessions=len(splits.test) - len(test),
+    )
+    return writer.finish(
+        name=name,
+        protocol=protocol,
+        source=source,
+        options=options,
+        sources=[describe(file) for file in files],
+        bad_lines={"count": bad.count, "first": bad.first},
+        filters=steps.entries,
+        training_period={
+            "sessions": len(splits.period),
+            "events": len(splits.period.items),
+        },
+        left_out=splits.left_out,
+        items_unseen_in_train=int(np.count_nonzero(~in_train[catalogue])),
+    )
+
+
+def _drop_unseen(test: Sessions, known: np.ndarray, protocol: str) -> tuple[Sessions, int, int]:
+    """(test without unknown items, the events dropped for it, the predictions lost by it)."""
+    if protocol == "last-item":
+        # Every earlier event of a history is of the training period; only targets can be unknown.
+        kept = take_where(test, known[test.items[test.offsets[1:] - 1]])
+        return kept, len(test) - len(kept), len(test) - len(kept)
+    seen = drop_events(test, known[test.items])
+    kept = drop_short(seen, 2)
+    return kept, len(test.items) - len(seen.items), _predictions(test) - _predictions(kept)
+
+
+def _predictions(sessions: Sessions) -> int:
+    """How many events of the sessions have one before them."""
+    return int(np.maximum(sessions.lengths - 1, 0).sum())
+
+
+def _indexed(sessions: Sessions, index: np.ndarray) -> Sessions:
+    return Sessions(index[sessions.items], sessions.offsets, sessions.times)
+
+
+def _story(steps: Steps) -> str:
+    return "; ".join(f"{step['step']}: {step['sessions']:,} sessions" for step in steps.entries)
