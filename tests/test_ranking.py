@@ -1,0 +1,165 @@
+"""Exact ranks against a brute-force sort in exact arithmetic."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from tron_cli import ranking
+from tron_cli.errors import RunError
+from tron_cli.ranking import Catalogue, SeenItems
+
+
+def exact_scores(hidden: torch.Tensor, table: torch.Tensor) -> list[list[Fraction]]:
+    """Dot products of float32 numbers without any rounding; entry 0 is no item."""
+    rows = [[Fraction(value) for value in row] for row in table.double().tolist()]
+    return [
+        [sum((Fraction(h) * e for h, e in zip(state, row, strict=True)), Fraction()) for row in rows]
+        for state in hidden.double().tolist()
+    ]
+
+
+def sorted_list(scores: list[Fraction], target: int, seen: set[int]) -> list[int]:
+    """All eligible items best first; the target behind its equals, the others by id."""
+    eligible = [item for item in range(1, len(scores)) if item not in seen - {target}]
+    return sorted(eligible, key=lambda item: (-scores[item], item == target, item))
+
+
+def as_seen(seen: list[set[int]], targets: list[int]) -> SeenItems:
+    pairs = [(e, i) for e, items in enumerate(seen) for i in sorted(items - {targets[e]})]
+    columns = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    return SeenItems(columns[:, 0], columns[:, 1])
+
+
+def check(
+    hidden: torch.Tensor,
+    table: torch.Tensor,
+    targets: list[int],
+    seen: list[set[int]] | None = None,
+    limit: int = 5,
+) -> None:
+    """`ranks` and `top_items` against the sorted list."""
+    scores = exact_scores(hidden, table)
+    catalogue = Catalogue(table)
+    seen_items = as_seen(seen, targets) if seen is not None else None
+    target_E = torch.tensor(targets, dtype=torch.int64)
+    ranks = catalogue.ranks(hidden, target_E, seen_items).tolist()
+    top = catalogue.top_items(hidden, target_E, limit, seen_items).tolist()
+    for event, target in enumerate(targets):
+        best = sorted_list(scores[event], target, seen[event] if seen else set())
+        assert ranks[event] == 1 + best.index(target)
+        assert top[event] == (best + [0] * limit)[:limit]
+
+
+def with_ties(rng: np.random.Generator, num_items: int, dim: int) -> torch.Tensor:
+    """A table in which rows repeat, some are zero, and some differ in the last bit."""
+    table = torch.from_numpy(rng.standard_normal((num_items + 1, dim)).astype(np.float32))
+    for item in range(1, num_items + 1):
+        kind = rng.integers(5)
+        other = int(rng.integers(1, num_items + 1))
+        if kind == 0:
+            table[item] = table[other]
+        elif kind == 1:
+            table[item] = 0
+        elif kind == 2:
+            table[item] = torch.nextafter(table[other], torch.full((dim,), torch.inf))
+    return table
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_ranks_and_lists_equal_a_brute_force_sort(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """60 x 40 randomized events: ties, repeats, filters, zero states, any cut into chunks."""
+    rng = np.random.default_rng(seed)
+    monkeypatch.setattr(ranking, "_CHUNK_ELEMENTS", int(rng.choice([1, 40, 77, 200, 1 << 20])))
+    monkeypatch.setattr(ranking, "_PAIRS_AT_ONCE", int(rng.choice([1, 3, 1 << 16])))
+    num_items, dim, events = int(rng.integers(1, 30)), int(rng.integers(1, 6)), 40
+    table = with_ties(rng, num_items, dim)
+    hidden = torch.from_numpy(rng.standard_normal((events, dim)).astype(np.float32))
+    hidden[0] = 0
+    hidden[1] = hidden[2]
+    if num_items > 1:
+        hidden[3] = table[2]
+    targets = rng.integers(1, num_items + 1, events).tolist()
+    histories = [
+        set(rng.integers(1, num_items + 1, rng.integers(0, num_items + 3)).tolist())
+        for _ in range(events)
+    ]
+    check(hidden, table, targets, limit=int(rng.integers(1, num_items + 4)))
+    check(hidden, table, targets, histories, limit=int(rng.integers(1, num_items + 4)))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e17])
+@pytest.mark.parametrize("dim", [3, 64])
+def test_near_ties_within_float32_rounding(scale: float, dim: int) -> None:
+    """Scores equal in float32 but not in truth, by cancellation of large terms, at any norm."""
+    rng = np.random.default_rng(dim)
+    base = rng.standard_normal(dim) * scale
+    table = np.repeat(base[None], 25, axis=0).astype(np.float32)
+    for item in range(1, 20):
+        place = rng.integers(dim)
+        table[item, place] = np.nextafter(table[item, place], np.float32(rng.choice([-1, 1])))
+    # One entry of a huge norm makes the rounding bound wide for all.
+    table[24] *= 100
+    hidden = rng.standard_normal((12, dim)).astype(np.float32)
+    hidden[6:, 0] = -(hidden[6:, 1:] * table[1, 1:]).sum(axis=1) / table[1, 0]
+    targets = rng.integers(1, 25, 12).tolist()
+    check(torch.from_numpy(hidden), torch.from_numpy(table), targets, limit=24)
+
+
+def test_large_products_of_both_signs_that_overflow_float32() -> None:
+    table = torch.tensor([[0.0, 0.0], [1e30, 1e30], [1e30, -1e30], [-1e30, -1e30], [2e30, 1e30]])
+    hidden = torch.tensor([[1e30, -1e30], [1e30, 1e30], [-1e30, 1e30]])
+    for target in range(1, 5):
+        check(hidden, table, [target] * 3, limit=4)
+
+
+def test_products_that_underflow_float32() -> None:
+    table = torch.tensor([[0.0], [1e-30], [2e-30], [0.0], [-1e-30]])
+    hidden = torch.tensor([[1e-30], [-1e-30], [1e10]])
+    for target in range(1, 5):
+        check(hidden, table, [target] * 3, limit=4)
+
+
+def test_a_catalogue_larger_than_a_chunk_of_the_true_size() -> None:
+    rng = np.random.default_rng(0)
+    table = rng.integers(-3, 4, (70_001, 4)).astype(np.float32)  # integers: exact, full of ties
+    hidden = rng.integers(-3, 4, (32, 4)).astype(np.float32)
+    targets = rng.integers(1, 70_001, 32)
+    scores = hidden.astype(np.int64) @ table.astype(np.int64).T
+    found = Catalogue(torch.from_numpy(table)).ranks(
+        torch.from_numpy(hidden), torch.from_numpy(targets)
+    )
+    own = scores[np.arange(32), targets][:, None]
+    assert found.tolist() == (scores[:, 1:] >= own).sum(axis=1).tolist()  # the target counts as 1
+
+
+def test_padding_row_is_no_item() -> None:
+    table = torch.tensor([[9.0], [1.0], [2.0]])
+    check(torch.ones(2, 1), table, [1, 2], limit=5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_an_error_and_not_a_perfect_rank(bad: float) -> None:
+    table = torch.ones(4, 2)
+    target = torch.tensor([1, 2])
+    with pytest.raises(RunError, match="NaN or infinite"):
+        Catalogue(table).ranks(torch.tensor([[1.0, 1.0], [1.0, bad]]), target)
+    table[3, 0] = bad
+    with pytest.raises(RunError, match="NaN or infinite"):
+        Catalogue(table)
+
+
+def test_ranks_do_not_depend_on_which_events_are_ranked_together() -> None:
+    rng = np.random.default_rng(3)
+    table = with_ties(rng, 500, 24)
+    hidden = torch.from_numpy(rng.standard_normal((64, 24)).astype(np.float32))
+    targets = torch.from_numpy(rng.integers(1, 501, 64))
+    catalogue = Catalogue(table)
+    together = catalogue.ranks(hidden, targets)
+    alone = torch.cat([catalogue.ranks(hidden[e : e + 1], targets[e : e + 1]) for e in range(64)])
+    assert together.tolist() == alone.tolist()
