@@ -1,0 +1,297 @@
+"""One training step against a plain padded reference in float64, and the schedule of steps.
+
+The reference scores the full [K + M] negatives of each position, sorts out what does not count with
+Python loops, keeps the top-k with gradients through it and applies the formulas of TRON's paper. It
+takes the negatives that were drawn, so that only arithmetic is compared.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_model import build_pair, make_config, make_sessions
+from torch.nn import functional as F
+
+from tron_cli.batches import training_batch
+from tron_cli.config import ExperimentConfig
+from tron_cli.dataset import Sessions
+from tron_cli.negatives import sample_negatives
+from tron_cli.optim import build_optimizer, learning_rate
+from tron_cli.train import training_loss
+
+LENGTHS = [2, 10, 3, 5, 6, 4, 7, 2, 3, 9]
+
+
+def draw(batch, num_items: int, config: ExperimentConfig):
+    return sample_negatives(
+        batch,
+        num_items,
+        num_uniform=config.num_uniform_negatives,
+        num_batch=config.num_batch_negatives,
+        sampling_style=config.sampling_style,
+        reject_uniform_session_items=config.reject_uniform_session_items,
+        reject_in_batch_items=config.reject_in_batch_items,
+    )
+
+
+def negatives_that_count(batch, negatives, config: ExperimentConfig) -> list[list[int]]:
+    """The negative items of each position, in Python lists."""
+    inputs, targets = batch.inputs_N.tolist(), batch.targets_N.tolist()
+    found = []
+    for event, row in enumerate(batch.rows_N.tolist()):
+        index = {"eventwise": event, "sessionwise": row, "batchwise": None}[config.sampling_style]
+        drawn = negatives.uniform if index is None else negatives.uniform[index]
+        keep = negatives.uniform_keep
+        uniform = drawn.tolist() if keep is None or keep[index or 0] else []
+        keep_M = negatives.in_batch_keep_BM
+        in_batch = [
+            inputs[other]
+            for column, other in enumerate(negatives.in_batch_BM[row].tolist())
+            if keep_M is None or keep_M[row, column]
+        ]
+        every = uniform + in_batch
+        if config.mask_collisions:
+            every = [item for item in every if item != targets[event]]
+        found.append(every)
+    return found
+
+
+def position_loss(positive, negative, config: ExperimentConfig):
+    """The formulas; `negative` has only what counts, possibly nothing."""
+    if config.loss == "bce":
+        loss = -torch.sigmoid(positive).log()
+        return loss - (1 - torch.sigmoid(negative)).log().mean() if len(negative) else loss
+    if not len(negative):
+        return positive * 0
+    if config.loss == "ssm":
+        logits = torch.cat([positive[None], negative])
+        return F.cross_entropy(logits[None], torch.tensor([0]))
+    weight = negative.softmax(dim=0)
+    gain = (weight * torch.sigmoid(positive - negative)).sum()
+    return -gain.log() + config.bpr_penalty * (weight * negative**2).sum()
+
+
+def reference_loss(reference, batch, negatives, config: ExperimentConfig):
+    histories = [row.tolist() for row in batch.inputs_N.split(batch.lengths_B.tolist())]
+    hidden_ND = torch.cat(reference(histories))
+    table = reference.outputs.weight
+    total = hidden_ND.new_zeros(())
+    for hidden, target, items in zip(
+        hidden_ND, batch.targets_N, negatives_that_count(batch, negatives, config), strict=True
+    ):
+        negative = table[torch.tensor(items, dtype=torch.int64)] @ hidden
+        if config.topk_sampling:
+            negative = negative.topk(min(config.topk_sampling_k, len(items))).values
+        total = total + position_loss(table[target] @ hidden, negative, config)
+    return total / len(hidden_ND)
+
+
+def check_step(config: ExperimentConfig, *, num_items: int, lengths: list[int]):
+    """Loss and every gradient; returns how many negatives each position had."""
+    model, reference = build_pair(config, num_items)
+    sessions = make_sessions(lengths, num_items, seed=3)
+    batch = training_batch(sessions, np.arange(len(lengths)), config.sequence_length)
+    torch.manual_seed(11)
+    negatives = draw(batch, num_items, config)
+    torch.manual_seed(11)
+    loss = training_loss(model, batch, config, num_items)
+    loss.backward()
+    expected = reference_loss(reference, batch, negatives, config)
+    expected.backward()
+
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-9)
+    ours = dict(model.named_parameters())
+    theirs = {reference.name_in_model(name): value for name, value in reference.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    for name, parameter in ours.items():
+        torch.testing.assert_close(
+            parameter.grad, theirs[name].grad, rtol=0, atol=1e-9, msg=lambda text, n=name: n + text
+        )
+        assert parameter.grad.isfinite().all()
+    return [len(items) for items in negatives_that_count(batch, negatives, config)]
+
+
+LOSSES = ("bce", "bpr-max", "ssm")
+STYLES = ("eventwise", "sessionwise", "batchwise")
+# Model settings take turns over the cases below; test_every_model_setting has all of them.
+MODELS = [
+    {"reuse_item_embeddings": reuse, "output_bias": bias, "positions": where, "num_heads": heads}
+    for (reuse, bias), (where, heads) in zip(
+        itertools.cycle([(True, False), (False, True), (True, True), (False, False)]),
+        [("end", 1), ("start", 2), ("end", 4), ("start", 1), ("end", 2)],
+        strict=False,
+    )
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("topk", [0, 4])
+def test_step_equals_padded_reference(loss, style, topk):
+    """Every rejection and collision setting, on a catalogue small enough to collide."""
+    switches = itertools.product([False, True], repeat=3)
+    for model, (in_session, in_batch, mask) in zip(itertools.cycle(MODELS), switches, strict=False):
+        config = make_config(
+            loss=loss,
+            sampling_style=style,
+            topk_sampling=topk > 0,
+            topk_sampling_k=topk or 1,
+            reject_uniform_session_items=in_session,
+            reject_in_batch_items=in_batch,
+            mask_collisions=mask,
+            bpr_penalty=0.3,
+            **model,
+        )
+        check_step(config, num_items=45, lengths=LENGTHS)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_step_for_model_settings(model, loss):
+    check_step(
+        make_config(loss=loss, topk_sampling=True, topk_sampling_k=3, bpr_penalty=0.1, **model),
+        num_items=45,
+        lengths=LENGTHS,
+    )
+
+
+@pytest.mark.parametrize("topk", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("uniform", "in_batch"), [(5, 0), (0, 4), (1, 1)])
+def test_step_with_one_kind_of_negatives(loss, topk, uniform, in_batch):
+    for style in STYLES:
+        config = make_config(
+            loss=loss,
+            sampling_style=style,
+            num_uniform_negatives=uniform,
+            num_batch_negatives=in_batch,
+            topk_sampling=topk,
+            topk_sampling_k=2 if uniform + in_batch > 1 else 1,
+        )
+        check_step(config, num_items=45, lengths=LENGTHS)
+
+
+@pytest.mark.parametrize("topk", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("style", STYLES)
+def test_step_where_negatives_run_out(loss, style, topk):
+    """Three items: rejection exhausts them, the batch is too small for its in-batch negatives."""
+    config = make_config(
+        loss=loss,
+        sampling_style=style,
+        topk_sampling=topk,
+        topk_sampling_k=5,
+        num_batch_negatives=9,
+        reject_uniform_session_items=True,
+        bpr_penalty=0.3,
+    )
+    counts = check_step(config, num_items=3, lengths=[12, 2])
+    assert min(counts) <= 1
+    assert max(counts) > 1
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("topk", [False, True])
+def test_step_where_a_position_has_no_negative_at_all(loss, topk):
+    """One session that shows both items: nothing can be drawn, and nothing is NaN."""
+    config = make_config(
+        loss=loss,
+        sampling_style="sessionwise",
+        reject_uniform_session_items=True,
+        topk_sampling=topk,
+        bpr_penalty=0.3,
+        topk_sampling_k=4,
+    )
+    model, reference = build_pair(config, 2)
+    sessions = Sessions(np.array([1, 2, 1, 1], np.int32), np.array([0, 4]))
+    batch = training_batch(sessions, np.arange(1), 6)
+    negatives = draw(batch, 2, config)
+    assert negatives_that_count(batch, negatives, config) == [[], [], []]
+    loss_value = training_loss(model, batch, config, 2)
+    loss_value.backward()
+    expected = reference_loss(reference, batch, negatives, config)
+    torch.testing.assert_close(loss_value, expected, rtol=0, atol=1e-9)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_the_positive_can_be_its_own_negative(mask):
+    """TRON's defect: in a catalogue of one item every negative is the target itself."""
+    config = make_config(mask_collisions=mask, num_batch_negatives=0, reject_in_batch_items=False)
+    model, _ = build_pair(config, 1)
+    sessions = Sessions(np.array([1, 1, 1], np.int32), np.array([0, 3]))
+    loss = training_loss(model, training_batch(sessions, np.arange(1), 6), config, 1)
+    expected = 0.0 if mask else math.log(1 + config.num_uniform_negatives)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bf16_autocast_stays_near_float32(loss, style):
+    config = make_config(
+        loss=loss, sampling_style=style, topk_sampling=True, topk_sampling_k=4, bpr_penalty=0.1
+    )
+    model = build_pair(config, 45)[0].float()
+    batch = training_batch(make_sessions(LENGTHS, 45), np.arange(len(LENGTHS)), 6)
+
+    def step(enabled: bool):
+        model.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            value = training_loss(model, batch, config, 45)
+        value.backward()
+        return value, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    (exact, exact_grad), (half, half_grad) = step(False), step(True)
+    assert half.dtype == torch.float32
+    assert half.item() == pytest.approx(exact.item(), rel=0.03)
+    assert F.cosine_similarity(half_grad, exact_grad, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("name", ["adam", "adagrad"])
+def test_optimizers_are_torchs_reference(name):
+    """Three steps of the textbook rule on one weight."""
+    weight = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    optimizer = build_optimizer(name, [weight], lr=0.1)
+    expected, first, second = 1.0, 0.0, 0.0
+    for step, gradient in enumerate([0.5, -2.0, 1.0], start=1):
+        weight.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+        if name == "adam":
+            first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+            corrected = math.sqrt(second / (1 - 0.999**step)) + 1e-8
+            expected -= 0.1 * first / (1 - 0.9**step) / corrected
+        else:
+            second += gradient**2
+            expected -= 0.1 * gradient / (math.sqrt(second) + 1e-10)
+        assert weight.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_learning_rate_warms_up_and_stays():
+    rates = [
+        learning_rate(step, lr=0.4, schedule="constant", warmup_steps=4, total_steps=8)
+        for step in range(8)
+    ]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4, 0.4])
+
+
+def test_learning_rate_follows_half_a_cosine_to_zero():
+    rates = [
+        learning_rate(step, lr=2.0, schedule="cosine", warmup_steps=2, total_steps=8)
+        for step in range(9)
+    ]
+    half = math.sqrt(3) / 2
+    assert rates == pytest.approx([1, 2, 2, 1 + half, 1.5, 1, 0.5, 1 - half, 0])
+    # Nothing is left of the schedule: it stays at its end, and never rises again.
+    after = learning_rate(100, lr=2.0, schedule="cosine", warmup_steps=2, total_steps=8)
+    assert after == pytest.approx(0, abs=1e-12)
+
+
+def test_learning_rate_when_all_steps_are_warm_up():
+    rates = [
+        learning_rate(step, lr=1.0, schedule="cosine", warmup_steps=4, total_steps=4)
+        for step in range(4)
+    ]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0])
