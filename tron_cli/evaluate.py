@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from tron_cli.batches import pack
 from tron_cli.dataset import Sessions
+from tron_cli.errors import RunError
 from tron_cli.models import SASRec
 from tron_cli.ranking import Catalogue, SeenItems
 
@@ -78,6 +79,12 @@ def predict(
     among them is a miss. top_items: also return that many best items of each event.
     Sessions of fewer than two events predict nothing. Raises RunError where scores are not finite.
     """
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        # Not left to the scores: fused attention can turn NaN into zeros.
+        raise RunError(
+            "the model's weights hold NaN or infinite values; no rank can be given; train again "
+            "with a lower lr or with clip_norm"
+        )
     device = model.item_table.device
     was_training = model.training
     model.eval()
@@ -140,7 +147,8 @@ def _rows(
         # Counted from the start, an event's hidden state is the same whatever follows it: one row
         # serves all targets whose history begins where the session does.
         inputs = np.minimum(lengths - 1, window)
-        shared = [_Rows(block, begins, inputs, first_target - 1)]
+        serves = first_target <= inputs
+        shared = [_Rows(block, begins, inputs, first_target - 1)[serves]]
         own_first = np.maximum(first_target, window + 1)
     count = np.maximum(lengths - own_first, 0)
     session = np.repeat(np.arange(len(block)), count)

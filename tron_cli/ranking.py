@@ -18,7 +18,9 @@ from tron_cli.errors import RunError
 
 _CHUNK_ELEMENTS = 1 << 20  # scores held at once: 4 MB, so that counting finds them in the cache
 _PAIRS_AT_ONCE = 1 << 16
+_ROWS_AT_ONCE = 1 << 16
 _SPARE_CANDIDATES = 32  # beyond the last place asked for, in case rounding swapped some
+_NO_RANKS = "no rank can be given; train again with a lower lr or with clip_norm"
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,18 @@ class Catalogue:
 
     def __init__(self, table: torch.Tensor) -> None:
         if not bool(torch.isfinite(table).all()):
-            raise RunError(
-                "the item embeddings hold NaN or infinite values; the checkpoint cannot be ranked "
-                "with (train again with a lower lr or with clip_norm)"
-            )
+            raise RunError(f"the item embeddings hold NaN or infinite values; {_NO_RANKS}")
         self.table = table.detach().float().contiguous()
         self.num_items = len(table) - 1
-        largest_norm = self.table.norm(dim=1).max() if self.num_items else table.new_zeros(())
+        # In float64 the squares neither overflow nor underflow; in pieces the copy stays small.
+        self._largest_norm = torch.stack(
+            [rows.double().norm(dim=1).max() for rows in self.table.split(_ROWS_AT_ONCE)]
+        ).max()
         # A float32 dot product of D terms, in whatever order and with or without fused operations,
         # errs by at most g * |h| * |e| with g = n u / (1 - n u) and u = 2^-24 (Higham, Accuracy and
         # Stability of Numerical Algorithms, 3.1). Four more roundings: thresholds and norms.
         roundings = (self.table.shape[1] + 4) * 2.0**-24
-        self._bound_per_norm = roundings / (1 - roundings) * largest_norm.double() * (1 + 1e-6)
+        self._relative_bound = roundings / (1 - roundings) * (1 + 1e-6)
 
     def score(
         self, hidden_ED: torch.Tensor, event_P: torch.Tensor, item_P: torch.Tensor
@@ -63,6 +65,15 @@ class Catalogue:
         ]
         return torch.cat(scores) if scores else hidden_ED.new_zeros(0, dtype=torch.float64)
 
+    def _rounding_bound(self, hidden_ED: torch.Tensor) -> torch.Tensor:
+        """float64 [E]: how far a float32 score can be from the exact one."""
+        largest_E = hidden_ED.double().norm(dim=1) * self._largest_norm
+        if bool((largest_E >= torch.finfo(torch.float32).max).any()):
+            raise RunError(f"the scores exceed the range of float32; {_NO_RANKS}")
+        # Products may underflow to zero, which loses less than the smallest normal number each.
+        underflow = torch.finfo(torch.float32).tiny * self.table.shape[1]
+        return largest_E * self._relative_bound + underflow
+
     def ranks(
         self, hidden_ED: torch.Tensor, target_E: torch.Tensor, seen: SeenItems | None = None
     ) -> torch.Tensor:
@@ -71,16 +82,11 @@ class Catalogue:
         hidden_ED: float32; target_E: int64 item ids. Ties count against the target.
         """
         if not bool(torch.isfinite(hidden_ED).all()):
-            raise RunError(
-                "the model's hidden states hold NaN or infinite values; no rank can be given "
-                "(train again with a lower lr or with clip_norm)"
-            )
+            raise RunError(f"the model's hidden states hold NaN or infinite values; {_NO_RANKS}")
         hidden_ED = hidden_ED.float()
         event_E = torch.arange(len(target_E), device=target_E.device)
         score_E = self.score(hidden_ED, event_E, target_E)
-        bound_E = hidden_ED.double().norm(dim=1) * self._bound_per_norm
-        # Smallest normal: products may underflow to zero, by less than that in sum.
-        bound_E += torch.finfo(torch.float32).tiny * self.table.shape[1]
+        bound_E = self._rounding_bound(hidden_ED)
         above_E1 = (score_E + bound_E).float()[:, None]
         below_E1 = (score_E - bound_E).float()[:, None]
         rank_E = torch.ones_like(target_E)
@@ -112,7 +118,7 @@ class Catalogue:
         Equal scores are ordered by item id, but the target comes last among its equals.
         """
         hidden_ED = hidden_ED.float()
-        bound_E = hidden_ED.double().norm(dim=1) * self._bound_per_norm
+        bound_E = self._rounding_bound(hidden_ED)
         limit_here = min(limit, self.num_items)
         kept = min(limit_here + _SPARE_CANDIDATES, self.num_items)
         top = torch.zeros(len(target_E), limit, dtype=torch.int64, device=target_E.device)

@@ -316,6 +316,12 @@ def _splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Sessions, Sessi
     sessions, validation = dataset.split("train"), dataset.split("val")
     if not len(sessions):
         raise InputError(f"the training split of {dataset.path} is empty; prepare more data")
+    short = int((sessions.lengths < 2).sum())
+    if short:
+        raise InputError(
+            f"the training split of {dataset.path} holds {short:,} sessions of fewer than two "
+            "events, which have nothing to predict; prepare the dataset again"
+        )
     if config.overfit_batches:
         sessions = validation = _first(sessions, config.overfit_batches * config.train_batch_size)
     limit = config.limit_val_batches

@@ -1,0 +1,1 @@
+"""Measurements of tron: accuracy on real data, and speed."""

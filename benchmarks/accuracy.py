@@ -1,0 +1,227 @@
+"""Train and evaluate on real data; make the README's table of results from what that leaves.
+
+    python -m benchmarks.accuracy run diginetica-tron        # prepared datasets in --data-dir
+    python -m benchmarks.accuracy table                      # rewrite the README's table
+
+A run writes benchmarks/accuracy/NAME.json: commands, commit, seed, hardware, figures. A run that
+was broken off is resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "accuracy"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One row of the table: a packaged config, and what differs from it."""
+
+    dataset: str
+    title: str
+    config: str
+    overrides: tuple[str, ...] = ()
+    one_pass: bool = False
+
+
+def _session_experiments(dataset: str, config: str) -> dict[str, Experiment]:
+    name = f"dataset_name={dataset}"
+    tron = f"config_{config}"
+    return {
+        f"{dataset}-tron-end": Experiment(
+            dataset, "TRON, positions=end", tron, (name, "positions=end"), one_pass=True
+        ),
+        f"{dataset}-tron-start": Experiment(
+            dataset, "TRON, positions=start", tron, (name, "positions=start")
+        ),
+        f"{dataset}-sasrec": Experiment(
+            dataset, "SASRec, BCE, 1 negative", f"config_{config}_sasrec", (name,)
+        ),
+    }
+
+
+EXPERIMENTS = {
+    **_session_experiments("yoochoose_100k", "yoochoose"),
+    **_session_experiments("yoochoose1_64", "yoochoose"),
+    **_session_experiments("diginetica", "diginetica"),
+    "ml1m-tron-end": Experiment("ml1m", "TRON, positions=end", "config_ml1m", ("positions=end",)),
+    "ml1m-tron-start": Experiment(
+        "ml1m", "TRON, positions=start", "config_ml1m", ("positions=start",)
+    ),
+    "ml1m-sasrec": Experiment("ml1m", "SASRec, BCE, 1 negative", "config_ml1m_sasrec"),
+}
+
+
+def run(name: str, data_dir: Path, output_dir: Path) -> Path:
+    """Train (or go on training) and evaluate one experiment; returns its result file."""
+    experiment = EXPERIMENTS[name]
+    run_dir = output_dir / name
+    train = ["train", "--config", experiment.config, *experiment.overrides]
+    evaluate = ["evaluate", "CHECKPOINT"]
+    where = ["--data-dir", str(data_dir)]
+    seconds = None
+    if (run_dir / "last.pt").exists():
+        found = _tron(["train", "--resume", str(run_dir), *where])
+    else:
+        clock = time.perf_counter()
+        found = _tron([*train, *where, "--output-dir", str(output_dir), "--name", name])
+        seconds = round(time.perf_counter() - clock)
+    checkpoint = ["evaluate", found["checkpoint"], *where]
+    config = json.loads((run_dir / "config.json").read_text())
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    result = {
+        "experiment": name,
+        "dataset": experiment.dataset,
+        "title": experiment.title,
+        "commands": [f"tron {' '.join(train)}", f"tron {' '.join(evaluate)}"],
+        "commit": _commit(),
+        "seed": config["seed"],
+        "hardware": _hardware(),
+        "training_seconds": seconds,
+        "steps": json.loads(lines[-1])["step"],
+        "best_checkpoint": Path(found["checkpoint"]).name,
+        "validation": found["validation"],
+        "test": _figures(_tron(checkpoint)),
+    }
+    if experiment.one_pass:
+        result["test_one_pass"] = _figures(_tron([*checkpoint, "--one-pass"]))
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
+
+
+def table() -> str:
+    """Markdown of all committed results, best validated first within a dataset."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    order = [experiment.dataset for experiment in EXPERIMENTS.values()]
+    results.sort(key=lambda result: order.index(result["dataset"]))
+    blocks = []
+    for dataset in dict.fromkeys(result["dataset"] for result in results):
+        rows = [result for result in results if result["dataset"] == dataset]
+        blocks.append(_dataset_table(dataset, rows))
+    return "\n\n".join(blocks)
+
+
+def _dataset_table(dataset: str, results: list[dict[str, Any]]) -> str:
+    test = results[0]["test"]
+    last_item = test["protocol"] == "last-item"
+    shown = ("R@10", "nDCG@10") if last_item else ("R@20", "RR@20")
+    lost = test["left_out"]["lost_predictions"]
+    seen = "seen items filtered" if test["filter_rated"] else "nothing filtered"
+    lines = [
+        f"**{dataset}**: {test['protocol']}, {test['events']:,} test events of "
+        f"{test['sessions']:,} sessions, {test['items']:,} items, {seen}",
+        "",
+    ]
+    header = [
+        "model",
+        *(f"{name} (std. error)" for name in shown),
+        *((f"{name}, lost as misses" for name in shown) if lost else ()),
+        f"validation {shown[0]}",
+        "training",
+    ]
+    lines += [" | ".join(["", *header, ""]).strip(), "|---|" + "---:|" * (len(header) - 1)]
+    for result in results:
+        rows = [("", result["test"])]
+        if "test_one_pass" in result:
+            rows.append((", one pass", result["test_one_pass"]))
+        for suffix, report in rows:
+            figures = [report["metrics"][name] for name in shown]
+            cells = [
+                result["title"] + suffix,
+                *(f"{figure['value']:.4f} ({figure['stderr']:.4f})" for figure in figures),
+            ]
+            if lost:
+                cells += [f"{figure['value_with_lost_as_misses']:.4f}" for figure in figures]
+            cells.append("" if suffix else f"{result['validation'][shown[0]]:.4f}")
+            cells.append("" if suffix else _training(result))
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- `{command}`" for command in _commands(results))]
+    return "\n".join(lines)
+
+
+def _commands(results: list[dict[str, Any]]) -> list[str]:
+    return [f"{result['commands'][0]}" for result in results]
+
+
+def _training(result: dict[str, Any]) -> str:
+    seconds = result["training_seconds"]
+    spent = f", {seconds / 60:.0f} min" if seconds else ""
+    return f"{result['steps']:,} steps{spent}, `{result['commit'][:9]}`, seed {result['seed']}"
+
+
+def _figures(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without what belongs to one machine."""
+    return {key: value for key, value in report.items() if key != "checkpoint"}
+
+
+def _tron(words: list[str]) -> dict[str, Any]:
+    """Run a tron command with --json; its log goes to our stderr."""
+    command = [sys.executable, "-m", "tron_cli", *words, "--json"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "tron_cli")
+    return git("rev-parse", "HEAD") + ("-modified" if changed else "")
+
+
+def _hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    threads = torch.get_num_threads()
+    return f"{model}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
+
+
+def _write_table() -> None:
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run_parser = commands.add_parser("run", help="train and evaluate")
+    run_parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS)
+    run_parser.add_argument("--data-dir", type=Path, default=ROOT / "datasets")
+    run_parser.add_argument("--output-dir", type=Path, default=ROOT / "runs")
+    commands.add_parser("table", help="rewrite the README's table")
+    arguments = parser.parse_args()
+    if arguments.command == "table":
+        _write_table()
+    else:
+        for name in arguments.experiments:
+            print(run(name, arguments.data_dir.resolve(), arguments.output_dir.resolve()))
+
+
+if __name__ == "__main__":
+    main()
