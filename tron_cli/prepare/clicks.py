@@ -43,7 +43,7 @@ def prepare_clicks(
         events = collect_events(file, read(file, bad), bad)
         steps = Steps()
         sessions = apply_filters(
-            to_sessions(events),
+            steps.record("read", to_sessions(events), ""),
             steps,
             min_session_length=MIN_SESSION_LENGTH,
             min_item_count=MIN_ITEM_COUNT,

@@ -53,7 +53,6 @@ class Parser:
 
 
 INTEGER = Parser(lambda column: column.cast(pl.Int64, strict=False), "an integer")
-TEXT = Parser(lambda column: column.replace("", None), "a value")
 
 
 @dataclass(frozen=True)

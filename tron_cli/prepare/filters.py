@@ -37,16 +37,23 @@ class Steps:
         self.count(step, len(sessions), len(sessions.items), items, why)
         return sessions
 
-    def count(self, step: str, sessions: int, events: int, items: int, why: str) -> None:
-        """The same from counts alone."""
-        before = self.entries[-1] if self.entries else {"sessions": sessions, "events": events}
+    def count(
+        self, step: str, sessions: int | None, events: int, items: int | None, why: str
+    ) -> None:
+        """The same from counts alone; None where a count is not known at this step."""
+        before: dict[str, Any] = (
+            self.entries[-1] if self.entries else {"sessions": sessions, "events": events}
+        )
+        dropped = None
+        if sessions is not None and before["sessions"] is not None:
+            dropped = before["sessions"] - sessions
         self.entries.append(
             {
                 "step": step,
                 "sessions": sessions,
                 "events": events,
                 "items": items,
-                "dropped_sessions": before["sessions"] - sessions,
+                "dropped_sessions": dropped,
                 "dropped_events": before["events"] - events,
                 "why": why,
             }
@@ -57,12 +64,11 @@ def apply_filters(
     sessions: Sessions, steps: Steps, *, min_session_length: int, min_item_count: int
 ) -> Sessions:
     """Short sessions, rare items, short sessions again: each once, in this order, as TRON does."""
-    steps.record("read", sessions, "")
-    short = f"sessions of fewer than {min_session_length} events"
+    short = f"fewer than {min_session_length} events"
     sessions = drop_short(sessions, min_session_length)
     steps.record("short sessions", sessions, short)
     sessions = drop_rare_items(sessions, min_item_count)
     sessions = take_where(sessions, sessions.lengths > 0)
-    steps.record("rare items", sessions, f"items with fewer than {min_item_count} events")
+    steps.record("rare items", sessions, f"fewer than {min_item_count} events")
     sessions = drop_short(sessions, min_session_length)
-    return steps.record("short sessions again", sessions, f"{short}, after rare items went")
+    return steps.record("short sessions again", sessions, f"{short} left")

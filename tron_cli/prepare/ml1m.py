@@ -43,7 +43,7 @@ def prepare_ml1m(
         steps.record("read", histories, "")
         enough = histories.lengths >= MIN_EVENTS
         users, histories = users[enough], take_where(histories, enough)
-        steps.record("short histories", histories, f"users of fewer than {MIN_EVENTS} events")
+        steps.record("short histories", histories, f"fewer than {MIN_EVENTS} events")
         # The numbers are drawn from 0..6039 and compared with user ids, which are 1..6040.
         drawn = np.random.RandomState(SPLIT_SEED).choice(USERS, VAL_USERS, replace=False)
         validates = np.isin(users, drawn)

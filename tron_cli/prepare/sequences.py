@@ -54,7 +54,7 @@ def prepare_sequences(
         ]
         steps.record("read", _joined(parts), "")
         parts = [drop_short(part, 2) for part in parts]
-        steps.record("short sessions", _joined(parts), "sessions of fewer than 2 events")
+        steps.record("short sessions", _joined(parts), "fewer than 2 events")
         period = _joined(parts[:-1])
         val_sessions = len(parts[1]) if val else int(len(period) * VAL_SHARE)
         rows = np.arange(len(period))

@@ -1,0 +1,289 @@
+"""`tron prepare SOURCE`: one command per source; polars and numpy load only when one runs."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tron_cli.dataset import Dataset
+
+app = typer.Typer(
+    name="prepare",
+    help="Turn raw data into a prepared dataset: filters, splits, memory-mapped arrays.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Raw = Annotated[
+    Path | None,
+    typer.Option(help="The archive, its unpacked folder or the file (also .gz); else downloaded."),
+]
+Name = Annotated[str | None, typer.Option(help="Name of the dataset; by default the source's.")]
+RequiredName = Annotated[str, typer.Option(help="Name of the dataset.")]
+DataDir = Annotated[Path, typer.Option(help="Folder of the prepared datasets.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a dataset of that name.")]
+ValDays = Annotated[
+    float, typer.Option(min=0, help="Days of training that validate; 0 leaves validation empty.")
+]
+MaxValSessions = Annotated[
+    int, typer.Option(min=1, help="Validation is a sample of at most so many sessions.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the validation sample.")]
+SkipBadLines = Annotated[
+    bool, typer.Option("--skip-bad-lines", help="Skip and count lines that cannot be read.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print dataset.json instead of the tables.")]
+
+DATASETS = Path("datasets")
+MAX_VAL_SESSIONS = 100_000
+SEED = 42
+
+
+class TableSplit(str, Enum):
+    """How a table is split."""
+
+    time = "time"
+    leave_one_out = "leave-one-out"
+
+
+class TimeUnit(str, Enum):
+    """The unit of numeric times."""
+
+    auto = "auto"
+    s = "s"
+    ms = "ms"
+    us = "us"
+    ns = "ns"
+
+
+@app.command()
+def otto(
+    raw: Raw = None,
+    name: Name = None,
+    force: Force = False,
+    data_dir: DataDir = DATASETS,
+    val_days: ValDays = 2,
+    max_val_sessions: MaxValSessions = MAX_VAL_SESSIONS,
+    seed: Seed = SEED,
+    skip_bad_lines: SkipBadLines = False,
+    as_json: AsJson = False,
+) -> None:
+    """OTTO's clicks (Kaggle: otto/recsys-dataset)."""
+    from tron_cli.prepare.otto import prepare_otto
+
+    dataset = prepare_otto(
+        raw,
+        data_dir,
+        name or "otto",
+        force=force,
+        val_days=val_days,
+        max_val_sessions=max_val_sessions,
+        seed=seed,
+        skip_bad_lines=skip_bad_lines,
+    )
+    _report(dataset, as_json)
+
+
+@app.command()
+def yoochoose(
+    raw: Raw = None,
+    name: Name = None,
+    force: Force = False,
+    data_dir: DataDir = DATASETS,
+    val_days: ValDays = 1,
+    max_val_sessions: MaxValSessions = MAX_VAL_SESSIONS,
+    seed: Seed = SEED,
+    skip_bad_lines: SkipBadLines = False,
+    as_json: AsJson = False,
+) -> None:
+    """Yoochoose clicks (RecSys Challenge 2015)."""
+    from tron_cli.prepare.yoochoose import prepare_yoochoose
+
+    dataset = prepare_yoochoose(
+        raw,
+        data_dir,
+        name or "yoochoose",
+        force=force,
+        val_days=val_days,
+        max_val_sessions=max_val_sessions,
+        seed=seed,
+        skip_bad_lines=skip_bad_lines,
+    )
+    _report(dataset, as_json)
+
+
+@app.command()
+def diginetica(
+    raw: Raw = None,
+    name: Name = None,
+    force: Force = False,
+    data_dir: DataDir = DATASETS,
+    val_days: ValDays = 7,
+    max_val_sessions: MaxValSessions = MAX_VAL_SESSIONS,
+    seed: Seed = SEED,
+    skip_bad_lines: SkipBadLines = False,
+    as_json: AsJson = False,
+) -> None:
+    """Diginetica item views (CIKM Cup 2016)."""
+    from tron_cli.prepare.diginetica import prepare_diginetica
+
+    dataset = prepare_diginetica(
+        raw,
+        data_dir,
+        name or "diginetica",
+        force=force,
+        val_days=val_days,
+        max_val_sessions=max_val_sessions,
+        seed=seed,
+        skip_bad_lines=skip_bad_lines,
+    )
+    _report(dataset, as_json)
+
+
+@app.command()
+def ml1m(
+    raw: Raw = None,
+    name: Name = None,
+    force: Force = False,
+    data_dir: DataDir = DATASETS,
+    skip_bad_lines: SkipBadLines = False,
+    as_json: AsJson = False,
+) -> None:
+    """MovieLens-1M in Kang's version, leave-one-out, with gSASRec's split."""
+    from tron_cli.prepare.ml1m import prepare_ml1m
+
+    dataset = prepare_ml1m(
+        raw, data_dir, name or "ml1m", force=force, skip_bad_lines=skip_bad_lines
+    )
+    _report(dataset, as_json)
+
+
+@app.command()
+def sequences(
+    train: Annotated[Path, typer.Option(help="Training sessions, one a line, in time order.")],
+    test: Annotated[Path, typer.Option(help="Test sessions, one a line.")],
+    name: RequiredName,
+    val: Annotated[
+        Path | None,
+        typer.Option(help="Validation sessions; else the last 5 % of the training lines."),
+    ] = None,
+    force: Force = False,
+    data_dir: DataDir = DATASETS,
+    max_val_sessions: MaxValSessions = MAX_VAL_SESSIONS,
+    seed: Seed = SEED,
+    skip_bad_lines: SkipBadLines = False,
+    as_json: AsJson = False,
+) -> None:
+    """Text files with one session a line: integer item ids, oldest first."""
+    from tron_cli.prepare.sequences import prepare_sequences
+
+    dataset = prepare_sequences(
+        train,
+        test,
+        data_dir,
+        name,
+        val=val,
+        force=force,
+        max_val_sessions=max_val_sessions,
+        seed=seed,
+        skip_bad_lines=skip_bad_lines,
+    )
+    _report(dataset, as_json)
+
+
+@app.command()
+def table(
+    input_file: Annotated[
+        Path, typer.Option("--input", help="csv, tsv, inter, jsonl (also .gz) or parquet.")
+    ],
+    item_col: Annotated[str, typer.Option(help="Column of the item ids.")],
+    time_col: Annotated[str, typer.Option(help="Column of the times.")],
+    name: RequiredName,
+    time_unit: Annotated[
+        TimeUnit, typer.Option(help="auto: ISO 8601, or numbers of a guessed unit.")
+    ] = TimeUnit.auto,
+    session_col: Annotated[str | None, typer.Option(help="Column of the session ids.")] = None,
+    user_col: Annotated[
+        str | None, typer.Option(help="Column of the user ids, instead of --session-col.")
+    ] = None,
+    session_gap: Annotated[
+        str | None,
+        typer.Option(help="A user's session ends at a pause longer than this (30m by default)."),
+    ] = None,
+    event_col: Annotated[str | None, typer.Option(help="Column of the kinds of events.")] = None,
+    keep_events: Annotated[
+        str | None, typer.Option(help="The kinds to keep, such as view,click.")
+    ] = None,
+    split: Annotated[TableSplit, typer.Option(help="How to split.")] = TableSplit.time,
+    val_days: ValDays = 1,
+    test_days: Annotated[
+        float, typer.Option(min=0, help="Sessions that start in the last so many days test.")
+    ] = 1,
+    min_session_length: Annotated[
+        int, typer.Option(min=2, help="Drop sessions of fewer events (leave-one-out: at least 3).")
+    ] = 2,
+    min_item_count: Annotated[int, typer.Option(min=1, help="Drop items with fewer events.")] = 5,
+    force: Force = False,
+    data_dir: DataDir = DATASETS,
+    max_val_sessions: MaxValSessions = MAX_VAL_SESSIONS,
+    seed: Seed = SEED,
+    skip_bad_lines: SkipBadLines = False,
+    as_json: AsJson = False,
+) -> None:
+    """Your own data: a table with a row per event."""
+    from tron_cli.prepare.table import TableColumns, prepare_table
+
+    kinds = tuple(kind.strip() for kind in (keep_events or "").split(",") if kind.strip())
+    dataset = prepare_table(
+        input_file,
+        TableColumns(
+            item=item_col,
+            time=time_col,
+            session=session_col,
+            user=user_col,
+            time_unit=time_unit.value,
+            session_gap=session_gap,
+            event=event_col,
+            keep_events=kinds,
+        ),
+        data_dir,
+        name,
+        leave_one_out=split is TableSplit.leave_one_out,
+        val_days=val_days,
+        test_days=test_days,
+        min_session_length=min_session_length,
+        min_item_count=min_item_count,
+        max_val_sessions=max_val_sessions,
+        seed=seed,
+        force=force,
+        skip_bad_lines=skip_bad_lines,
+    )
+    _report(dataset, as_json)
+
+
+@app.command()
+def synthetic(
+    name: Name = None,
+    force: Force = False,
+    data_dir: DataDir = DATASETS,
+    seed: Annotated[int, typer.Option(help="Seed of the generated shop.")] = SEED,
+    as_json: AsJson = False,
+) -> None:
+    """A generated shop whose best possible figures are known."""
+    from tron_cli.prepare.synthetic import prepare_synthetic
+
+    _report(prepare_synthetic(data_dir, name or "synthetic", force=force, seed=seed), as_json)
+
+
+def _report(dataset: Dataset, as_json: bool) -> None:
+    from tron_cli.prepare.summary import print_summary
+
+    if as_json:
+        print(json.dumps(dataset.info))
+    else:
+        print_summary(dataset)

@@ -1,0 +1,158 @@
+"""What `tron prepare` prints at its end, from dataset.json alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tron_cli.dataset import SPLITS, Dataset
+from tron_cli.report import format_table
+
+# Sizes after preparation as their authors give them: TRON's paper (train is the whole training
+# period), and for ML-1M gSASRec's repository.
+PUBLISHED: dict[str, dict[str, str]] = {
+    "otto": {
+        "train sessions": "12.9M",
+        "train events": "194.7M",
+        "test sessions": "1.67M",
+        "test events": "12.34M",
+        "items": "1,855,603",
+    },
+    "yoochoose": {
+        "train sessions": "7.9M",
+        "train events": "31.6M",
+        "test sessions": "15k",
+        "test events": "71k",
+        "items": "37k",
+    },
+    "diginetica": {
+        "train sessions": "187k",
+        "train events": "906k",
+        "test sessions": "18k",
+        "test events": "87k",
+        "items": "43k",
+    },
+    "ml1m": {"test sessions": "6,040", "test events": "999,611", "items": "3,416"},
+}
+_SCALE = {"k": 1_000, "M": 1_000_000}
+
+
+def print_summary(dataset: Dataset) -> None:
+    """Print what came in, what was dropped and why, the splits, and the published sizes."""
+    print(summary_text(dataset))
+
+
+def summary_text(dataset: Dataset) -> str:
+    """The tables of `print_summary`."""
+    info = dataset.info
+    parts = [f"{dataset.path}: {info['protocol']}, {info['num_items']:,} items"]
+    if info.get("filters"):
+        parts.append(_steps_table(info["filters"]))
+    parts.append(_splits_table(info["splits"]))
+    notes = _notes(info)
+    if notes:
+        parts.append("\n".join(notes))
+    if info["source"] in PUBLISHED:
+        parts.append(_published_table(info))
+    return "\n\n".join(parts)
+
+
+def agrees(value: int, published: str) -> bool:
+    """Whether a published figure (such as 12.9M) is the value, rounded or cut off."""
+    number = published.replace(",", "")
+    scale = _SCALE.get(number[-1], 1)
+    digits = number.rstrip("kM")
+    unit = scale / 10 ** len(digits.partition(".")[2])
+    low = float(digits) * scale
+    return low - unit / 2 <= value < low + unit if unit > 1 else value == low
+
+
+def _steps_table(steps: list[dict[str, Any]]) -> str:
+    header = ["step", "sessions", "events", "items", "dropped sessions", "dropped events"]
+    keys = ["sessions", "events", "items", "dropped_sessions", "dropped_events"]
+    rows = [
+        [f"{step['step']} ({step['why']})" if step.get("why") else step["step"]]
+        + [_count(step.get(key)) for key in keys]
+        for step in steps
+    ]
+    return format_table(header, rows)
+
+
+def _splits_table(splits: dict[str, dict[str, Any]]) -> str:
+    header = ["split", "sessions", "events", "mean length", "median", "longest"]
+    rows = [
+        [
+            name,
+            _count(splits[name]["sessions"]),
+            _count(splits[name]["events"]),
+            _number(splits[name]["mean_length"], ".2f"),
+            _number(splits[name]["median_length"], "g"),
+            _count(splits[name]["max_length"]),
+        ]
+        for name in SPLITS
+    ]
+    return format_table(header, rows)
+
+
+def _notes(info: dict[str, Any]) -> list[str]:
+    """A sentence for whatever was left out, skipped or lost; none for what did not happen."""
+    notes = []
+    bad = info.get("bad_lines") or {"count": 0}
+    if bad["count"]:
+        notes.append(f"{bad['count']:,} bad lines were skipped; the first: {bad['first']}.")
+    for reason, count in (info.get("left_out") or {}).items():
+        if count:
+            notes.append(f"Left out of train and val: {count:,} {_LEFT_OUT.get(reason, reason)}.")
+    test = info["splits"]["test"]
+    if test.get("lost_predictions"):
+        notes.append(
+            f"Test lost {test['unseen_events']:,} events of items that training lacks, and with "
+            f"them {test['lost_predictions']:,} predictions; `tron evaluate` also gives the "
+            "figures that count these as misses."
+        )
+    unseen = info.get("items_unseen_in_train")
+    if unseen:
+        events = info["splits"]["val"].get("events_unseen_in_train", 0)
+        notes.append(
+            f"{unseen:,} items of the catalogue occur in the training period but not in train; "
+            f"{events:,} events of val are theirs."
+        )
+    return notes
+
+
+_LEFT_OUT = {
+    "val_sessions_beyond_sample": "validation sessions beyond the sample",
+    "val_events_beyond_sample": "events of validation sessions beyond the sample",
+    "late_sessions": "sessions with fewer than two events before a held-out stretch",
+    "late_events": "events that lie in or after a held-out stretch",
+    "short_train_sessions": "histories with fewer than two events to train on",
+    "short_train_events": "events of histories too short to train on",
+}
+
+
+def _published_table(info: dict[str, Any]) -> str:
+    splits = info["splits"]
+    period = info.get("training_period") or {
+        key: splits["train"][key] + splits["val"][key] for key in ("sessions", "events")
+    }
+    ours = {
+        "train sessions": period["sessions"],
+        "train events": period["events"],
+        "test sessions": splits["test"]["sessions"],
+        "test events": splits["test"]["events"],
+        "items": info["num_items"],
+    }
+    rows = [
+        [name, published, f"{ours[name]:,}", "yes" if agrees(ours[name], published) else "differs"]
+        for name, published in PUBLISHED[info["source"]].items()
+    ]
+    return format_table(
+        ["size after preparation (train with val)", "published", "here", "agrees"], rows
+    )
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

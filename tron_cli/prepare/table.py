@@ -1,0 +1,264 @@
+"""A person's own log of events: CSV, TSV, RecBole's .inter, Parquet or JSON lines.
+
+Whole sessions are split by when they start: the last `test_days` before the latest start test, the
+`val_days` before those validate. Earlier sessions keep only their events before the stretch that is
+held out, so that nothing is trained on what comes after the first event that is predicted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from tron_cli.dataset import Dataset, DatasetWriter, Sessions
+from tron_cli.errors import InputError
+from tron_cli.prepare.columns import (
+    BadLines,
+    Columns,
+    Parser,
+    read_delimited,
+    read_json_lines,
+    read_parquet,
+)
+from tron_cli.prepare.events import collect_events, split_at_gaps, to_sessions
+from tron_cli.prepare.filters import Steps, apply_filters
+from tron_cli.prepare.raw import open_raw
+from tron_cli.prepare.split import Splits, by_start, sample_rows, split_by_time, split_last_items
+from tron_cli.prepare.times import time_parser
+from tron_cli.prepare.write import dataset_path, in_order_of_appearance, write_splits
+
+DEFAULT_GAP = "30m"
+_MS_PER = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_SEPARATORS = ",;\t|"
+
+
+@dataclass(frozen=True)
+class TableColumns:
+    """Which columns of a table say what; exactly one of session and user is given.
+
+    time_unit: auto, s, ms, us or ns. session_gap: a user's session ends where the next event is
+    farther away than this, such as 30m; None keeps a user's events together. event, keep_events:
+    only the events of these kinds.
+    """
+
+    item: str
+    time: str
+    session: str | None = None
+    user: str | None = None
+    time_unit: str = "auto"
+    session_gap: str | None = None
+    event: str | None = None
+    keep_events: tuple[str, ...] = ()
+
+
+def prepare_table(
+    input_file: Path,
+    columns: TableColumns,
+    data_dir: Path,
+    name: str,
+    *,
+    leave_one_out: bool = False,
+    val_days: float = 1,
+    test_days: float = 1,
+    min_session_length: int = 2,
+    min_item_count: int = 5,
+    max_val_sessions: int = 100_000,
+    seed: int = 42,
+    force: bool = False,
+    skip_bad_lines: bool = False,
+) -> Dataset:
+    """Prepare a table of events, split by time, or leave-one-out (then val_days 0: no validation).
+
+    The filters are those of the session-based literature: short sessions, rare items, and sessions
+    that became short by that, each once. Leave-one-out needs at least three events of each.
+    """
+    gap = _checked_gap(columns, leave_one_out)
+    with DatasetWriter(dataset_path(data_dir, name), force=force) as writer:
+        bad = BadLines(skip=skip_bad_lines)
+        steps = Steps()
+        reader = _TableReader(input_file, columns, bad)
+        events = collect_events(input_file, iter(reader), bad)
+        if columns.event:
+            steps.count("read", None, reader.rows, None, "")
+        if gap is not None:
+            events = replace(events, sessions=split_at_gaps(events.sessions, events.times, gap))
+        sessions = to_sessions(events)
+        kinds = f"only {', '.join(columns.keep_events)}" if columns.event else ""
+        steps.record("kinds of events" if kinds else "read", sessions, kinds)
+        sessions = apply_filters(
+            sessions,
+            steps,
+            min_session_length=max(min_session_length, 3 if leave_one_out else 2),
+            min_item_count=min_item_count,
+        )
+        if leave_one_out:
+            splits = _leave_one_out(sessions, val_days > 0, max_val_sessions, seed)
+        else:
+            splits = split_by_time(
+                sessions,
+                by_start,
+                test_days=test_days,
+                val_days=val_days,
+                max_val_sessions=max_val_sessions,
+                seed=seed,
+                cut_late_events=True,
+            )
+        return write_splits(
+            writer,
+            splits,
+            item_ids=events.item_ids,
+            catalogue=in_order_of_appearance(splits.period),
+            name=name,
+            protocol="last-item" if leave_one_out else "every-step",
+            source="table",
+            options={
+                "input": str(input_file),
+                "item_col": columns.item,
+                "time_col": columns.time,
+                "time_unit": columns.time_unit,
+                "session_col": columns.session,
+                "user_col": columns.user,
+                "session_gap_ms": gap,
+                "event_col": columns.event,
+                "keep_events": list(columns.keep_events),
+                "split": "leave-one-out" if leave_one_out else "time",
+                "val_days": val_days,
+                "test_days": None if leave_one_out else test_days,
+                "min_session_length": min_session_length,
+                "min_item_count": min_item_count,
+                "max_val_sessions": max_val_sessions,
+                "seed": seed,
+                "skip_bad_lines": skip_bad_lines,
+            },
+            files=[input_file],
+            steps=steps,
+            bad=bad,
+        )
+
+
+def _checked_gap(columns: TableColumns, leave_one_out: bool) -> int | None:
+    """The session gap in ms, None where the sessions (or whole histories) are given."""
+    if (columns.session is None) == (columns.user is None):
+        raise InputError("expected exactly one of --session-col and --user-col")
+    if bool(columns.event) != bool(columns.keep_events):
+        raise InputError("--event-col and --keep-events go together: give both or none")
+    if columns.session_gap and (columns.user is None or leave_one_out):
+        raise InputError("--session-gap goes with --user-col and a split by time")
+    if columns.user is None or leave_one_out:
+        return None
+    return duration(columns.session_gap or DEFAULT_GAP)
+
+
+def duration(text: str) -> int:
+    """Milliseconds of a duration such as 90s, 30m, 1.5h or 2d."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if not match:
+        raise InputError(f"--session-gap {text!r}: expected a duration such as 90s, 30m, 2h or 1d")
+    return round(float(match[1]) * _MS_PER[match[2]])
+
+
+def _leave_one_out(sessions: Sessions, validate: bool, max_val: int, seed: int) -> Splits:
+    rows = sample_rows(len(sessions), max_val if validate else 0, seed)
+    # Everyone keeps the second last item from training, whoever of them validates.
+    held_back = np.full(len(sessions), 2 if validate else 1)
+    return split_last_items(sessions, rows, train_without=held_back)
+
+
+class _TableReader:
+    """The blocks of a table as session, item and time; counts the rows of all kinds."""
+
+    def __init__(self, file: Path, columns: TableColumns, bad: BadLines) -> None:
+        if not file.is_file():
+            raise InputError(f"--input {file} is not a file")
+        self.file, self.columns, self.bad = file, columns, bad
+        self.rows = 0
+
+    def __iter__(self) -> Iterator[Columns]:
+        owner = self.columns.session or self.columns.user
+        assert owner is not None
+        wanted = [owner, self.columns.item, self.columns.time]
+        parsers = {owner: _OWNER, self.columns.item: _ITEM}
+        parsers[self.columns.time] = time_parser(self.columns.time_unit)
+        if self.columns.event:
+            wanted.append(self.columns.event)
+            parsers[self.columns.event] = _KIND
+        if len(set(wanted)) < len(wanted):
+            raise InputError(f"expected different columns, got {', '.join(wanted)}")
+        kinds: set[str] = set()
+        kept = 0
+        for block in self._blocks(wanted):
+            block = block.parse(parsers, self.bad)
+            self.rows += len(block.lines)
+            frame = block.frame
+            if self.columns.event:
+                kind = frame[self.columns.event]
+                kinds.update(kind.unique().to_list())
+                frame = frame.filter(kind.is_in(self.columns.keep_events))
+            kept += len(frame)
+            yield replace(
+                block,
+                frame=frame.select(
+                    session=_keys(frame[owner]), item=self.columns.item, time=self.columns.time
+                ),
+            )
+        if self.columns.event and not kept:
+            raise InputError(
+                f"{self.file} has no event of the kinds {', '.join(self.columns.keep_events)}: "
+                f"its {self.columns.event} holds {', '.join(sorted(kinds)[:10])}"
+            )
+
+    def _blocks(self, wanted: list[str]) -> Iterator[Columns]:
+        kind = Path(self.file.name.removesuffix(".gz")).suffix
+        if kind in (".csv", ".tsv", ".inter"):
+            separator = _separator(self.file)
+            quoted = kind != ".inter"  # RecBole's files have no quoting
+            return read_delimited(self.file, wanted, self.bad, separator=separator, quoted=quoted)
+        if kind in (".jsonl", ".ndjson"):
+            return read_json_lines(self.file, wanted, self.bad)
+        if kind == ".parquet":
+            return read_parquet(self.file, wanted)
+        raise InputError(
+            f"{self.file}: expected a name that ends in .csv, .tsv, .inter, .jsonl, .ndjson "
+            "(or one of these and .gz) or .parquet"
+        )
+
+
+def _separator(file: Path) -> str:
+    """The separator that the header line holds most often."""
+    with open_raw(file) as content:
+        header = content.readline(1 << 16).decode(errors="replace")
+    return max(_SEPARATORS, key=header.count)
+
+
+def _ids(column: pl.Series) -> pl.Series:
+    """Integers as they are, also where they are stored as floats; everything else as text."""
+    if column.dtype.is_integer():
+        return column.cast(pl.Int64, strict=False)
+    if column.dtype.is_float():
+        integers = column.cast(pl.Int64, strict=False)
+        return pl.select(pl.when(integers == column).then(integers)).to_series()
+    return column.cast(pl.String).replace("", None)
+
+
+def _item_ids(column: pl.Series) -> pl.Series:
+    # The ids are kept one a line.
+    ids = _ids(column)
+    if ids.dtype != pl.String:
+        return ids
+    broken = ids.str.contains(r"[\r\n]")
+    return pl.select(pl.when(~broken).then(ids)).to_series()
+
+
+_OWNER = Parser(_ids, "an id")
+_ITEM = Parser(_item_ids, "an id in one line")
+_KIND = Parser(lambda column: column.cast(pl.String), "a kind of event")
+
+
+def _keys(ids: pl.Series) -> pl.Series:
+    """int64 keys of sessions or users; of text its 64-bit hash, so that none of it is kept."""
+    return ids if ids.dtype == pl.Int64 else ids.hash().reinterpret(signed=True)
