@@ -16,6 +16,7 @@ import typer
 
 from tron_cli import __version__
 from tron_cli.errors import InputError, RunError
+from tron_cli.prepare.commands import app as prepare_app
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ app = typer.Typer(
 config_app = typer.Typer(
     help="Look at configurations.", no_args_is_help=True, rich_markup_mode=None
 )
+app.add_typer(prepare_app, name="prepare")
 app.add_typer(config_app, name="config")
 
 log = logging.getLogger("tron")
@@ -384,12 +386,3 @@ class _log_to_file:  # noqa: N801
     def __exit__(self, *error: object) -> None:
         log.removeHandler(self.handler)
         self.handler.close()
-
-
-def _add_prepare() -> None:
-    from tron_cli.prepare.commands import app as prepare_app
-
-    app.add_typer(prepare_app, name="prepare")
-
-
-# _add_prepare()
