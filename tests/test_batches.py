@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import pack_sessions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -17,11 +18,6 @@ item = st.integers(1, 99)
 histories = st.lists(st.lists(item, min_size=2, max_size=40), min_size=1, max_size=25)
 
 
-def as_sessions(rows: list[list[int]]) -> Sessions:
-    items = np.array([item for row in rows for item in row], np.int32)
-    return Sessions(items, np.cumsum([0] + [len(row) for row in rows]))
-
-
 def rows_of(values: torch.Tensor, batch) -> list[list[int]]:
     return [row.tolist() for row in values.split(batch.lengths_B.tolist())]
 
@@ -31,7 +27,7 @@ def rows_of(values: torch.Tensor, batch) -> list[list[int]]:
 def test_training_batch_is_the_last_events_and_what_follows_them(rows, window, data):
     """Also of sessions in any order, some of them twice (as with replacement)."""
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=30))
-    batch = training_batch(as_sessions(rows), np.array(chosen), window)
+    batch = training_batch(pack_sessions(rows), np.array(chosen), window)
 
     expected = sorted((rows[index][-(window + 1) :] for index in chosen), key=len)
     assert rows_of(batch.inputs_N, batch) == [row[:-1] for row in expected]
@@ -53,7 +49,7 @@ def test_training_batch_is_the_last_events_and_what_follows_them(rows, window, d
 @given(rows=histories)
 @settings(max_examples=100, deadline=None)
 def test_attention_groups_hold_each_event_once(rows):
-    batch = training_batch(as_sessions(rows), np.arange(len(rows)), 50)
+    batch = training_batch(pack_sessions(rows), np.arange(len(rows)), 50)
     covered = []
     for group in batch.groups:
         assert covered[-1:] == ([group.start - 1] if group.start else [])

@@ -7,19 +7,20 @@ takes the negatives that were drawn, so that only arithmetic is compared.
 
 import itertools
 import math
-
 import numpy as np
 import pytest
 import torch
+from conftest import write_dataset
 from test_model import build_pair, make_config, make_sessions
 from torch.nn import functional as F
 
 from tron_cli.batches import training_batch
+from tron_cli.checkpoint import load_checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Sessions
 from tron_cli.negatives import sample_negatives
 from tron_cli.optim import build_optimizer, learning_rate
-from tron_cli.train import training_loss
+from tron_cli.train import train, training_loss
 
 LENGTHS = [2, 10, 3, 5, 6, 4, 7, 2, 3, 9]
 
@@ -295,3 +296,65 @@ def test_learning_rate_when_all_steps_are_warm_up():
         for step in range(4)
     ]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+# --- the loop: what is learned, and from which sessions -------------------------------------------
+
+CYCLE = 20
+CPU = torch.device("cpu")
+
+
+def cyclic_sessions(count: int, seed: int) -> list[list[int]]:
+    """Each item is followed by the next one, the last by the first."""
+    random = np.random.default_rng(seed)
+    return [
+        [int(item) % CYCLE + 1 for item in start + np.arange(length)]
+        for start, length in zip(
+            random.integers(CYCLE, size=count), random.integers(2, 9, size=count), strict=True
+        )
+    ]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_and_sampling_style_learns_a_cycle(tmp_path, loss, style):
+    """The contract of all models: next = item % I + 1 is found, on sessions never seen."""
+    dataset = write_dataset(
+        tmp_path, train=cyclic_sessions(200, seed=1), val=cyclic_sessions(40, seed=2)
+    )
+    config = make_config(
+        loss=loss,
+        sampling_style=style,
+        embedding_dim=16,
+        num_blocks=1,
+        num_uniform_negatives=16,
+        num_batch_negatives=8,
+        # Nearly all items are inputs of some session of the batch: rejection would leave none.
+        reject_in_batch_items=False,
+        topk_sampling=loss != "bce",
+        topk_sampling_k=12,
+        train_batch_size=20,
+        max_epochs=12,
+        lr=2e-2,
+        metrics=("R@1",),
+        val_metric="R@1",
+        precision="float32",
+    )
+    (tmp_path / "run").mkdir()
+    best = load_checkpoint(train(config, dataset, tmp_path / "run", device=CPU))
+    assert best.metrics["R@1"] >= 0.95
+
+
+def test_sessions_of_fewer_than_two_events_are_not_trained_on(tmp_path):
+    """TRON crashes on them, or poisons the batch: here they change nothing."""
+    sessions = cyclic_sessions(30, seed=1)
+    with_short = [row for full in sessions for row in ([], full, [3])]
+    weights = []
+    for name, rows in (("clean", sessions), ("short", with_short)):
+        dataset = write_dataset(tmp_path, name=name, train=rows, val=sessions[:5])
+        (tmp_path / f"run-{name}").mkdir()
+        config = make_config(train_batch_size=8, max_epochs=1, precision="float32")
+        path = train(config, dataset, tmp_path / f"run-{name}", device=CPU)
+        weights.append(load_checkpoint(path).weights)
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
