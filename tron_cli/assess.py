@@ -14,7 +14,7 @@ from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
 from tron_cli.evaluate import predict
 from tron_cli.metrics import Figure, parse_measures, score
-from tron_cli.trec import write_qrels, write_run
+from tron_cli.trec import check_writable, write_qrels, write_run
 
 TIE_RULE = "items that score the same as the target count as ranked above it"
 
@@ -57,6 +57,9 @@ def assess(
             f"the {options.split} split of {dataset.path} is empty; prepare it with one, or "
             "choose another --split"
         )
+    for path in (options.run, options.qrels):
+        if path:
+            check_writable(path)
     depth = max(config.recommendation_limit, *(measure["cutoff"] for measure in measures))
     model = checkpoint.build_model(device)
     predictions = predict(
@@ -79,7 +82,9 @@ def assess(
 
     events = len(predictions.rank_E)
     possible = int((sessions.lengths - 1).clip(min=0).sum())
-    lost = int(dataset.split_info(options.split).get("lost_predictions", 0)) if whole_split else 0
+    counts = dataset.split_info(options.split)
+    # They were counted for the dataset's own protocol and for the whole split.
+    lost = counts["lost_predictions"] if whole_split and protocol == dataset.protocol else 0
     report: dict[str, Any] = {
         "metrics": {name: _with_lost(figure, events, lost) for name, figure in figures.items()},
         "protocol": protocol,
@@ -94,7 +99,7 @@ def assess(
         "filter_rated": filter_rated,
         "left_out": {
             "earlier_events": possible - events if protocol == "every-step" else 0,
-            "sessions_beyond_limit": dataset.split_info(options.split)["sessions"] - len(sessions),
+            "sessions_beyond_limit": counts["sessions"] - len(sessions),
             "lost_predictions": lost,
         },
         "missed_because_filtered": int((predictions.rank_E == 0).sum()),

@@ -109,7 +109,7 @@ def save_checkpoint(
     content = {
         "format_version": FORMAT_VERSION,
         "config": settings,
-        "weights": {key: value.cpu() for key, value in model.state_dict().items()},
+        "weights": _on_cpu(model.state_dict()),
         "step": step,
         "epoch": epoch,
         "metrics": metrics,
@@ -123,6 +123,12 @@ def save_checkpoint(
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def _on_cpu(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU; tensors that share memory still do, and are stored once."""
+    copies: dict[int, torch.Tensor] = {}
+    return {key: copies.setdefault(value.data_ptr(), value.cpu()) for key, value in weights.items()}
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -177,11 +177,16 @@ class DatasetWriter:
         self,
         name: str,
         chunks: Iterable[Sessions],
+        *,
+        unseen_events: int = 0,
+        lost_predictions: int = 0,
         **counts: Any,
     ) -> None:
-        """Append chunks of sessions (each with offsets from 0) to a split; extra counts go with it.
+        """Append chunks of sessions (each with offsets from 0) to a split.
 
-        All chunks have times, or none has.
+        All chunks have times, or none has. unseen_events: dropped before, because the training
+        period lacks their item; lost_predictions: predictions of the dataset's protocol that were
+        possible before. These and further counts go into dataset.json.
         """
         folder = self._folder / name
         folder.mkdir()
@@ -213,6 +218,8 @@ class DatasetWriter:
             "median_length": float(np.median(length)) if len(length) else None,
             "max_length": int(length.max()) if len(length) else None,
             "fingerprint": digest.hexdigest(),
+            "unseen_events": unseen_events,
+            "lost_predictions": lost_predictions,
             **counts,
         }
 

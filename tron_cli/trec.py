@@ -57,11 +57,30 @@ def _names(item_ids: np.ndarray) -> list[str]:
     return [re.sub(r"[\s%]", escape, str(item)) for item in item_ids]
 
 
+def check_writable(path: Path) -> None:
+    """Raise InputError where no file can be written, before hours of ranking."""
+    partial = _partial(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path} ({error}); name a file in a folder that exists"
+        ) from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
 def _write(path: Path, lines: Iterable[str]) -> None:
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.writelines(lines)
+        partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error}") from error
-    partial.replace(path)
