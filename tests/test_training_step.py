@@ -7,6 +7,8 @@ takes the negatives that were drawn, so that only arithmetic is compared.
 
 import itertools
 import math
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +18,11 @@ from test_model import build_pair, make_config, make_sessions
 from torch.nn import functional as F
 
 from tron_cli.batches import training_batch
-from tron_cli.checkpoint import load_checkpoint
+from tron_cli.checkpoint import LAST, load_checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Sessions
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, RunError
+from tron_cli.evaluate import predict
 from tron_cli.negatives import sample_negatives
 from tron_cli.optim import build_optimizer, learning_rate
 from tron_cli.train import train, training_loss
@@ -353,3 +356,113 @@ def test_sessions_of_fewer_than_two_events_are_refused(tmp_path):
     dataset = write_dataset(tmp_path, train=[[3], *sessions, [], [4]], val=sessions)
     with pytest.raises(InputError, match="3 sessions of fewer than two events"):
         train(make_config(), dataset, tmp_path, device=CPU)
+
+
+@pytest.fixture
+def seen_sessions(monkeypatch):
+    """The first item of each session that a step trains on; each session has its own."""
+    seen: list[list[int]] = []
+
+    def record(sessions, chosen, sequence_length):
+        seen.append([int(sessions[session][0]) for session in chosen])
+        return training_batch(sessions, chosen, sequence_length)
+
+    monkeypatch.setattr("tron_cli.train.training_batch", record)
+    return seen
+
+
+def train_numbered(tmp_path, *, sessions: int, **settings) -> Path:
+    """Train on sessions that begin with items 1, 2, ... and go on with one common item."""
+    last = sessions + 1
+    dataset = write_dataset(
+        tmp_path, train=[[first, last, last] for first in range(1, last)], val=[[1, last]] * 30
+    )
+    config = make_config(precision="float32", metrics=("R@5",), val_metric="R@5", **settings)
+    return train(config, dataset, tmp_path, device=CPU)
+
+
+def test_each_pass_visits_each_session_once_in_a_new_order(tmp_path, seen_sessions):
+    train_numbered(tmp_path, sessions=23, train_batch_size=5, max_epochs=3)
+    assert [len(step) for step in seen_sessions] == [5, 5, 5, 5, 3] * 3
+    passes = [list(chain(*seen_sessions[start : start + 5])) for start in (0, 5, 10)]
+    assert all(sorted(one) == list(range(1, 24)) for one in passes)
+    assert passes[0] != passes[1] != passes[2]
+
+
+def test_short_epochs_go_on_where_the_last_one_ended(tmp_path, seen_sessions):
+    train_numbered(tmp_path, sessions=23, train_batch_size=5, max_epochs=5, max_batches_per_epoch=2)
+    assert len(seen_sessions) == 10
+    for start in (0, 5):
+        assert sorted(list(chain(*seen_sessions[start : start + 5]))) == list(range(1, 24))
+
+
+def test_no_shuffling_trains_in_the_order_of_the_file(tmp_path, seen_sessions):
+    train_numbered(
+        tmp_path, sessions=7, train_batch_size=3, max_epochs=2, shuffling_style="no_shuffling"
+    )
+    assert seen_sessions == [[1, 2, 3], [4, 5, 6], [7]] * 2
+
+
+def test_overfit_batches_trains_and_validates_on_the_first_sessions(
+    tmp_path, seen_sessions, monkeypatch
+):
+    validated = []
+
+    def record(model, sessions, **options):
+        validated.append([int(sessions[session][0]) for session in range(len(sessions))])
+        return predict(model, sessions, **options)
+
+    monkeypatch.setattr("tron_cli.train.predict", record)
+    train_numbered(tmp_path, sessions=23, train_batch_size=3, max_epochs=2, overfit_batches=2)
+    assert len(seen_sessions) == 4
+    assert {item for step in seen_sessions for item in step} == {1, 2, 3, 4, 5, 6}
+    assert validated == [[1, 2, 3, 4, 5, 6]] * 2
+
+
+@pytest.mark.parametrize(
+    ("limit", "sessions"), [(1.0, 30), (0.5, 15), (0.01, 1), (2.0, 10), (50.0, 30)]
+)
+def test_limit_val_batches_is_a_share_or_a_number_of_batches(
+    tmp_path, monkeypatch, limit, sessions
+):
+    validated = []
+
+    def record(model, chosen, **options):
+        validated.append(len(chosen))
+        return predict(model, chosen, **options)
+
+    monkeypatch.setattr("tron_cli.train.predict", record)
+    train_numbered(tmp_path, sessions=5, train_batch_size=5, max_epochs=1, limit_val_batches=limit)
+    assert validated == [sessions]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, precision):
+    dataset = write_dataset(tmp_path, train=cyclic_sessions(40, seed=1), val=[[1, 2]])
+    config = make_config(lr=1e30, train_batch_size=4, precision=precision)
+    with pytest.raises(RunError, match=r"loss is (nan|inf).*try a lower lr"):
+        train(config, dataset, tmp_path, device=CPU)
+    assert not list(tmp_path.glob("*loss=*.pt")), "a diverged model looks like a finished one"
+
+
+def test_clipping_bounds_the_step(tmp_path):
+    """Adagrad's state is the sum of the squares of the gradients that it was given."""
+    dataset = write_dataset(tmp_path, train=cyclic_sessions(8, seed=1), val=[[1, 2]])
+    norms = {}
+    for clip_norm in (0.0, 1e-3):
+        config = make_config(
+            optimizer="adagrad", clip_norm=clip_norm, max_epochs=1, train_batch_size=8
+        )
+        train(config, dataset, tmp_path, device=CPU)
+        state = load_checkpoint(tmp_path / LAST).training["optimizer"]["state"]
+        norms[clip_norm] = sum(entry["sum"].sum().item() for entry in state.values()) ** 0.5
+    assert norms[1e-3] == pytest.approx(1e-3, rel=1e-3)
+    assert norms[0.0] > 0.01
+
+
+def test_patience_ends_training(tmp_path, seen_sessions):
+    """A val_metric that cannot grow: two epochs after the first, the best one, are enough."""
+    train_numbered(
+        tmp_path, sessions=3, max_epochs=50, lr=1e-12, early_stopping_patience=2, dropout_rate=0.0
+    )
+    assert len(seen_sessions) == 3
