@@ -76,10 +76,10 @@ def collect_events(file: Path, blocks: Iterable[Columns], bad: BadLines) -> Even
 
 
 def to_sessions(events: Events) -> Sessions:
-    """Group events into sessions: events stably sorted by time, sessions by their first event.
+    """Group events into sessions, in the order in which the file first shows them.
 
-    Ties keep the order of the file: of equal times the event that comes first in it, of sessions
-    that start together the one that appears first. The items stay positions in item_ids.
+    The events of each are stably sorted by time: of equal times the file's first comes first. The
+    items stay positions in item_ids.
     """
     codes, count = _by_appearance(events.sessions)
     items, times = events.items, events.times
@@ -87,9 +87,14 @@ def to_sessions(events: Events) -> Sessions:
     if not ((codes[1:] > codes[:-1]) | (same & (times[1:] >= times[:-1]))).all():
         order = np.lexsort((times, codes))
         items, times = items[order], times[order]
-    offsets = _offsets(np.bincount(codes, minlength=count))
-    sessions = Sessions(items, offsets, times)
-    return take(sessions, np.argsort(times[offsets[:-1]], kind="stable"))
+    return Sessions(items, _offsets(np.bincount(codes, minlength=count)), times)
+
+
+def by_first_event(sessions: Sessions) -> Sessions:
+    """Sessions (none empty) stably sorted by when they start; as they are where times lack."""
+    if sessions.times is None:
+        return sessions
+    return take(sessions, np.argsort(first_times(sessions), kind="stable"))
 
 
 def split_at_gaps(users: np.ndarray, times: np.ndarray, gap: int) -> np.ndarray:

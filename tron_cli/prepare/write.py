@@ -10,7 +10,7 @@ import numpy as np
 from tron_cli.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
 from tron_cli.prepare.columns import BadLines
-from tron_cli.prepare.events import drop_events, take_where
+from tron_cli.prepare.events import by_first_event, drop_events, take_where
 from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.raw import describe
 from tron_cli.prepare.split import Splits
@@ -24,7 +24,8 @@ def dataset_path(data_dir: Path, name: str) -> Path:
 
 
 def in_order_of_appearance(sessions: Sessions) -> np.ndarray:
-    """int64: the distinct items of the sessions, the one that appears first in front."""
+    """int64: the distinct items, in the order in which sessions sorted by first event show them."""
+    sessions = by_first_event(sessions)
     events = len(sessions.items)
     first = np.full(int(sessions.items.max(initial=-1)) + 1, events)
     first[sessions.items[::-1]] = np.arange(events)[::-1]  # of repeated positions the last one wins
@@ -112,7 +113,9 @@ def _predictions(sessions: Sessions) -> int:
 
 
 def _indexed(sessions: Sessions, index: np.ndarray) -> Sessions:
-    return Sessions(index[sessions.items], sessions.offsets, sessions.times)
+    # Only now: dropped events may have been the first ones of their sessions.
+    ordered = by_first_event(sessions)
+    return Sessions(index[ordered.items], ordered.offsets, ordered.times)
 
 
 def _story(steps: Steps) -> str:
