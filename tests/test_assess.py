@@ -1,0 +1,218 @@
+"""Checkpoint + dataset -> report: refusals, warnings, and what the figures are taken over."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import pack_sessions, random_sessions, tiny_settings, write_dataset
+
+from tron_cli.assess import EvaluationOptions, assess
+from tron_cli.checkpoint import (
+    Checkpoint,
+    dataset_identity,
+    encode_item_ids,
+    load_checkpoint,
+    save_checkpoint,
+)
+from tron_cli.config import ExperimentConfig
+from tron_cli.dataset import Dataset
+from tron_cli.errors import InputError
+from tron_cli.evaluate import predict
+from tron_cli.models import build_model
+
+CPU = torch.device("cpu")
+TRAIN = [[1, 2, 3], [4, 5]]
+
+
+def random_checkpoint(dataset: Dataset, file: Path, **changes: Any) -> Checkpoint:
+    config = ExperimentConfig(**tiny_settings(dataset_name=dataset.name, **changes))
+    torch.manual_seed(3)
+    save_checkpoint(
+        file,
+        config=config,
+        model=build_model(config, dataset.num_items),
+        step=5,
+        epoch=0,
+        metrics={},
+        dataset=dataset_identity(dataset),
+        item_ids=encode_item_ids(dataset.item_ids),
+        training={},
+    )
+    return load_checkpoint(file)
+
+
+@pytest.fixture
+def test_sessions(rng: np.random.Generator) -> list[list[int]]:
+    return random_sessions(rng, 40, 20, longest=12)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, test_sessions: list[list[int]]) -> Dataset:
+    return write_dataset(tmp_path, train=TRAIN, test=test_sessions, val=[[1, 2]], num_items=20)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, dataset: Dataset) -> Checkpoint:
+    return random_checkpoint(dataset, tmp_path / "model.pt")
+
+
+def test_the_report_holds_the_figures_and_all_they_rest_on(
+    checkpoint: Checkpoint, dataset: Dataset, test_sessions: list[list[int]]
+) -> None:
+    report = assess(checkpoint, dataset, EvaluationOptions(metrics="R@5 RR@5"), CPU)
+    window = checkpoint.config.sequence_length
+    events = sum(min(len(session) - 1, window) for session in test_sessions)
+    ranks = predict(
+        checkpoint.build_model(CPU), pack_sessions(test_sessions), protocol="every-step"
+    ).rank_E
+    assert report["metrics"]["R@5"]["value"] == pytest.approx(np.mean(ranks <= 5))
+    assert report["metrics"]["RR@5"]["value"] == pytest.approx(np.mean((ranks <= 5) / ranks))
+    assert report["metrics"]["R@5"]["stderr"] > 0
+    assert report["events"] == events
+    assert report["left_out"]["earlier_events"] == sum(map(len, test_sessions)) - 40 - events > 0
+    assert {key: report[key] for key in ("sessions", "items", "split", "protocol", "dataset")} == {
+        "sessions": 40, "items": 20, "split": "test", "protocol": "every-step", "dataset": "tiny",
+    }  # fmt: skip
+    assert report["checkpoint"] == str(checkpoint.path)
+    assert "tie_rule" in report
+    assert report["positions"].startswith("end")
+    assert report["filter_rated"] is False
+
+
+def test_metrics_default_to_those_of_the_config(checkpoint: Checkpoint, dataset: Dataset) -> None:
+    assert set(assess(checkpoint, dataset, EvaluationOptions(), CPU)["metrics"]) == {"R@5", "RR@5"}
+
+
+def test_full_sessions_leave_no_event_out(
+    checkpoint: Checkpoint, dataset: Dataset, test_sessions: list[list[int]]
+) -> None:
+    report = assess(checkpoint, dataset, EvaluationOptions(full_sessions=True), CPU)
+    assert report["events"] == sum(len(session) - 1 for session in test_sessions)
+    assert report["left_out"]["earlier_events"] == 0
+
+
+def test_one_pass_is_named_in_the_output(checkpoint: Checkpoint, dataset: Dataset) -> None:
+    assert "one pass" in assess(checkpoint, dataset, EvaluationOptions(one_pass=True), CPU)["positions"]
+
+
+def test_another_catalogue_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """The same number of items in another order is another catalogue."""
+    ids = np.arange(101, 121)
+    ids[[0, 1]] = ids[[1, 0]]
+    other = write_dataset(tmp_path, name="other", train=TRAIN, test=[[1, 2]], item_ids=ids)
+    with pytest.raises(InputError, match="item ids differ"):
+        assess(checkpoint, other, EvaluationOptions(), CPU)
+
+
+def test_other_training_sessions_are_a_warning(
+    checkpoint: Checkpoint, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "tron"):
+        assess(checkpoint, dataset, EvaluationOptions(), CPU)
+        assert not caplog.records
+        later = write_dataset(tmp_path, name="later", train=[[3, 4]], test=[[1, 2]], num_items=20)
+        report = assess(checkpoint, later, EvaluationOptions(), CPU)
+    assert report["events"] == 1
+    assert "other sessions" in caplog.text
+
+
+def test_every_step_on_leave_one_out_data_is_refused(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path, train=TRAIN, test=[[1, 2, 3], [4, 5]], protocol="last-item")
+    checkpoint = random_checkpoint(data, tmp_path / "model.pt")
+    report = assess(checkpoint, data, EvaluationOptions(), CPU)
+    assert (report["protocol"], report["events"]) == ("last-item", 2)
+    with pytest.raises(InputError, match="leave-one-out"):
+        assess(checkpoint, data, EvaluationOptions(protocol="every-step"), CPU)
+
+
+def test_one_pass_with_full_sessions_is_refused(checkpoint: Checkpoint, dataset: Dataset) -> None:
+    with pytest.raises(InputError, match="--one-pass"):
+        assess(checkpoint, dataset, EvaluationOptions(one_pass=True, full_sessions=True), CPU)
+
+
+def test_an_empty_split_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    empty = write_dataset(tmp_path, name="empty", train=TRAIN, test=[], num_items=20)
+    with pytest.raises(InputError, match=r"test split .* is empty"):
+        assess(checkpoint, empty, EvaluationOptions(), CPU)
+
+
+def test_a_measure_without_a_cutoff_is_refused(checkpoint: Checkpoint, dataset: Dataset) -> None:
+    with pytest.raises(InputError, match="cutoff"):
+        assess(checkpoint, dataset, EvaluationOptions(metrics="nDCG"), CPU)
+
+
+def test_the_validation_split_can_be_evaluated(checkpoint: Checkpoint, dataset: Dataset) -> None:
+    report = assess(checkpoint, dataset, EvaluationOptions(split="val"), CPU)
+    assert (report["split"], report["events"], report["sessions"]) == ("val", 1, 1)
+    assert report["metrics"]["R@5"]["stderr"] is None
+
+
+def test_limit_sessions_takes_the_first_ones(
+    checkpoint: Checkpoint, dataset: Dataset, test_sessions: list[list[int]]
+) -> None:
+    report = assess(checkpoint, dataset, EvaluationOptions(limit_sessions=3), CPU)
+    window = checkpoint.config.sequence_length
+    assert report["events"] == sum(min(len(row) - 1, window) for row in test_sessions[:3])
+    assert (report["sessions"], report["left_out"]["sessions_beyond_limit"]) == (3, 37)
+    whole = assess(checkpoint, dataset, EvaluationOptions(limit_sessions=400), CPU)
+    assert (whole["sessions"], whole["left_out"]["sessions_beyond_limit"]) == (40, 0)
+
+
+def test_events_lost_in_preparation_are_also_counted_as_misses(tmp_path: Path) -> None:
+    """Published session-based figures keep events whose item training lacks."""
+    test = random_sessions(np.random.default_rng(0), 30, 20, longest=6)
+    data = write_dataset(tmp_path, train=TRAIN, test=test, num_items=20, lost_predictions=17)
+    checkpoint = random_checkpoint(data, tmp_path / "model.pt")
+    report = assess(checkpoint, data, EvaluationOptions(metrics="R@5"), CPU)
+    ranks = predict(checkpoint.build_model(CPU), pack_sessions(test), protocol="every-step").rank_E
+    hits, events = int((ranks <= 5).sum()), sum(len(row) - 1 for row in test)
+    figure = report["metrics"]["R@5"]
+    assert hits > 0
+    assert figure["value"] == pytest.approx(hits / events)
+    assert figure["value_with_lost_as_misses"] == pytest.approx(hits / (events + 17))
+    assert report["left_out"]["lost_predictions"] == 17
+    limited = assess(checkpoint, data, EvaluationOptions(metrics="R@5", limit_sessions=5), CPU)
+    assert "value_with_lost_as_misses" not in limited["metrics"]["R@5"]
+
+
+def test_lost_predictions_count_only_for_the_protocol_they_were_counted_for(
+    tmp_path: Path,
+) -> None:
+    """Events that every-step lost say nothing about how many last items were lost."""
+    data = write_dataset(
+        tmp_path, train=TRAIN, test=[[1, 2], [3, 4]], num_items=20, lost_predictions=17
+    )
+    checkpoint = random_checkpoint(data, tmp_path / "model.pt")
+    report = assess(checkpoint, data, EvaluationOptions(protocol="last-item"), CPU)
+    assert all("value_with_lost_as_misses" not in figure for figure in report["metrics"].values())
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+def test_filter_rated_defaults_to_the_config_and_can_be_overridden(
+    in_config: bool, tmp_path: Path
+) -> None:
+    data = write_dataset(tmp_path, train=TRAIN, test=[[1, 2, 1], [3, 4, 5]], num_items=20)
+    checkpoint = random_checkpoint(data, tmp_path / "model.pt", filter_rated=in_config)
+    missed = {
+        asked: assess(checkpoint, data, EvaluationOptions(filter_rated=asked), CPU)[
+            "missed_because_filtered"
+        ]
+        for asked in (None, False, True)
+    }
+    assert missed == {None: int(in_config), False: 0, True: 1}
+
+
+def test_references_are_shown_where_they_hold(tmp_path: Path) -> None:
+    best = {"best": {"R@5": 0.7}}
+    data = write_dataset(
+        tmp_path, train=TRAIN, test=[[1, 2, 3], [3, 4]], num_items=20, references={"test": best}
+    )
+    checkpoint = random_checkpoint(data, tmp_path / "model.pt")
+    assert assess(checkpoint, data, EvaluationOptions(), CPU)["references"] == best
+    for changes in ({"filter_rated": True}, {"protocol": "last-item"}, {"limit_sessions": 1}):
+        assert "references" not in assess(checkpoint, data, EvaluationOptions(**changes), CPU)

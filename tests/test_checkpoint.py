@@ -1,0 +1,213 @@
+"""Checkpoints: whole or absent, safe to load, and complete."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_settings, write_dataset
+
+from tron_cli.checkpoint import (
+    Checkpoint,
+    best_checkpoint,
+    checkpoint_name,
+    dataset_identity,
+    encode_item_ids,
+    load_checkpoint,
+    save_checkpoint,
+)
+from tron_cli.config import ExperimentConfig, config_from_dict
+from tron_cli.errors import InputError
+from tron_cli.models import SASRec, build_model
+
+TEXT_IDS = np.array(["a b", "100%", "é", "7", "x\u2028y"], dtype=object)
+
+
+def save(path: Path, **changes: Any) -> tuple[SASRec, ExperimentConfig]:
+    config = ExperimentConfig(**tiny_settings(output_bias=True, positions="start"))
+    model = build_model(config, 5)
+    content: dict[str, Any] = {
+        "config": config,
+        "model": model,
+        "step": 12,
+        "epoch": 3,
+        "metrics": {"R@5": 0.25},
+        "dataset": {"name": "tiny", "num_items": 5},
+        "item_ids": encode_item_ids(np.arange(5)),
+        "training": {},
+    }
+    save_checkpoint(path, **{**content, **changes})
+    return model, config
+
+
+def one_sentence(message: str) -> bool:
+    return "\n" not in message and len(message) < 400
+
+
+def test_it_holds_all_that_evaluation_needs(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path, train=[[1, 2, 5]], protocol="last-item")
+    model, config = save(tmp_path / "a.pt", dataset=dataset_identity(data))
+    found = load_checkpoint(tmp_path / "a.pt")
+    assert found.config == config
+    assert (found.step, found.epoch, found.metrics) == (12, 3, {"R@5": 0.25})
+    assert found.dataset == {
+        "name": "tiny",
+        "protocol": "last-item",
+        "num_items": 5,
+        "catalogue_fingerprint": data.info["catalogue_fingerprint"],
+        "train_fingerprint": data.info["splits"]["train"]["fingerprint"],
+    }
+    rebuilt = found.build_model(torch.device("cpu"))
+    assert not rebuilt.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(rebuilt.state_dict()[name], value)
+
+
+def test_it_loads_with_weights_only(tmp_path: Path) -> None:
+    """RecTools, RePlay and Transformers4Rec need weights_only=False, which executes code."""
+    save(tmp_path / "a.pt", item_ids=encode_item_ids(TEXT_IDS))
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert content["step"] == 12
+    assert content["config"]["embedding_dim"] == 8
+
+
+@pytest.mark.parametrize(
+    "ids", [np.array([5, -3, 2**62, 0, 9]), np.array([1, 2], np.int32), TEXT_IDS]
+)
+def test_item_ids_come_back(ids: np.ndarray, tmp_path: Path) -> None:
+    save(tmp_path / "a.pt", item_ids=encode_item_ids(ids))
+    found = load_checkpoint(tmp_path / "a.pt").decoded_item_ids()
+    assert found.tolist() == ids.tolist()
+
+
+def test_a_damaged_or_foreign_file_is_one_sentence(tmp_path: Path) -> None:
+    save(tmp_path / "good.pt")
+    good = (tmp_path / "good.pt").read_bytes()
+    contents = {
+        "truncated": good[: len(good) // 2],
+        "almost whole": good[:-1],
+        "empty": b"",
+        "random": np.random.default_rng(0).bytes(5000),
+        "text": b"hello\n",
+    }
+    for name, content in contents.items():
+        file = tmp_path / f"{name}.pt"
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=re.escape(str(file))) as error:
+            load_checkpoint(file)
+        assert one_sentence(str(error.value))
+
+
+class _Code:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("by", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value))])
+def test_code_in_a_file_is_not_executed(by: Any, tmp_path: Path) -> None:
+    by({"format_version": 1, "weights": _Code(tmp_path / "executed")}, tmp_path / "evil.pt")
+    with pytest.raises(InputError) as error:
+        load_checkpoint(tmp_path / "evil.pt")
+    assert one_sentence(str(error.value))
+    assert "weights_only" not in str(error.value)  # torch's own message advises to switch it off
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"format_version": 2},
+        {"weights": {}},
+        {},
+        [1, 2],
+        torch.zeros(3),
+        {"format_version": 1},
+        {"format_version": 1, "config": {"dataset_name": "x"}},
+    ],
+)
+def test_other_content_is_one_sentence(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(InputError, match=r"other\.pt") as error:
+        load_checkpoint(tmp_path / "other.pt")
+    assert one_sentence(str(error.value))
+
+
+def test_a_setting_of_a_later_version_is_one_sentence(tmp_path: Path) -> None:
+    save(tmp_path / "a.pt")
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    content["config"]["flux_capacitor"] = 3
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="another version of tron.*flux_capacitor"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_missing_file_or_an_unfinished_run_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no checkpoint at"):
+        load_checkpoint(tmp_path / "no.pt")
+    save(tmp_path / "last.pt")
+    with pytest.raises(InputError, match="no finished checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_run_folder_stands_for_its_best_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path / "last.pt", step=99)
+    save(tmp_path / "tron-best.pt", step=7)
+    assert best_checkpoint(tmp_path) == tmp_path / "tron-best.pt"
+    assert load_checkpoint(tmp_path).step == 7
+
+
+@pytest.mark.parametrize("fails_at", ["torch.save", "os.fsync", "pathlib.Path.replace"])
+def test_a_save_that_fails_leaves_the_old_file_whole(
+    fails_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "a.pt", step=1)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(fails_at, fail)
+    with pytest.raises(OSError, match="no space"):
+        save(tmp_path / "a.pt", step=2)
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "a.pt").step == 1
+    assert [path for path in tmp_path.glob("*.pt")] == [tmp_path / "a.pt"]
+
+
+def test_the_name_says_what_was_trained() -> None:
+    config = config_from_dict(
+        {"dataset_name": "otto", "num_blocks": 2, "dropout_rate": 0.05, "embedding_dim": 200}
+    )
+    assert checkpoint_name(config, 12000, {"R@20": 0.472}) == (
+        "tron-otto-step=12000-loss=ssm-negs=16384+127-topk=100-emb=200-blocks=2-dropout=0.05"
+        "-R@20=0.4720.pt"
+    )
+    plain = config_from_dict({"dataset_name": "shop", "loss": "bce", "topk_sampling": False})
+    assert checkpoint_name(plain, 5, {}).startswith("sasrec-shop-step=5-loss=bce-negs=16384+127-emb")
+
+
+@pytest.mark.parametrize("metric", ["R@20", "nDCG(dcg='exp-log2')@10", "Success@5", "R(rel=1)@20"])
+@pytest.mark.parametrize("dataset_name", ["otto", "my shop", "a/b", "c:d"])
+def test_the_name_lives_on_every_file_system(metric: str, dataset_name: str) -> None:
+    try:
+        config = config_from_dict({"dataset_name": dataset_name, "val_metric": metric})
+    except InputError:  # refusing is as good as replacing
+        return
+    name = checkpoint_name(config, 10**9, {metric: 0.5})
+    assert not set(name) & set('<>:"/\\|?*')
+    assert len(name) < 200
+
+
+def test_a_label_is_only_a_label(tmp_path: Path) -> None:
+    save(tmp_path / "a.pt")
+    (tmp_path / "a.pt").rename(tmp_path / "renamed by hand.pt")
+    found = load_checkpoint(tmp_path / "renamed by hand.pt")
+    assert isinstance(found, Checkpoint)
+    assert found.step == 12

@@ -1,0 +1,185 @@
+"""Prepared datasets on disk: opening costs nothing, and what is not whole is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import pack_sessions, random_sessions, write_dataset
+
+from tron_cli.dataset import Dataset, DatasetWriter, Sessions
+from tron_cli.errors import InputError
+
+# Imports first, so that only what opening costs is measured.
+OPEN_AND_LOOK = """
+import json, sys, time
+from pathlib import Path
+import numpy as np
+from tron_cli.dataset import Dataset
+
+def resident():  # bytes
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+before, clock = resident(), time.perf_counter()
+data = Dataset.open(Path(sys.argv[1]))
+splits = [data.split(name) for name in ("train", "val", "test")]
+ids = data.item_ids
+last = splits[0][len(splits[0]) - 1]
+seconds = time.perf_counter() - clock
+print(json.dumps({"seconds": seconds, "bytes": resident() - before, "sessions": len(splits[0]),
+                  "items": len(ids), "last": last.tolist()}))
+"""
+
+
+def sparse_array(file: Path, dtype: str, count: int) -> None:
+    """A .npy file of zeros that takes no space on disk."""
+    with file.open("wb") as out:
+        header = {"descr": dtype, "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(out, header)
+        out.truncate(out.tell() + count * np.dtype(dtype).itemsize)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
+def test_opening_a_dataset_of_otto_s_size_takes_no_time_and_no_memory(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path, name="otto", train=[[1, 2]], test=[[1, 2]])
+    for split, sessions, events in (("train", 13_000_000, 200_000_000), ("test", 10, 1000)):
+        for array, dtype, count in (
+            ("items", "<i4", events), ("offsets", "<i8", sessions + 1), ("times", "<i8", events),
+        ):  # fmt: skip
+            sparse_array(data.path / split / f"{array}.npy", dtype, count)
+    sparse_array(data.path / "item_ids.npy", "<i8", 1_855_603)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN_AND_LOOK, str(data.path)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert (found["sessions"], found["items"], found["last"]) == (13_000_000, 1_855_603, [])
+    assert found["seconds"] < 1
+    assert found["bytes"] < 5e6
+
+
+def test_sessions_come_back_as_written(tmp_path: Path, rng: np.random.Generator) -> None:
+    rows = random_sessions(rng, 50, 30, shortest=0)
+    times = [rng.integers(0, 2**45, len(row)) for row in rows]
+
+    with DatasetWriter(tmp_path / "shop") as writer:
+        writer.write_items(np.arange(30))
+        packed = pack_sessions(rows)
+        whole = Sessions(packed.items, packed.offsets, np.concatenate(times))
+        writer.write_split("train", [whole], note="kept")
+        writer.write_split("val", [pack_sessions(rows[:20]), pack_sessions([]), pack_sessions(rows[20:])])
+        writer.write_split("test", [])
+        data = writer.finish(name="shop", protocol="every-step", source="here")
+
+    train, val, test = (data.split(name) for name in ("train", "val", "test"))
+    assert [row.tolist() for row in train] == rows
+    assert [row.tolist() for row in val] == rows
+    assert train.times is not None
+    assert train.times.tolist() == np.concatenate(times).tolist()
+    assert val.times is None
+    assert len(test) == 0
+    assert test.items.dtype == train.items.dtype == np.int32
+    assert train.lengths.tolist() == [len(row) for row in rows]
+    info = data.split_info("train")
+    assert (info["sessions"], info["events"]) == (50, sum(map(len, rows)))
+    assert info["mean_length"] == pytest.approx(np.mean([len(row) for row in rows]))
+    assert info["median_length"] == np.median([len(row) for row in rows])
+    assert info["note"] == "kept"
+    assert data.info["source"] == "here"
+    assert data.split_info("val")["fingerprint"] == info["fingerprint"]
+    assert data.split_info("test")["mean_length"] is None
+
+
+def test_fingerprints_tell_contents_apart(tmp_path: Path) -> None:
+    def prints(train: list[list[int]], ids: np.ndarray) -> tuple[str, str]:
+        data = write_dataset(tmp_path, train=train, item_ids=ids)
+        return data.split_info("train")["fingerprint"], data.catalogue_fingerprint
+
+    ids = np.arange(4)
+    base = prints([[1, 2], [3, 4]], ids)
+    assert prints([[1, 2], [3, 4]], ids) == base
+    assert prints([[1, 2, 3], [4]], ids)[0] != base[0]  # the same events, cut elsewhere
+    assert prints([[2, 1], [3, 4]], ids)[0] != base[0]
+    assert prints([[1, 2], [3, 4]], ids[::-1])[1] != base[1]
+    assert prints([[1, 2], [3, 4]], ids.astype(str).astype(object))[1] != base[1]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.array([5, -3, 2**62]),
+        np.array([7, 8, 9], np.int32),
+        np.array(["sku 1", "é", "100%"], dtype=object),
+        np.array(["a", "b", "c"]),
+        np.array(["x\u2028y", "x\u0085y", "tab\tbed"], dtype=object),
+        np.array(["carriage\rreturn", " ", "7"], dtype=object),
+    ],
+)
+def test_original_ids_come_back(ids: np.ndarray, tmp_path: Path) -> None:
+    data = write_dataset(tmp_path, train=[[1, 2, 3]], item_ids=ids)
+    assert data.item_ids.tolist() == ids.tolist()
+    assert data.num_items == 3
+
+
+def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), DatasetWriter(tmp_path / "shop") as writer:
+        writer.write_items(np.arange(3))
+        writer.write_split("train", [pack_sessions([[1, 2]])])
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exception_leaves_the_dataset_that_force_would_replace(tmp_path: Path) -> None:
+    write_dataset(tmp_path, name="shop", train=[[1, 2]])
+    with pytest.raises(OSError, match="disk"), DatasetWriter(tmp_path / "shop", force=True) as writer:
+        writer.write_items(np.arange(3))
+        raise OSError("disk full")
+    assert [path.name for path in tmp_path.iterdir()] == ["shop"]
+    assert Dataset.open(tmp_path / "shop").split("train")[0].tolist() == [1, 2]
+
+
+def test_an_existing_dataset_is_replaced_only_with_force(tmp_path: Path) -> None:
+    write_dataset(tmp_path, name="shop", train=[[1, 2]], test=[[1, 2]])
+    with pytest.raises(InputError, match="--force"):
+        DatasetWriter(tmp_path / "shop")
+    write_dataset(tmp_path, name="shop", train=[[2, 1, 3]], item_ids=np.array(["a", "b", "c"]))
+    data = Dataset.open(tmp_path / "shop")
+    assert data.split("train")[0].tolist() == [2, 1, 3]
+    assert data.item_ids.tolist() == ["a", "b", "c"]
+    assert len(data.split("test")) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["shop"]
+
+
+def test_a_folder_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with (
+        pytest.raises(InputError, match="cannot write"),
+        DatasetWriter(tmp_path / "file" / "shop"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("damage", ["no json", "not json", "future", "no array", "short array"])
+def test_a_damaged_dataset_is_one_sentence(damage: str, tmp_path: Path) -> None:
+    path = write_dataset(tmp_path, train=[[1, 2, 3]]).path
+    info = path / "dataset.json"
+    array = path / "train" / "items.npy"
+    if damage == "no json":
+        info.unlink()
+    elif damage == "not json":
+        info.write_text('{"name": ')
+    elif damage == "future":
+        info.write_text(json.dumps({**json.loads(info.read_text()), "format_version": 99}))
+    elif damage == "no array":
+        array.unlink()
+    else:
+        os.truncate(array, array.stat().st_size - 4)
+    with pytest.raises(InputError, match="prepare") as error:
+        Dataset.open(path).split("train")
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
