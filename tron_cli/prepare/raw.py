@@ -153,6 +153,12 @@ def _find_one(folder: Path, names: tuple[str, ...]) -> Path | None:
     return None
 
 
+def is_gzip(path: Path) -> bool:
+    """Whether a file is gzip-compressed, by its first bytes."""
+    with path.open("rb") as file:
+        return file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+
+
 @contextmanager
 def open_raw(path: Path) -> Iterator[IO[bytes]]:
     """Open a raw file for binary reading, decompressing gzip as it goes.
@@ -161,22 +167,21 @@ def open_raw(path: Path) -> Iterator[IO[bytes]]:
     it is being read within the `with` block.
     """
     try:
-        with path.open("rb") as file:
-            magic = file.read(len(GZIP_MAGIC))
-            file.seek(0)
-            if magic == GZIP_MAGIC:
-                with gzip.GzipFile(fileobj=file) as content:
-                    yield content  # type: ignore[misc]
-            else:
-                yield file
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(
-            f"{path} is a truncated or corrupt gzip file ({error}); get it again"
-        ) from error
-    except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
-    except PermissionError as error:
-        raise InputError(f"{path} may not be read: {error.strerror}") from error
+        compressed = is_gzip(path)
+        file = path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    with file:
+        if not compressed:
+            yield file
+            return
+        try:
+            with gzip.GzipFile(fileobj=file) as content:
+                yield content  # type: ignore[misc]
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise InputError(
+                f"{path} is a truncated or corrupt gzip file ({error}); get it again"
+            ) from error
 
 
 def describe(path: Path) -> dict[str, Any]:
