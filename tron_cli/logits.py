@@ -48,11 +48,19 @@ def sampled_logits(
         if keep_NK is not None:
             logits_NK = logits_NK.masked_fill(~keep_NK, -torch.inf)
         # The order of the kept does not matter, only the set.
-        _, chosen_Nk = logits_NK.topk(min(topk, logits_NK.shape[1]), dim=1, sorted=False)
+        top_Nk, chosen_Nk = logits_NK.topk(min(topk, logits_NK.shape[1]), dim=1, sorted=False)
+        keep_Nk = None if keep_NK is None else top_Nk > -torch.inf
         ids_Nk = _ids_at(chosen_Nk, batch, negatives)
-        ids_N1k = torch.cat([batch.targets_N[:, None], ids_Nk], dim=1)
-    logits_N1k = dot_products(hidden_ND, table_VD, ids_N1k)
-    keep_Nk = None if keep_NK is None else keep_NK.gather(1, chosen_Nk)
+        target_N1 = batch.targets_N[:, None]
+        ids_N1k = torch.cat([target_N1, ids_Nk], dim=1)
+        known_N1k = None
+        if top_Nk.dtype == hidden_ND.dtype:
+            # The first pass was in the precision of the second: its values are the second's.
+            # Those that do not count are made finite, as a loss expects.
+            if keep_Nk is not None:
+                top_Nk = top_Nk.masked_fill(~keep_Nk, 0.0)
+            known_N1k = torch.cat([dot_products(hidden_ND, table_VD, target_N1), top_Nk], dim=1)
+    logits_N1k = dot_products(hidden_ND, table_VD, ids_N1k, known_N1k)
     return logits_N1k[:, 0], logits_N1k[:, 1:], keep_Nk
 
 
@@ -91,6 +99,8 @@ def _all_logits(
         or negatives.uniform_keep is not None
         or negatives.in_batch_keep_BM is not None
     )
+    if len(blocks) == 1:
+        return blocks[0], keeps[0] if needs_keep else None
     return torch.cat(blocks, dim=1), torch.cat(keeps, dim=1) if needs_keep else None
 
 
@@ -128,18 +138,30 @@ def _ids_at(chosen_Nk: torch.Tensor, batch: Batch, negatives: Negatives) -> torc
 
 
 def dot_products(
-    hidden_ND: torch.Tensor, table_VD: torch.Tensor, ids_NK: torch.Tensor
+    hidden_ND: torch.Tensor,
+    table_VD: torch.Tensor,
+    ids_NK: torch.Tensor,
+    known_NK: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[N, K]: hidden_ND[n] . table_VD[ids_NK[n, k]], never holding the gathered [N, K, D]."""
-    return _DotProducts.apply(hidden_ND, table_VD, ids_NK)
+    """[N, K]: hidden_ND[n] . table_VD[ids_NK[n, k]], never holding the gathered [N, K, D].
+
+    known_NK: the values, where they were computed before without gradients.
+    """
+    return _DotProducts.apply(hidden_ND, table_VD, ids_NK, known_NK)
 
 
 class _DotProducts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: torch.Tensor, table_VD: torch.Tensor, ids_NK: torch.Tensor
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        table_VD: torch.Tensor,
+        ids_NK: torch.Tensor,
+        known_NK: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden_ND, table_VD, ids_NK)
+        if known_NK is not None:
+            return known_NK.clone()
         num_events, num_ids = ids_NK.shape
         logits_NK = hidden_ND.new_empty(num_events, num_ids)
         step = max(1, _GATHER_ELEMENTS // max(1, num_ids * hidden_ND.shape[1]))
@@ -150,7 +172,7 @@ class _DotProducts(torch.autograd.Function):
         return logits_NK
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         hidden_ND, table_VD, ids_NK = ctx.saved_tensors
         grad_NK = grads[0].contiguous()
         # Both gradients are sums of weighted rows: embedding bags.
@@ -165,4 +187,4 @@ class _DotProducts(torch.autograd.Function):
             mode="sum",
         )
         grad_table_VD = torch.zeros_like(table_VD).index_copy_(0, items_U, grad_UD)
-        return grad_hidden_ND, grad_table_VD, None
+        return grad_hidden_ND, grad_table_VD, None, None

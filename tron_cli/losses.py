@@ -15,13 +15,14 @@ def bce(
     positive_N: torch.Tensor, negative_NK: torch.Tensor, keep_NK: torch.Tensor | None
 ) -> torch.Tensor:
     """Binary cross-entropy with averaged negatives: softplus(-p) + mean_j softplus(n_j)."""
-    terms_NK = F.softplus(negative_NK)
+    # softplus(x) = -logsigmoid(-x), which torch computes without a cut-off.
+    terms_NK = -F.logsigmoid(-negative_NK)
     if keep_NK is None:
         negative_N = terms_NK.mean(dim=1)
     else:
         kept_N = keep_NK.sum(dim=1).clamp(min=1)
         negative_N = (terms_NK * keep_NK).sum(dim=1) / kept_N
-    return F.softplus(-positive_N) + negative_N
+    return negative_N - F.logsigmoid(positive_N)
 
 
 def ssm(
@@ -29,9 +30,8 @@ def ssm(
 ) -> torch.Tensor:
     """Sampled softmax: cross-entropy of the positive, log(e^p + sum_j e^n_j) - p."""
     if keep_NK is not None:
-        negative_NK = negative_NK.masked_fill(~keep_NK, -torch.inf)
-    logits = torch.cat([positive_N[:, None], negative_NK], dim=1)
-    return logits.logsumexp(dim=1) - positive_N
+        negative_NK = negative_NK.masked_fill(~keep_NK, torch.finfo(negative_NK.dtype).min)
+    return -F.logsigmoid(positive_N - negative_NK.logsumexp(dim=1))
 
 
 def bpr_max(

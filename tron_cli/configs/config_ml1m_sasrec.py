@@ -1,0 +1,24 @@
+"""TRON's SASRec baseline on MovieLens-1M: binary cross-entropy, one eventwise negative."""
+
+from tron_cli.config import ExperimentConfig
+
+config = ExperimentConfig(
+    dataset_name="ml1m",
+    # Window, width and dropout of gSASRec's config for it.
+    sequence_length=200,
+    embedding_dim=128,
+    dropout_rate=0.5,
+    loss="bce",
+    num_uniform_negatives=1,
+    num_batch_negatives=0,
+    sampling_style="eventwise",
+    reject_uniform_session_items=True,
+    topk_sampling=False,
+    lr=1e-3,
+    max_epochs=400,
+    early_stopping_patience=20,
+    filter_rated=True,
+    metrics=("R@1", "R@10", "nDCG@10"),
+    val_metric="nDCG@10",
+    recommendation_limit=10,
+)
