@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import calendar
 import gzip
+import itertools
 import os
 import subprocess
 import sys
@@ -35,14 +36,14 @@ Session = list[tuple[int, int]]  # (time, item)
 def unpack(dataset: Dataset, split: str) -> list[Session]:
     """The sessions of a split with the original item ids."""
     sessions = dataset.split(split)
-    assert sessions.times is not None or not len(sessions)
-    return [
-        [
-            (int(sessions.times[at]), int(dataset.item_ids[sessions.items[at] - 1]))
-            for at in range(sessions.offsets[s], sessions.offsets[s + 1])
-        ]
-        for s in range(len(sessions))
-    ]
+    if not len(sessions):
+        return []
+    assert sessions.times is not None
+    events = list(
+        zip(sessions.times.tolist(), dataset.item_ids[sessions.items - 1].tolist(), strict=True)
+    )
+    offsets = sessions.offsets.tolist()
+    return [events[start:end] for start, end in itertools.pairwise(offsets)]
 
 
 def brute_force(

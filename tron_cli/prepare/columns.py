@@ -66,18 +66,15 @@ class Columns:
 
     def parse(self, parsers: dict[str, Parser], bad: BadLines) -> Columns:
         """The named columns with their values parsed; rows with a bad value are rejected."""
-        keep = np.ones(len(self.lines), bool)
-        parsed = {}
-        for name, parser in parsers.items():
-            parsed[name] = parser.parse(self.frame[name])
-            valid = parsed[name].is_not_null().to_numpy()
-            for row in np.flatnonzero(keep & ~valid).tolist():
-                value = self.frame[name][row]
-                found = "nothing" if value is None or value == "" else repr(value)[:60]
-                problem = f"expected {parser.expected} in {name}, found {found}"
-                bad.reject(self.file, int(self.lines[row]), problem, unit=self.unit)
-            keep &= valid
-        frame = pl.DataFrame(parsed)
+        frame = pl.DataFrame({name: parsers[name].parse(self.frame[name]) for name in parsers})
+        valid = {name: frame[name].is_not_null().to_numpy() for name in parsers}
+        keep = np.logical_and.reduce(list(valid.values()))
+        for row in np.flatnonzero(~keep).tolist():
+            name = next(name for name in parsers if not valid[name][row])
+            value = self.frame[name][row]
+            found = "nothing" if value is None or value == "" else repr(value)[:60]
+            problem = f"expected {parsers[name].expected} in {name}, found {found}"
+            bad.reject(self.file, int(self.lines[row]), problem, unit=self.unit)
         if keep.all():
             return Columns(self.file, frame, self.lines, self.unit)
         return Columns(self.file, frame.filter(pl.Series(keep)), self.lines[keep], self.unit)

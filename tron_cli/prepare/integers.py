@@ -24,23 +24,21 @@ def read_integer_lines(
     for block, first_line in text_blocks(file, quoted=False):
         data = np.frombuffer(block, np.uint8)
         ends = np.flatnonzero(data == ord("\n"))
-        foreign = ~_is_digit(data) & ~np.isin(data, np.frombuffer(_BLANKS + b"\n", np.uint8))
-        is_bad = np.zeros(len(ends), bool)
-        for line in np.unique(np.searchsorted(ends, np.flatnonzero(foreign))).tolist():
-            text = block[ends[line - 1] + 1 if line else 0 : ends[line]].decode(errors="replace")
-            bad.reject(file, first_line + line, f"expected integers, found {text[:60]!r}")
-            is_bad[line] = True
+        is_foreign = ~_is_digit(data) & ~np.isin(data, np.frombuffer(_BLANKS + b"\n", np.uint8))
+        foreign = np.bincount(
+            np.searchsorted(ends, np.flatnonzero(is_foreign)), minlength=len(ends)
+        )
         numbers, digits, lines = _numbers(data, ends)
-        for line in np.unique(lines[(digits > MAX_DIGITS) & ~is_bad[lines]]).tolist():
-            problem = f"expected integers of at most {MAX_DIGITS} digits"
-            bad.reject(file, first_line + line, problem)
-            is_bad[line] = True
+        long = np.bincount(lines[digits > MAX_DIGITS], minlength=len(ends))
         counts = np.bincount(lines, minlength=len(ends))
+        is_bad = (foreign > 0) | (long > 0)
         if per_line is not None:
-            for line in np.flatnonzero((counts > 0) & (counts != per_line) & ~is_bad).tolist():
-                problem = f"expected {per_line} integers, found {counts[line]}"
-                bad.reject(file, first_line + line, problem)
-                is_bad[line] = True
+            is_bad |= (counts > 0) & (counts != per_line)
+        for line in np.flatnonzero(is_bad).tolist():
+            text = block[ends[line - 1] + 1 if line else 0 : ends[line]].decode(errors="replace")
+            expected = "integers" if per_line is None else f"{per_line} integers"
+            problem = f"expected {expected} of at most {MAX_DIGITS} digits, found {text[:60]!r}"
+            bad.reject(file, first_line + line, problem)
         yield numbers[~is_bad[lines]], counts[(counts > 0) & ~is_bad]
 
 
