@@ -7,7 +7,6 @@ takes the negatives that were drawn, so that only arithmetic is compared.
 
 import itertools
 import math
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -384,7 +383,7 @@ def train_numbered(tmp_path, *, sessions: int, **settings) -> Path:
 def test_each_pass_visits_each_session_once_in_a_new_order(tmp_path, seen_sessions):
     train_numbered(tmp_path, sessions=23, train_batch_size=5, max_epochs=3)
     assert [len(step) for step in seen_sessions] == [5, 5, 5, 5, 3] * 3
-    passes = [list(chain(*seen_sessions[start : start + 5])) for start in (0, 5, 10)]
+    passes = [list(itertools.chain(*seen_sessions[start : start + 5])) for start in (0, 5, 10)]
     assert all(sorted(one) == list(range(1, 24)) for one in passes)
     assert passes[0] != passes[1] != passes[2]
 
@@ -393,7 +392,7 @@ def test_short_epochs_go_on_where_the_last_one_ended(tmp_path, seen_sessions):
     train_numbered(tmp_path, sessions=23, train_batch_size=5, max_epochs=5, max_batches_per_epoch=2)
     assert len(seen_sessions) == 10
     for start in (0, 5):
-        assert sorted(list(chain(*seen_sessions[start : start + 5]))) == list(range(1, 24))
+        assert sorted(itertools.chain(*seen_sessions[start : start + 5])) == list(range(1, 24))
 
 
 def test_no_shuffling_trains_in_the_order_of_the_file(tmp_path, seen_sessions):
