@@ -444,6 +444,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, precision):
     assert not list(tmp_path.glob("*loss=*.pt")), "a diverged model looks like a finished one"
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    """The last update may overflow after a finite loss, and without validation nobody looks."""
+    dataset = write_dataset(tmp_path, train=cyclic_sessions(40, seed=1))
+    with pytest.raises(RunError, match="try a lower lr"):
+        train(
+            make_config(lr=1e38, max_epochs=1, precision="float32"), dataset, tmp_path, device=CPU
+        )
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def test_clipping_bounds_the_step(tmp_path):
     """Adagrad's state is the sum of the squares of the gradients that it was given."""
     dataset = write_dataset(tmp_path, train=cyclic_sessions(8, seed=1), val=[[1, 2]])
