@@ -164,15 +164,6 @@ def test_dot_products(num_events, num_ids):
     _check_dot_products(*_tables(num_events, num_ids))
 
 
-def test_dot_products_of_no_ids():
-    hidden_ND, table_VD, ids_NK = _tables(4, 0)
-    found = dot_products(hidden_ND, table_VD, ids_NK)
-    assert found.shape == (4, 0)
-    found.sum().backward()
-    assert not hidden_ND.grad.any()
-    assert not table_VD.grad.any()
-
-
 @pytest.mark.parametrize("limit", [1, 24, 25, 1000])
 def test_dot_products_cut_into_chunks(monkeypatch, limit):
     """A gather limit below one event's rows, between, and above: the same numbers."""
