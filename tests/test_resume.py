@@ -1,0 +1,419 @@
+"""One seed, one result: also for a run that was killed, interrupted and resumed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_sessions, tiny_settings, write_dataset
+
+from tron_cli.checkpoint import load_checkpoint
+from tron_cli.cli import run_training
+from tron_cli.config import ExperimentConfig
+from tron_cli.dataset import Dataset
+from tron_cli.errors import InputError, RunError
+from tron_cli.train import InterruptedRunError, train
+
+CPU = torch.device("cpu")
+
+# 45 sessions in batches of 8 are 6 steps an epoch; a save falls inside each epoch and between two.
+SETTINGS = {"dropout_rate": 0.3, "save_every": 4, "max_epochs": 3, "lr_schedule": "cosine"}
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(5)
+    write_dataset(
+        tmp_path / "data",
+        train=random_sessions(rng, 45, 30),
+        val=random_sessions(rng, 20, 30),
+        test=random_sessions(rng, 5, 30),
+        num_items=30,
+    )
+    return tmp_path / "data"
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    settings = tiny_settings(**{**SETTINGS, **changes})
+    words = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    file = folder / "config.py"
+    file.write_text(
+        f"from tron_cli.config import ExperimentConfig\nconfig = ExperimentConfig({words})\n"
+    )
+    return file
+
+
+def start(config: Path, data_dir: Path, runs: Path, name: str) -> Path:
+    return run_training(str(config), [], data_dir, runs, name, None, "cpu")
+
+
+def resume(data_dir: Path, run_dir: Path, *overrides: str) -> Path:
+    return run_training(None, list(overrides), data_dir, run_dir.parent, None, run_dir, "cpu")
+
+
+def same_values(a: Any, b: Any) -> bool:
+    """Whether two trees of plain data and tensors are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_values(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_values, a, b))
+    return bool(a == b)
+
+
+def logged(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("events_per_second", None)
+    return rows
+
+
+def check_same_run(found: Path, expected: Path, *, same_log: bool = True) -> None:
+    """The same files with the same weights, optimizer state, progress and figures."""
+    names = {path.name for path in expected.iterdir()}
+    assert {path.name for path in found.iterdir()} == names
+    checkpoints = sorted(name for name in names if name.endswith(".pt"))
+    assert len(checkpoints) == 2
+    assert "last.pt" in checkpoints
+    for name in checkpoints:
+        contents = [torch.load(run / name, weights_only=True) for run in (found, expected)]
+        assert same_values(*contents), name
+    if same_log:
+        assert logged(found) == logged(expected)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
+@pytest.mark.parametrize("sampling_style", ["eventwise", "batchwise"])
+def test_one_seed_gives_identical_weights(
+    optimizer: str, sampling_style: str, data_dir: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, optimizer=optimizer, sampling_style=sampling_style)
+    for name in ("a", "b"):
+        torch.rand(len(name + optimizer))  # whatever happened before in the process
+        start(config, data_dir, tmp_path / "runs", name)
+    check_same_run(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
+    other = write_config(tmp_path, optimizer=optimizer, seed=1)
+    start(other, data_dir, tmp_path / "runs", "c")
+    a, c = (load_checkpoint(tmp_path / "runs" / name / "last.pt").weights for name in "ac")
+    assert not same_values(a, c)
+
+
+# ---- kill -9 --------------------------------------------------------------------------------
+
+
+def in_process(context: Any, work: Callable[..., None], *arguments: Any) -> int:
+    """Exit code of `work` in a process of its own; -9 when it was killed."""
+    process = context.Process(target=work, args=arguments)
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None
+    return int(process.exitcode)
+
+
+def die_at(event: int, config: Path, data_dir: Path, run_dir: Path) -> None:
+    """Train or resume, and be killed just before the file operation number `event` of the run."""
+    torch.set_num_threads(1)
+    seen = 0
+
+    def watch(name: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if name not in ("open", "os.rename", "os.remove"):
+            return
+        if not str(arguments[0]).startswith(str(run_dir)):
+            return
+        if seen == event:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen += 1
+
+    sys.addaudithook(watch)
+    start_or_resume(config, data_dir, run_dir)
+
+
+def die_in_step(step: int, config: Path, data_dir: Path, run_dir: Path) -> None:
+    """Train or resume, and be killed in the middle of a step."""
+    import tron_cli.train as module
+
+    torch.set_num_threads(1)
+    original, calls = module.training_loss, 0
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    module.training_loss = watched
+    start_or_resume(config, data_dir, run_dir)
+
+
+def start_or_resume(config: Path, data_dir: Path, run_dir: Path) -> None:
+    """What a person does: resume where there is something to resume, else start again."""
+    if (run_dir / "last.pt").exists():
+        resume(data_dir, run_dir)
+    else:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        start(config, data_dir, run_dir.parent, run_dir.name)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Any]:
+    """Processes that share the imports; each can be killed."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        pytest.skip("needs processes that can be killed")
+    context = multiprocessing.get_context("forkserver")
+    # torch imports _dynamo, a second of work, when it first builds an optimizer.
+    context.set_forkserver_preload(["torch._dynamo", "tron_cli.train", Path(__file__).stem])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        yield context
+
+
+@pytest.mark.slow
+def test_killed_before_any_file_operation_and_resumed_ends_the_same(
+    processes: Any, data_dir: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, max_epochs=2)
+    start(config, data_dir, tmp_path / "runs", "whole")
+    run_dir = tmp_path / "runs" / "killed"
+    failures = {}
+    for event in range(200):
+        shutil.rmtree(run_dir, ignore_errors=True)
+        if in_process(processes, die_at, event, config, data_dir, run_dir) == 0:
+            break
+        start_or_resume(config, data_dir, run_dir)
+        try:
+            check_same_run(run_dir, tmp_path / "runs" / "whole")
+        except AssertionError as error:
+            failures[f"killed before file operation {event}"] = str(error)
+    assert 20 < event < 199
+    assert not failures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
+def test_killed_several_times_at_random_steps_and_resumed_ends_the_same(
+    optimizer: str, processes: Any, data_dir: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(len(optimizer))
+    config = write_config(tmp_path, optimizer=optimizer, shuffling_style="shuffle_with_replacement")
+    start(config, data_dir, tmp_path / "runs", "whole")
+    run_dir = tmp_path / "runs" / "killed"
+    kills = 0
+    while kills < 12:  # at most 6 of the 18 steps are done between two kills
+        step = int(rng.integers(2, 8))
+        if in_process(processes, die_in_step, step, config, data_dir, run_dir) == 0:
+            break
+        kills += 1
+    start_or_resume(config, data_dir, run_dir)
+    assert kills >= 3
+    check_same_run(run_dir, tmp_path / "runs" / "whole")
+
+
+# ---- Ctrl-C ---------------------------------------------------------------------------------
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    import tron_cli.train as module
+
+    original, calls = module.training_loss, 0
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            os.kill(os.getpid(), number)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "training_loss", watched)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [1, 5, 6, 7, 17])
+def test_interrupted_saves_says_how_to_resume_and_ends_the_same(
+    step: int, number: int, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path, save_every=0)
+    start(config, data_dir, tmp_path / "runs", "whole")
+    run_dir = tmp_path / "runs" / "stopped"
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    interrupt_at(monkeypatch, step, number)
+    with pytest.raises(InterruptedRunError) as stop:
+        start(config, data_dir, run_dir.parent, run_dir.name)
+    assert f"tron train --resume {run_dir}" in str(stop.value)
+    assert load_checkpoint(run_dir / "last.pt").step == step
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.undo()
+    resume(data_dir, run_dir)
+    check_same_run(run_dir, tmp_path / "runs" / "whole", same_log=False)
+    validations = [row for row in logged(run_dir) if "validation" in row]
+    assert validations == [r for r in logged(tmp_path / "runs" / "whole") if "validation" in r]
+
+
+def test_interrupted_in_the_last_step_is_finished(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path, save_every=0)
+    start(config, data_dir, tmp_path / "runs", "whole")
+    interrupt_at(monkeypatch, 18, signal.SIGINT)
+    start(config, data_dir, tmp_path / "runs", "stopped")
+    check_same_run(tmp_path / "runs" / "stopped", tmp_path / "runs" / "whole")
+
+
+# ---- what a run leaves and reads ------------------------------------------------------------
+
+
+def test_a_resumed_run_can_go_on_for_more_epochs(data_dir: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, lr_schedule="constant")
+    start(config, data_dir, tmp_path / "runs", "long")
+    short = write_config(tmp_path, lr_schedule="constant", max_epochs=1)
+    start(short, data_dir, tmp_path / "runs", "short")
+    resume(data_dir, tmp_path / "runs" / "short", "max_epochs=3")
+    long, short = tmp_path / "runs" / "long", tmp_path / "runs" / "short"
+    a, b = load_checkpoint(long / "last.pt"), load_checkpoint(short / "last.pt")
+    assert (a.step, b.step) == (18, 18)
+    assert same_values(a.weights, b.weights)
+    assert json.loads((short / "config.json").read_text())["max_epochs"] == 3
+
+
+def test_a_finished_run_resumed_changes_nothing(data_dir: Path, tmp_path: Path) -> None:
+    best = start(write_config(tmp_path), data_dir, tmp_path / "runs", "a")
+    shutil.copytree(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
+    assert resume(data_dir, tmp_path / "runs" / "b").name == best.name
+    check_same_run(tmp_path / "runs" / "b", tmp_path / "runs" / "a")
+
+
+def test_resuming_is_refused_where_it_would_not_be_the_same_run(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    start(write_config(tmp_path), data_dir, tmp_path / "runs", "a")
+    run_dir = tmp_path / "runs" / "a"
+    with pytest.raises(InputError, match="keeps its settings.* not lr"):
+        resume(data_dir, run_dir, "lr=1", "max_epochs=9")
+    with pytest.raises(InputError, match="nothing to resume"):
+        resume(data_dir, tmp_path / "runs" / "no")
+    write_dataset(data_dir, train=[[1, 2]], num_items=30)
+    with pytest.raises(InputError, match="another version"):
+        resume(data_dir, run_dir)
+
+
+def test_defect_test_split_is_never_read_by_training(data_dir: Path, tmp_path: Path) -> None:
+    """TRON chooses its checkpoint on the test set."""
+    config = write_config(tmp_path)
+    start(config, data_dir, tmp_path / "runs", "a")
+    shutil.rmtree(data_dir / "tiny" / "test")
+    start(config, data_dir, tmp_path / "runs", "b")
+    check_same_run(tmp_path / "runs" / "b", tmp_path / "runs" / "a")
+
+
+def test_the_checkpoint_is_the_best_by_validation_and_not_the_last(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, max_epochs=8, lr=0.1, lr_schedule="constant")
+    best = start(config, data_dir, tmp_path / "runs", "a")
+    figures = {
+        row["step"]: row["validation"]["R@5"]
+        for row in logged(tmp_path / "runs" / "a")
+        if "validation" in row
+    }
+    found = load_checkpoint(best)
+    assert len(figures) == 8
+    assert len(set(figures.values())) > 2
+    assert found.metrics["R@5"] == max(figures.values())
+    assert found.step == min(step for step, value in figures.items() if value == max(figures.values()))
+    assert found.step < 48
+    assert f"-step={found.step}-" in best.name
+    assert best.name.endswith(f"-R@5={found.metrics['R@5']:.4f}.pt")
+
+
+def test_the_best_weights_are_those_that_were_validated(data_dir: Path, tmp_path: Path) -> None:
+    from tron_cli.assess import EvaluationOptions, assess
+
+    best = load_checkpoint(start(write_config(tmp_path), data_dir, tmp_path / "runs", "a"))
+    report = assess(best, Dataset.open(data_dir / "tiny"), EvaluationOptions(split="val"), CPU)
+    for name, value in best.metrics.items():
+        assert report["metrics"][name]["value"] == value
+
+
+def test_without_validation_the_last_weights_are_kept_and_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    write_dataset(tmp_path, train=random_sessions(rng, 20, 30), num_items=30)
+    with caplog.at_level(logging.INFO, "tron"):
+        best = start(write_config(tmp_path), tmp_path, tmp_path / "runs", "a")
+    found, last = load_checkpoint(best), load_checkpoint(best.parent / "last.pt")
+    assert found.step == last.step == 9
+    assert same_values(found.weights, last.weights)
+    assert len(list(best.parent.glob("*.pt"))) == 2
+    assert "nothing was selected" in caplog.text
+
+
+def test_early_stopping_stops(data_dir: Path, tmp_path: Path) -> None:
+    """A vanishing learning rate never gains: the first epoch is best, and two more follow."""
+    config = write_config(tmp_path, lr=1e-30, max_epochs=20, early_stopping_patience=2)
+    best = start(config, data_dir, tmp_path / "runs", "a")
+    assert load_checkpoint(best).step == 6
+    assert load_checkpoint(best.parent / "last.pt").step == 18
+    resume(data_dir, best.parent)  # has stopped, and stays so
+    assert load_checkpoint(best.parent / "last.pt").step == 18
+
+
+@pytest.mark.parametrize("save_every", [0, 1])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    save_every: int, data_dir: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, lr=1e30, lr_schedule="constant", save_every=save_every)
+    with pytest.raises(RunError, match="lower lr"):
+        start(config, data_dir, tmp_path / "runs", "a")
+    for file in (tmp_path / "runs" / "a").glob("*.pt"):
+        weights = load_checkpoint(file).weights
+        assert all(bool(torch.isfinite(value).all()) for value in weights.values())
+
+
+def test_short_epochs_visit_all_sessions(data_dir: Path, tmp_path: Path) -> None:
+    """max_batches_per_epoch cuts where validation falls, not which sessions are seen."""
+    whole = write_config(tmp_path, lr_schedule="constant", max_epochs=1)
+    start(whole, data_dir, tmp_path / "runs", "whole")
+    cut = write_config(tmp_path, lr_schedule="constant", max_epochs=3, max_batches_per_epoch=2)
+    start(cut, data_dir, tmp_path / "runs", "cut")
+    a, b = (load_checkpoint(tmp_path / "runs" / name / "last.pt") for name in ("whole", "cut"))
+    assert a.step == b.step == 6
+    assert same_values(a.weights, b.weights)
+
+
+def test_limit_val_batches_and_overfit_batches(data_dir: Path, tmp_path: Path) -> None:
+    number = itertools.count()
+
+    def validated(**changes: Any) -> float:
+        settings = {"max_epochs": 1, "metrics": ("R@30",), "val_metric": "R@5", **changes}
+        best = start(write_config(tmp_path, **settings), data_dir, tmp_path, f"run{next(number)}")
+        return load_checkpoint(best).metrics["R@5"]
+
+    whole = validated()
+    assert validated(limit_val_batches=100.0) == whole  # more than there are
+    assert validated(limit_val_batches=2.0) != whole  # the first 16 of 20 sessions
+    assert validated(limit_val_batches=0.8) == validated(limit_val_batches=2.0)
+    fitted = validated(overfit_batches=1, max_epochs=60, lr=0.03, dropout_rate=0.0)
+    assert fitted > 0.7 > 2 * whole
+
+
+def test_an_empty_training_split_is_an_input_error(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path, train=[], test=[[1, 2]])
+    config = ExperimentConfig(**tiny_settings())
+    with pytest.raises(InputError, match="training split"):
+        train(config, data, tmp_path, device=CPU)
