@@ -145,6 +145,7 @@ def _read_canonical(text: bytes) -> Clicks | None:
     first = np.flatnonzero(key == _word(b'ession":'))
     if (
         not len(first)
+        or first[0] != 0
         or 3 * len(number) + 2 * len(first) != len(colon)
         or first[-1] + 1 >= len(colon)
         or (len(number) and number[-1] + 2 >= len(colon))
