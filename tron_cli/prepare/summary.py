@@ -45,8 +45,10 @@ def summary_text(dataset: Dataset) -> str:
     """The tables of `print_summary`."""
     info = dataset.info
     parts = [f"{dataset.path}: {info['protocol']}, {info['num_items']:,} items"]
-    if info.get("filters"):
-        parts.append(_steps_table(info["filters"]))
+    # A source with a file of its own for test has filters of its own for it.
+    for title, key in (("step", "filters"), ("step of the test file", "test_filters")):
+        if info.get(key):
+            parts.append(_steps_table(title, info[key]))
     parts.append(_splits_table(info["splits"]))
     notes = _notes(info)
     if notes:
@@ -66,8 +68,8 @@ def agrees(value: int, published: str) -> bool:
     return low - unit / 2 <= value < low + unit if unit > 1 else value == low
 
 
-def _steps_table(steps: list[dict[str, Any]]) -> str:
-    header = ["step", "sessions", "events", "items", "dropped sessions", "dropped events"]
+def _steps_table(title: str, steps: list[dict[str, Any]]) -> str:
+    header = [title, "sessions", "events", "items", "dropped sessions", "dropped events"]
     keys = ["sessions", "events", "items", "dropped_sessions", "dropped_events"]
     rows = [
         [f"{step['step']} ({step['why']})" if step.get("why") else step["step"]]
@@ -130,15 +132,13 @@ _LEFT_OUT = {
 
 
 def _published_table(info: dict[str, Any]) -> str:
-    splits = info["splits"]
-    period = info.get("training_period") or {
-        key: splits["train"][key] + splits["val"][key] for key in ("sessions", "events")
-    }
-    ours = {
+    period, test = info["training_period"], info["splits"]["test"]
+    # A source whose publication counts at another place of the way gives the counts of that place.
+    ours = info.get("published_counts") or {
         "train sessions": period["sessions"],
         "train events": period["events"],
-        "test sessions": splits["test"]["sessions"],
-        "test events": splits["test"]["events"],
+        "test sessions": test["sessions"],
+        "test events": test["events"],
         "items": info["num_items"],
     }
     rows = [

@@ -10,7 +10,7 @@ from tron_cli.prepare.columns import Parser
 UNITS = ("s", "ms", "us", "ns")
 
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
-# The largest number that `auto` takes for seconds, and so on: each is the year 5138.
+# The typical size up to which `auto` takes numbers for seconds, and so on: the year 5138.
 _LARGEST = {"s": 1e11, "ms": 1e14, "us": 1e17}
 _LAYOUTS = (
     "%Y-%m-%dT%H:%M:%S%.f",
@@ -24,7 +24,7 @@ def time_parser(unit: str) -> Parser:
     """Reads one column of times, block after block, into int64 milliseconds since 1970 UTC.
 
     unit: s, ms, us or ns for numbers (fractions allowed), or auto: dates and times in ISO 8601
-    (without an offset: UTC), or numbers whose unit follows from the size of the largest in the
+    (without an offset: UTC), or numbers whose unit follows from the size of the median in the
     first block.
     """
     if unit not in ("auto", *UNITS):
@@ -49,10 +49,10 @@ class _TimeReader:
 
 def _unit_of(column: pl.Series) -> str:
     numbers = column.cast(pl.Float64, strict=False)
-    largest = numbers.filter(numbers.is_finite()).abs().max()
-    if not isinstance(largest, float):
+    typical = numbers.filter(numbers.is_finite()).abs().median()
+    if not isinstance(typical, float):
         return "iso"
-    return next((unit for unit, most in _LARGEST.items() if largest < most), "ns")
+    return next((unit for unit, most in _LARGEST.items() if typical < most), "ns")
 
 
 def _from_numbers(column: pl.Series, unit: str) -> pl.Series:

@@ -1,0 +1,202 @@
+"""`tron prepare ...` as a person runs it: tables, --json, exit codes, and how fast help answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from tron_cli.dataset import Dataset
+from tron_cli.errors import InputError
+from tron_cli.prepare.commands import app
+from tron_cli.prepare.summary import agrees, summary_text
+
+DAY = 86_400_000
+START = 1_700_000_000_000
+
+
+def prepare(*words: object) -> Any:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def events(tmp_path: Path) -> Path:
+    """100 sessions of 3 events over 10 days; an item that only the last session has."""
+    rows = ["session,item,time"]
+    for session in range(100):
+        at = START + session * DAY // 10
+        rows += [f"s{session},item{(session + n) % 7},{at + n}" for n in range(3)]
+    rows += [f"s99,new,{at + 3 + n}" for n in range(5)] + ["s5,rare,1700000000000", "s7x,item1,0"]
+    file = tmp_path / "events.csv"
+    file.write_text("\n".join(rows))
+    return file
+
+
+TABLE = ("--session-col", "session", "--item-col", "item", "--time-col", "time", "--name", "shop")
+
+
+def test_table_prints_what_came_in_what_was_dropped_and_the_splits(
+    tmp_path: Path, events: Path
+) -> None:
+    result = prepare("table", "--input", events, *TABLE, "--data-dir", tmp_path)
+    assert result.exit_code == 0
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert f"{tmp_path / 'shop'}: every-step, 7 items" in lines
+    for line in (
+        "read 101 307 9 0 0",
+        "short sessions (fewer than 2 events) 100 306 9 1 1",
+        "rare items (fewer than 5 events) 100 305 8 0 1",
+        "short sessions again (fewer than 2 events left) 100 305 8 0 0",
+        "train 78 234 3.00 3 3",
+        "val 11 33 3.00 3 3",
+        "test 11 33 3.00 3 3",
+    ):
+        assert line in lines
+    assert "Test lost 5 events of items that training lacks, and with them 5 predictions" in (
+        result.stdout
+    )
+    info = Dataset.open(tmp_path / "shop").info
+    assert (info["source"], info["sources"][0]["file"]) == ("table", "events.csv")
+    assert info["sources"][0]["bytes"] == events.stat().st_size
+    assert info["options"]["min_item_count"] == 5
+
+
+def test_json_prints_dataset_json(tmp_path: Path, events: Path) -> None:
+    result = prepare("table", "--input", events, *TABLE, "--data-dir", tmp_path, "--json")
+    assert json.loads(result.stdout) == json.loads((tmp_path / "shop/dataset.json").read_text())
+
+
+def test_skipped_lines_are_reported(tmp_path: Path, events: Path) -> None:
+    events.write_text(events.read_text() + "\nbroken\n")
+    words = ("table", "--input", events, *TABLE, "--data-dir", tmp_path)
+    with pytest.raises(InputError, match=r"events.csv, line 309: expected 3 fields"):
+        prepare(*words)
+    result = prepare(*words, "--skip-bad-lines")
+    assert "1 bad lines were skipped; the first: events.csv, line 309:" in result.stdout
+
+
+def test_options_reach_the_table(tmp_path: Path, events: Path) -> None:
+    words = ("table", "--input", events, *TABLE, "--data-dir", tmp_path, "--force", "--json")
+    options = ("--split", "leave-one-out", "--min-item-count", 2, "--max-val-sessions", 9)
+    info = json.loads(prepare(*words, *options, "--time-unit", "ms").stdout)
+    assert info["protocol"] == "last-item"
+    assert info["splits"]["val"]["sessions"] == 9
+    assert {key: info["options"][key] for key in ("split", "min_item_count", "time_unit")} == {
+        "split": "leave-one-out",
+        "min_item_count": 2,
+        "time_unit": "ms",
+    }
+    info = json.loads(prepare(*words, "--test-days", 2, "--val-days", 0).stdout)
+    assert info["splits"]["test"]["sessions"] == 21
+    assert info["splits"]["val"]["sessions"] == 0
+
+
+@pytest.mark.parametrize("source", ["yoochoose", "diginetica", "ml1m", "sequences"])
+def test_every_source_from_raw(tmp_path: Path, source: str) -> None:
+    raw = tmp_path / "raw.txt"
+    words: list[object] = [source, "--raw", raw, "--data-dir", tmp_path, "--json"]
+    if source == "yoochoose":
+        raw.write_text(
+            "".join(
+                f"{s},2014-04-{1 + s // 10:02}T10:00:0{n}.000Z,{n},S\n"
+                for s in range(60)
+                for n in range(3)
+            )
+        )
+        expected = [20, 20, 20]  # the last day reaches back to the same second of the day before
+    elif source == "diginetica":
+        rows = [f"{s};NA;{n};{n};2016-05-{1 + s // 2:02}\n" for s in range(40) for n in range(3)]
+        raw.write_text("sessionId;userId;itemId;timeframe;eventdate\n" + "".join(rows))
+        expected = [8, 16, 16]
+    elif source == "ml1m":
+        drawn = set(np.random.RandomState(42).choice(6040, 512, replace=False).tolist())
+        raw.write_text("".join(f"{u} {i}\n" for u in range(1, 101) for i in (1, 2, 3, 4, 1)))
+        expected = [100, len(drawn & set(range(1, 101))), 100]
+    else:
+        raw.write_text("1 2 3\n" * 40)
+        words = [source, "--train", raw, "--test", raw, "--name", "lines", *words[3:]]
+        expected = [38, 2, 40]
+    info = json.loads(prepare(*words).stdout)
+    assert info["source"] == source
+    assert [info["splits"][split]["sessions"] for split in ("train", "val", "test")] == expected
+
+
+def test_wrong_usage_exits_with_2(tmp_path: Path, events: Path) -> None:
+    """Through the real program: one sentence on stderr, no traceback, nothing left behind."""
+    words = ["prepare", "table", "--input", str(events), *TABLE, "--data-dir", str(tmp_path / "d")]
+    words[words.index("item")] = "article"
+    code = "import sys; from tron_cli.cli import main; sys.exit(main())"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "no column 'article': its columns are session, item, time" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list((tmp_path / "d").iterdir()) == []
+
+
+def test_help_needs_no_heavy_imports() -> None:
+    code = (
+        "import sys; import tron_cli.prepare.commands; "
+        "print([name for name in ('torch', 'polars', 'numpy') if name in sys.modules])"
+    )
+    environment = {**os.environ, "POLARS_MAX_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("value", "published", "same"),
+    [
+        (7_966_257, "7.9M", True),  # cut off
+        (31_637_239, "31.6M", True),
+        (15_324, "15k", True),
+        (14_500, "15k", True),  # rounded
+        (14_499, "15k", False),
+        (16_000, "15k", False),
+        (1_855_603, "1,855,603", True),
+        (1_855_602, "1,855,603", False),
+        (12_340_303, "12.34M", True),
+        (12_350_000, "12.34M", False),
+    ],
+)
+def test_published_figures_agree_when_rounded_or_cut_off(
+    value: int, published: str, same: bool
+) -> None:
+    assert agrees(value, published) is same
+
+
+def test_published_sizes_stand_beside_ours_with_a_mark(tmp_path: Path) -> None:
+    split = {"sessions": 15_324, "events": 70_000, "mean_length": 4.6, "median_length": 3.0}
+    info = {
+        "name": "yoochoose",
+        "protocol": "every-step",
+        "num_items": 37_483,
+        "catalogue_fingerprint": "",
+        "source": "yoochoose",
+        "splits": {name: {**split, "max_length": 9} for name in ("train", "val", "test")},
+        "training_period": {"sessions": 7_966_257, "events": 31_637_239},
+    }
+    text = summary_text(Dataset(tmp_path, info))
+    lines = [line.split() for line in text.splitlines()]
+    for line in (
+        "train sessions 7.9M 7,966,257 yes",
+        "train events 31.6M 31,637,239 yes",
+        "test sessions 15k 15,324 yes",
+        "test events 71k 70,000 differs",
+        "items 37k 37,483 yes",
+    ):
+        assert line.split() in lines

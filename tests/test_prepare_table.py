@@ -1,0 +1,490 @@
+"""A person's own table: every format, time and id the same result, and a split that is honest."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tron_cli.dataset import Dataset
+from tron_cli.errors import InputError
+from tron_cli.prepare.table import TableColumns, duration, prepare_table
+from tron_cli.prepare.times import time_parser
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
+
+DAY = 86_400_000
+MINUTE = 60_000
+START = 1_700_000_000_000
+
+Row = tuple[str, str, int, str]  # user, item, time in ms, kind
+Session = list[tuple[int, Any]]  # (time, item)
+USER = TableColumns("item", "time", user="user")
+SESSION = TableColumns("item", "time", session="user")
+
+
+def unpack(dataset: Dataset, split: str) -> list[Session]:
+    sessions = dataset.split(split)
+    if not len(sessions):
+        return []
+    assert sessions.times is not None
+    return [
+        [
+            (int(sessions.times[at]), dataset.item_ids[sessions.items[at] - 1])
+            for at in range(sessions.offsets[s], sessions.offsets[s + 1])
+        ]
+        for s in range(len(sessions))
+    ]
+
+
+def write_csv(path: Path, rows: list[Row], separator: str = ",") -> Path:
+    lines = ["user,item,time,kind", *(",".join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines).replace(",", separator) + "\n")
+    return path
+
+
+def shop(rng: np.random.Generator, *, users: int, days: float, items: int = 8) -> list[Row]:
+    """Users with a few visits each; minutes between events, hours between visits, some ties."""
+    rows: list[Row] = []
+    for user in range(users):
+        at = START + int(rng.integers(0, days * DAY))
+        for _ in range(int(rng.integers(1, 9))):
+            item = f"i{int(rng.zipf(1.6)) % (4 * items) * 3}"
+            rows.append((f"u{user}", item, at, str(rng.choice(["view", "cart"], p=[0.8, 0.2]))))
+            at += int(rng.choice([0, 5 * MINUTE, 30 * MINUTE, 30 * MINUTE + 1, 600 * MINUTE]))
+    return [rows[at] for at in rng.permutation(len(rows))]
+
+
+def brute_force(
+    rows: list[Row],
+    *,
+    gap: int | None,
+    leave_one_out: bool,
+    min_length: int,
+    min_count: int,
+    val_days: float,
+    test_days: float,
+) -> dict[str, Any]:
+    numbered: dict[str, list[tuple[int, int, str]]] = {}
+    for number, (user, item, at, _) in enumerate(rows):
+        numbered.setdefault(user, []).append((at, number, item))
+    sessions: list[list[tuple[int, int, str]]] = []
+    for events in numbered.values():
+        events.sort()
+        current = [events[0]]
+        for event in events[1:]:
+            if gap is not None and event[0] - current[-1][0] > gap:
+                sessions.append(current)
+                current = []
+            current.append(event)
+        sessions.append(current)
+    sessions.sort(key=lambda events: min(number for _, number, _ in events))  # as in the file
+    least = max(min_length, 3) if leave_one_out else min_length
+    sessions = [events for events in sessions if len(events) >= least]
+    support = Counter(item for events in sessions for _, _, item in events)
+    sessions = [[e for e in events if support[e[2]] >= min_count] for events in sessions]
+    sessions = [events for events in sessions if len(events) >= least]
+    plain = [[(at, item) for at, _, item in events] for events in sessions]
+    if leave_one_out:
+        held = 2 if val_days > 0 else 1
+        period = [events[:-1] for events in plain]
+        train = [events[:-held] for events in plain if len(events) - held >= 2]
+        val = period if val_days > 0 else []
+        known = {item for events in period for _, item in events}
+        test = [events for events in plain if events[-1][1] in known]
+        lost = len(plain) - len(test)
+    else:
+
+        def divide(whole: list[Session], days: float) -> tuple[list[Session], list[Session]]:
+            if not whole:
+                return [], []
+            limit = max(events[0][0] for events in whole) - days * DAY
+            late = [events for events in whole if events[0][0] >= limit]
+            start = min(events[0][0] for events in late)
+            early = [[e for e in s if e[0] < start] for s in whole if s[0][0] < limit]
+            return [events for events in early if len(events) >= 2], late
+
+        period, test = divide(plain, test_days)
+        train, val = divide(period, val_days) if val_days > 0 else (period, [])
+        known = {item for events in period for _, item in events}
+        before = sum(len(events) - 1 for events in test)
+        test = [[e for e in events if e[1] in known] for events in test]
+        test = [events for events in test if len(events) >= 2]
+        lost = before - sum(len(events) - 1 for events in test)
+    splits = {"train": train, "val": val, "test": test}
+    ordered = {name: sorted(part, key=lambda s: s[0][0]) for name, part in splits.items()}
+    return {**ordered, "lost": lost, "items": len(known)}
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    users=st.integers(1, 60),
+    gap=st.booleans(),
+    leave_one_out=st.booleans(),
+    min_length=st.integers(2, 3),
+    min_count=st.integers(1, 5),
+    val_days=st.sampled_from([0, 0.5, 1]),
+)
+def test_table_equals_brute_force(
+    seed: int,
+    users: int,
+    gap: bool,
+    leave_one_out: bool,
+    min_length: int,
+    min_count: int,
+    val_days: float,
+) -> None:
+    rows = shop(np.random.default_rng(seed), users=users, days=4)
+    expected = brute_force(
+        rows,
+        gap=30 * MINUTE if gap and not leave_one_out else None,
+        leave_one_out=leave_one_out,
+        min_length=min_length,
+        min_count=min_count,
+        val_days=val_days,
+        test_days=1,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        file = write_csv(folder / "events.csv", rows)
+
+        def prepare() -> Dataset:
+            return prepare_table(
+                file,
+                USER if gap else SESSION,
+                folder,
+                "out",
+                leave_one_out=leave_one_out,
+                min_session_length=min_length,
+                min_item_count=min_count,
+                val_days=val_days,
+            )
+
+        if not expected["train"] or not expected["test"]:
+            with pytest.raises(InputError, match="no session is left"):
+                prepare()
+            return
+        dataset = prepare()
+        for split in ("train", "val", "test"):
+            assert unpack(dataset, split) == expected[split]
+        assert dataset.split_info("test")["lost_predictions"] == expected["lost"]
+        assert dataset.num_items == expected["items"]
+        assert dataset.protocol == ("last-item" if leave_one_out else "every-step")
+        if not leave_one_out:
+            ends = [[s[-1][0] for s in expected[split]] for split in ("train", "val")]
+            starts = [[s[0][0] for s in expected[split]] for split in ("val", "test")]
+            for before, after in zip(ends, starts, strict=True):
+                assert max(before, default=0) < min(after, default=2**62)
+
+
+# Formats --------------------------------------------------------------------------------------
+
+
+def as_frame(rows: list[Row]) -> pl.DataFrame:
+    return pl.DataFrame(rows, schema=["user", "item", "time", "kind"], orient="row")
+
+
+def gz(write: Callable[[Path, list[Row]], Any]) -> Callable[[Path, list[Row]], Any]:
+    def write_compressed(path: Path, rows: list[Row]) -> None:
+        plain = path.with_suffix("")
+        write(plain, rows)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+
+    return write_compressed
+
+
+def write_jsonl(path: Path, rows: list[Row]) -> None:
+    keys = ("kind", "time", "item", "user")
+    lines = [
+        json.dumps({**dict(zip(keys, row[::-1], strict=True)), "x": {"y": [1]}}) for row in rows
+    ]
+    path.write_text("\n".join(lines))
+
+
+def write_inter(path: Path, rows: list[Row]) -> None:
+    write_csv(path, rows, "\t")
+    header = "user:token\titem:token\ttime:float\tkind:token"
+    path.write_text("\n".join([header, *path.read_text().splitlines()[1:]]))
+
+
+def write_quoted(path: Path, rows: list[Row]) -> None:
+    as_frame(rows).write_csv(path, quote_style="always", line_terminator="\r\n")
+
+
+def write_named(path: Path, rows: list[Row]) -> None:
+    """Fields with separators, quotes and line breaks in a column that nobody asked for."""
+    frame = as_frame(rows).with_columns(name=pl.lit('a "b",\nc'))
+    frame.select("user", "name", "item", "time", "kind").write_csv(path)
+
+
+FORMATS: dict[str, Callable[[Path, list[Row]], Any]] = {
+    "events.csv": write_csv,
+    "events.csv.gz": gz(write_csv),
+    "semicolons.csv": lambda path, rows: write_csv(path, rows, ";"),
+    "events.tsv": lambda path, rows: write_csv(path, rows, "\t"),
+    "events.inter": write_inter,
+    "quoted.csv": write_quoted,
+    "named.csv": write_named,
+    "events.jsonl": write_jsonl,
+    "events.jsonl.gz": gz(write_jsonl),
+    "events.ndjson": write_jsonl,
+    "events.parquet": lambda path, rows: as_frame(rows).write_parquet(path),
+    "categorical.parquet": lambda path, rows: (
+        as_frame(rows).cast({"item": pl.Categorical, "user": pl.Categorical}).write_parquet(path)
+    ),
+    "datetime.parquet": lambda path, rows: (
+        as_frame(rows).with_columns(pl.col("time").cast(pl.Datetime("ms"))).write_parquet(path)
+    ),
+    "zone.parquet": lambda path, rows: (
+        as_frame(rows)
+        .with_columns(
+            pl.col("time").cast(pl.Datetime("ms", "UTC")).dt.convert_time_zone("Asia/Tokyo")
+        )
+        .write_parquet(path)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_dataset(
+    tmp_path: Path, rng: np.random.Generator, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = shop(rng, users=150, days=4)
+    expected = prepare_table(write_csv(tmp_path / "plain.csv", rows), USER, tmp_path, "expected")
+    FORMATS[name](tmp_path / name, rows)
+    monkeypatch.setattr("tron_cli.prepare.columns.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("tron_cli.prepare.columns.PARQUET_ROWS", 50)
+    dataset = prepare_table(tmp_path / name, USER, tmp_path, "out")
+    assert dataset.info["splits"] == expected.info["splits"]
+    assert dataset.item_ids.tolist() == expected.item_ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["events.csv", "events.jsonl", "events.parquet", "float.parquet"])
+def test_integer_ids_stay_integers(tmp_path: Path, rng: np.random.Generator, name: str) -> None:
+    rows = [
+        (user, int(item[1:]), at, kind) for user, item, at, kind in shop(rng, users=150, days=4)
+    ]
+    if name == "float.parquet":
+        as_frame(rows).cast({"item": pl.Float64}).write_parquet(tmp_path / name)
+    else:
+        FORMATS[name](tmp_path / name, rows)
+    dataset = prepare_table(tmp_path / name, USER, tmp_path, "out")
+    assert dataset.item_ids.dtype == np.int64
+    assert set(dataset.item_ids.tolist()) <= {item for _, item, _, _ in rows}
+
+
+def test_ids_that_only_look_like_integers_stay_text(tmp_path: Path) -> None:
+    rows = [
+        (f"u{session}", item, START + session * DAY // 10 + at, "view")
+        for session in range(50)
+        for at, item in enumerate(["007", "7", "1e3", "ü 1", "7.0", "99999999999999999999"])
+    ]
+    dataset = prepare_table(write_csv(tmp_path / "a.csv", rows), USER, tmp_path, "out")
+    assert dataset.item_ids.tolist() == ["007", "7", "1e3", "ü 1", "7.0", "99999999999999999999"]
+    assert Dataset.open(tmp_path / "out").item_ids[1] == "7"
+
+
+# Times ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spell", "unit"),
+    [
+        (lambda ms: str(ms), "auto"),
+        (lambda ms: str(ms), "ms"),
+        (lambda ms: f"{ms / 1000:.3f}", "auto"),
+        (lambda ms: f"{ms / 1000:.3f}", "s"),
+        (lambda ms: f"{ms}123", "auto"),
+        (lambda ms: f"{ms}123", "us"),
+        (lambda ms: f"{ms}123456", "auto"),
+        (lambda ms: f"{ms}123456", "ns"),
+        (lambda ms: f"{moment(ms):%Y-%m-%dT%H:%M:%S}.{ms % 1000:03d}Z", "auto"),
+        (lambda ms: f"{moment(ms):%Y-%m-%d %H:%M:%S}.{ms % 1000:03d}", "auto"),
+        (lambda ms: f"{moment(ms):%Y-%m-%d %H:%M:%S}.{ms % 1000:03d} UTC", "auto"),
+        (lambda ms: f"{moment(ms + 19_800_000):%Y-%m-%d %H:%M:%S}.{ms % 1000:03d}+05:30", "auto"),
+        (lambda ms: f"{moment(ms - 14_400_000):%Y-%m-%dT%H:%M:%S}.{ms % 1000:03d}-0400", "auto"),
+    ],
+)
+def test_spellings_of_time(spell: Callable[[int], str], unit: str) -> None:
+    times = [START, START + 1, START + 999, START + 45 * DAY + 123]
+    parsed = time_parser(unit).parse(pl.Series([spell(at) for at in times]))
+    assert parsed.to_list() == times
+
+
+def moment(ms: int) -> datetime:
+    return datetime.fromtimestamp(ms // 1000, timezone.utc)
+
+
+def test_coarse_and_impossible_times() -> None:
+    parse = time_parser("auto").parse
+    texts = ["2024-02-29", "2024-02-29 12:30", "2023-02-29", "12:30", "", None, "29/02/2024"]
+    leap_day = 1_709_164_800_000
+    assert parse(pl.Series(texts)).to_list() == [leap_day, leap_day + 45_000_000, *[None] * 5]
+    # One absurd number does not make nanoseconds of the others.
+    numbers = time_parser("auto").parse(pl.Series(["881250949", "nan", "inf", "9e99", "881250950"]))
+    assert numbers.to_list() == [881_250_949_000, None, None, None, 881_250_950_000]
+
+
+def test_the_first_block_decides_the_unit_for_the_whole_file() -> None:
+    parse = time_parser("auto").parse
+    assert parse(pl.Series(["1700000000000"])).to_list() == [1_700_000_000_000]
+    assert parse(pl.Series(["5"])).to_list() == [5]
+
+
+@pytest.mark.parametrize(
+    ("text", "ms"), [("90s", 90_000), ("30m", 1_800_000), ("1.5h", 5_400_000), ("2d", 2 * DAY)]
+)
+def test_durations(text: str, ms: int) -> None:
+    assert duration(text) == ms
+
+
+@pytest.mark.parametrize("text", ["30", "m", "-5m", "1 h", "30min"])
+def test_bad_durations(text: str) -> None:
+    with pytest.raises(InputError, match="--session-gap"):
+        duration(text)
+
+
+# Kinds of events, bad input -------------------------------------------------------------------
+
+
+def test_only_the_kinds_to_keep(tmp_path: Path, rng: np.random.Generator) -> None:
+    rows = shop(rng, users=200, days=4)
+    views = [row for row in rows if row[3] == "view"]
+    columns = TableColumns("item", "time", user="user", event="kind", keep_events=("view",))
+    dataset = prepare_table(write_csv(tmp_path / "all.csv", rows), columns, tmp_path, "kept")
+    expected = prepare_table(write_csv(tmp_path / "views.csv", views), USER, tmp_path, "views")
+    assert dataset.info["splits"] == expected.info["splits"]
+    first, second = dataset.info["filters"][:2]
+    assert (first["events"], second["events"]) == (len(rows), len(views))
+    assert second["dropped_events"] == len(rows) - len(views)
+    wrong = TableColumns("item", "time", user="user", event="kind", keep_events=("buy", "sell"))
+    with pytest.raises(InputError, match="no event of the kinds buy, sell: its kind holds cart, v"):
+        prepare_table(tmp_path / "all.csv", wrong, tmp_path, "none")
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        (TableColumns("item", "time"), "exactly one of --session-col and --user-col"),
+        (TableColumns("item", "time", session="user", user="user"), "exactly one of"),
+        (TableColumns("item", "time", user="user", event="kind"), "go together"),
+        (TableColumns("item", "time", user="user", keep_events=("view",)), "go together"),
+        (TableColumns("item", "time", session="user", session_gap="30m"), "goes with --user-col"),
+        (TableColumns("item", "when", user="user"), "no column 'when': its columns are user, item"),
+        (TableColumns("item", "item", user="user"), "expected different columns"),
+        (TableColumns("item", "time", user="user", time_unit="h"), "--time-unit 'h'"),
+        (TableColumns("item", "time", user="user", session_gap="x"), "expected a duration"),
+    ],
+)
+def test_wrong_options(tmp_path: Path, columns: TableColumns, problem: str) -> None:
+    file = write_csv(tmp_path / "events.csv", [("u", "i", START, "view")])
+    with pytest.raises(InputError, match=problem):
+        prepare_table(file, columns, tmp_path, "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["events.csv"]
+
+
+CSV_HEAD = "user,item,time,kind\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "problem"),
+    [
+        ("a.csv", "u1,i1,2024-01-01", "expected 4 fields separated by ',', found 3"),
+        ("a.csv", "u1,,1700000000000,view", "expected an id in one line in item, found nothing"),
+        ("a.csv", ",i1,1700000000000,view", "expected an id in user, found nothing"),
+        ("a.csv", "u1,i1,yesterday,view", "in time, found 'yesterday'"),
+        ("a.csv", '"u1"x,i1,1700000000000,view', "cannot be parsed"),
+        ("a.csv", '"u1","i\n1",1700000000000,view', "expected an id in one line in item"),
+        ("a.jsonl", '{"user": "u1", "item": "i1"', "cannot be parsed"),
+        ("a.jsonl", '{"user": "u1", "item": "i1"}', "in time, found nothing"),
+        ("a.jsonl", '["u1", "i1", 1700000000000]', ""),
+        ("a.jsonl", '{"user": "u1", "item": "i1", "time": "soon"}', "in time, found 'soon'"),
+    ],
+)
+def test_bad_lines_are_named_or_skipped(
+    tmp_path: Path, rng: np.random.Generator, name: str, line: str, problem: str
+) -> None:
+    file = tmp_path / name
+    FORMATS["events" + file.suffix](file, shop(rng, users=150, days=4))
+    clean = prepare_table(file, USER, tmp_path, "clean")
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:20], line, *lines[20:], line, lines[-1]]))
+    with pytest.raises(InputError) as error:
+        prepare_table(file, USER, tmp_path, "bad")
+    assert f"{name}, line 21: " in str(error.value)
+    assert problem in str(error.value)
+    assert not (tmp_path / "bad").exists()
+    file.write_text("\n".join([*lines[:20], line, *lines[20:], line]))
+    skipped = prepare_table(file, USER, tmp_path, "skipped", skip_bad_lines=True)
+    assert skipped.info["splits"] == clean.info["splits"]
+    assert skipped.info["bad_lines"]["count"] == 2
+
+
+def test_bad_rows_of_parquet(tmp_path: Path, rng: np.random.Generator) -> None:
+    file = tmp_path / "events.parquet"
+    frame = as_frame(shop(rng, users=150, days=4))
+    bad = frame.with_row_index().with_columns(
+        item=pl.when(pl.col("index") != 7).then(pl.col("item"))
+    )
+    bad.write_parquet(file)
+    with pytest.raises(InputError, match=r"events.parquet, row 8: expected an id .* found nothing"):
+        prepare_table(file, USER, tmp_path, "out")
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(InputError, match=r"not a readable Parquet file"):
+        prepare_table(file, USER, tmp_path, "out")
+
+
+def test_unclosed_quote_is_found_where_it_opens(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(CSV_HEAD + "u1,i1,1700000000000,view\n" * 5 + 'u1,"i1,1700000000000,view\n' * 3)
+    with pytest.raises(InputError, match=r"a.csv, line (7|9)"):
+        prepare_table(file, USER, tmp_path, "out")
+
+
+def test_files_that_are_no_tables(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(CSV_HEAD)
+    (tmp_path / "b.csv").write_text(CSV_HEAD)
+    (tmp_path / "c.csv").touch()
+    for name, problem in (
+        ("a.txt", "expected a name that ends in .csv"),
+        ("b.csv", "no readable line"),
+        ("c.csv", "c.csv is empty"),
+        ("d.csv", "is not a file"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            prepare_table(tmp_path / name, USER, tmp_path, "out")
+
+
+# Real data ------------------------------------------------------------------------------------
+
+
+@needs_shared
+def test_recbole_movielens_100k(tmp_path: Path) -> None:
+    file = SHARED / "ml100k" / "ml-100k.inter.gz"
+    columns = TableColumns("item_id", "timestamp", user="user_id")
+    dataset = prepare_table(file, columns, tmp_path, "ml", leave_one_out=True, min_item_count=1)
+    read = dataset.info["filters"][0]
+    assert (read["sessions"], read["events"], read["items"]) == (943, 100_000, 1_682)
+    with gzip.open(file, "rt") as lines:
+        rows = [line.split("\t") for line in lines.read().splitlines()[1:]]
+    parsed = [(user, int(item), int(at) * 1000, "") for user, item, _, at in rows]
+    expected = brute_force(
+        parsed, gap=None, leave_one_out=True, min_length=2, min_count=1, val_days=1, test_days=1
+    )
+    for split in ("train", "val", "test"):
+        assert unpack(dataset, split) == expected[split]
+    test = dataset.split_info("test")
+    assert test["sessions"] + test["lost_predictions"] == 943
