@@ -127,8 +127,12 @@ def save_checkpoint(
 
 def _on_cpu(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copies on the CPU; tensors that share memory still do, and are stored once."""
-    copies: dict[int, torch.Tensor] = {}
-    return {key: copies.setdefault(value.data_ptr(), value.cpu()) for key, value in weights.items()}
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for value in weights.values():
+        place = (value.data_ptr(), value.shape)
+        if place not in copies:
+            copies[place] = value.cpu()
+    return {key: copies[value.data_ptr(), value.shape] for key, value in weights.items()}
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -139,10 +143,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"no checkpoint at {path}: expected a .pt file or a run folder")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # torch's own words advise to load without care
         raise InputError(
-            f"{path} is not a readable tron checkpoint ({reason}); train again or name another file"
+            f"{path} is truncated or no tron checkpoint ({type(error).__name__}); name another "
+            "file, or train again"
         ) from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
@@ -151,9 +155,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"(found {version}); train again or name another file"
         )
     del content["format_version"]
+    expected = {field.name for field in dataclasses.fields(Checkpoint)} - {"path"}
+    if set(content) != expected:
+        wrong = ", ".join(sorted(set(content) ^ expected))
+        raise InputError(f"{path} is not a whole tron checkpoint: {wrong} missing or unknown")
     try:
         config = config_from_dict(content.pop("config"))
-    except InputError as error:
+    except (InputError, TypeError) as error:
         raise InputError(f"{path} was written by another version of tron: {error}") from error
     return Checkpoint(path=path, config=config, **content)
 

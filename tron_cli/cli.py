@@ -339,12 +339,15 @@ def _new_run_dir(output_dir: Path, name: str | None, config: ExperimentConfig) -
     while name is None and run_dir.exists():
         number += 1
         run_dir = output_dir / f"{stamp}-{number}"
-    try:
-        run_dir.mkdir(parents=True)
-    except FileExistsError:
+    if any(run_dir.glob("*.pt")):
         raise InputError(
-            f"{run_dir} exists already; choose another --name, or go on with --resume {run_dir}"
-        ) from None
+            f"{run_dir} holds a run already; choose another --name, or go on with "
+            f"--resume {run_dir}"
+        )
+    try:
+        # A folder without weights is what a run leaves that was killed before its first save.
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "metrics.jsonl").unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the run folder {run_dir}: {error}") from error
     return run_dir

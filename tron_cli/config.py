@@ -156,6 +156,13 @@ class ExperimentConfig:
         self._check_together()
 
     def _check_together(self) -> None:
+        if not re.fullmatch(r"\w[\w.+-]*", self.dataset_name):
+            raise InputError(
+                f"dataset_name must be the name of a folder in --data-dir (letters, digits, _ . + "
+                f"and -), got {self.dataset_name!r}"
+            )
+        if not self.metrics:
+            raise InputError("metrics must name at least one measure, such as R@20")
         if self.embedding_dim % self.num_heads:
             raise InputError(
                 f"embedding_dim={self.embedding_dim} is not a multiple of "
@@ -188,6 +195,27 @@ class ExperimentConfig:
 
 FIELDS = {field.name: field for field in dataclasses.fields(ExperimentConfig)}
 _TYPES = typing.get_type_hints(ExperimentConfig)
+
+# What people type who come from TRON, gSASRec, RecBole or RecTools.
+_NAMES_ELSEWHERE = {
+    "accelerator": "--device",
+    "batch_size": "train_batch_size",
+    "dataset": "dataset_name",
+    "dropout": "dropout_rate",
+    "epochs": "max_epochs",
+    "hidden_size": "embedding_dim",
+    "learning_rate": "lr",
+    "max_session_length": "sequence_length",
+    "n_blocks": "num_blocks",
+    "n_factors": "embedding_dim",
+    "n_heads": "num_heads",
+    "n_layers": "num_blocks",
+    "n_negatives": "num_uniform_negatives",
+    "negs_per_pos": "num_uniform_negatives",
+    "num_layers": "num_blocks",
+    "session_max_len": "sequence_length",
+    "share_embeddings": "reuse_item_embeddings",
+}
 
 
 def load_config(
@@ -255,32 +283,37 @@ def _execute(path: Path) -> ExperimentConfig:
     scope: dict[str, Any] = {"__name__": "tron_config", "__file__": str(path)}
     try:
         exec(compile(path.read_text(), str(path), "exec"), scope)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown:
-            raise InputError(f"{path}: {_unknown_key(unknown.group(1))}") from error
-        raise InputError(f"{path}: {error}") from error
     except Exception as error:
-        line = getattr(error, "lineno", None)
-        trace = error.__traceback__
-        while line is None and trace is not None:
-            if trace.tb_frame.f_code.co_filename == str(path):
-                line = trace.tb_lineno
-                break
-            trace = trace.tb_next
-        where = f"{path}, line {line}" if line else str(path)
-        raise InputError(f"{where}: {type(error).__name__}: {error}") from error
+        raise InputError(f"{_where(path, error)}: {_reason(error)}") from error
     config = scope.get("config")
     if not isinstance(config, ExperimentConfig):
         raise InputError(f"{path} must define `config = ExperimentConfig(...)`, got {config!r}")
     return config
 
 
+def _where(path: Path, error: Exception) -> str:
+    line = getattr(error, "lineno", None)
+    trace = error.__traceback__
+    while line is None and trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f"{path}, line {line}" if line else str(path)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if unknown:
+        return _unknown_key(unknown.group(1))
+    return f"{type(error).__name__}: {error}"
+
+
 def _unknown_key(key: str) -> str:
-    near = difflib.get_close_matches(key, FIELDS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "; see `tron config show`"
+    near = [_NAMES_ELSEWHERE[key]] if key in _NAMES_ELSEWHERE else []
+    near = near or difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.75)
+    hint = f"; did you mean {near[0]}?" if near else "; `tron config show` lists them all"
     return f"unknown setting {key!r}{hint}"
 
 

@@ -111,7 +111,8 @@ class Dataset:
         file = self.path / "item_ids.npy"
         if file.exists():
             return _map(file)
-        text = (self.path / "item_ids.txt").read_text(encoding="utf-8")
+        # Not read_text: it would take a carriage return within an id for the end of a line.
+        text = (self.path / "item_ids.txt").read_bytes().decode()
         return np.array(text.split("\n")[:-1], dtype=object)
 
     def split_info(self, name: str) -> dict[str, Any]:
@@ -163,12 +164,18 @@ class DatasetWriter:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def write_items(self, ids: np.ndarray) -> None:
-        """Original ids in the order of the new ones: integers, or strings without line breaks."""
+        """Original ids in the order of the new ones: integers, or strings without line feeds."""
         if np.issubdtype(ids.dtype, np.integer):
             ids = np.ascontiguousarray(ids, dtype=np.int64)
             np.save(self._folder / "item_ids.npy", ids)
             content = ids.tobytes()
         else:
+            broken = next((item for item in ids if "\n" in item), None)
+            if broken is not None:
+                raise InputError(
+                    f"item ids are kept one a line, but the id {broken!r} holds a line feed; "
+                    "replace it in the source"
+                )
             content = "".join(f"{item}\n" for item in ids).encode()
             (self._folder / "item_ids.txt").write_bytes(content)
         self._catalogue = {"num_items": len(ids), "catalogue_fingerprint": _sha256(content)}

@@ -83,7 +83,9 @@ def train(
     InterruptedRunError after Ctrl-C.
     """
     sessions, validation = _splits(config, dataset)
-    measures = parse_measures((*config.metrics, config.val_metric))
+    val_metric = str(parse_measures(config.val_metric)[0])
+    measures = parse_measures((*config.metrics, val_metric))
+    config = dataclasses.replace(config, val_metric=val_metric)
     steps_per_pass = math.ceil(len(sessions) / config.train_batch_size)
     steps_per_epoch = min(steps_per_pass, config.max_batches_per_epoch or steps_per_pass)
     total_steps = config.max_epochs * steps_per_epoch
@@ -156,7 +158,8 @@ def train(
                 epoch_ends = progress.step == (epoch + 1) * steps_per_epoch
                 if progress.step % _LOG_EVERY == 0 or due_to_save or epoch_ends or stop:
                     mean_loss = loss_sum.item() / steps_summed
-                    _check_finite(mean_loss, progress.step, config)
+                    if not math.isfinite(mean_loss):
+                        raise _diverged(f"the loss is {mean_loss}", progress.step, config)
                     speed = events / (time.perf_counter() - clock)
                     bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed:,.0f} events/s")
                     run.write_metrics(
@@ -185,6 +188,7 @@ def train(
                     f"stopped at step {progress.step:,} of {total_steps:,} and saved; go on with "
                     f"`tron train --resume {run_dir}`"
                 )
+    run.drop_leftovers()
     best = run_dir / progress.best_file
     if not len(validation):
         log.info("validation is empty: nothing was selected, the last weights are kept")
@@ -254,7 +258,7 @@ class _Run:
     def finish_epoch(self, epoch: int, values: dict[str, float]) -> None:
         """Keep the weights if they are the best so far; without validation the last are."""
         config, progress = self.config, self.progress
-        value = values.get(str(parse_measures(config.val_metric)[0]), -math.inf)
+        value = values.get(config.val_metric, -math.inf)
         if not values or value > progress.best_value:
             progress.best_value = value
             progress.epochs_without_gain = 0
@@ -269,9 +273,13 @@ class _Run:
             log.info("epoch %s, step %s: %s%s", epoch + 1, f"{progress.step:,}", shown, mark)
         self.save_last(epoch)
         # Only now is the former best not needed to resume.
-        for old in self.run_dir.glob("*.pt"):
-            if old.name not in (progress.best_file, LAST):
-                old.unlink()
+        self.drop_leftovers()
+
+    def drop_leftovers(self) -> None:
+        """Delete former bests, and what a kill left half-written."""
+        for path in [*self.run_dir.glob("*.pt"), *self.run_dir.glob("*.partial")]:
+            if path.name not in (self.progress.best_file, LAST):
+                path.unlink()
 
     def save_last(self, epoch: int) -> None:
         training = {
@@ -284,6 +292,9 @@ class _Run:
     def _save(
         self, path: Path, epoch: int, metrics: dict[str, float], training: dict[str, Any]
     ) -> None:
+        # The loss was finite before the last step, and need not be after it.
+        if not all(bool(weights.isfinite().all()) for weights in self.model.parameters()):
+            raise _diverged("the weights are not finite", self.progress.step, self.config)
         save_checkpoint(
             path,
             config=self.config,
@@ -369,13 +380,11 @@ def _out_of_patience(config: ExperimentConfig, progress: Progress) -> bool:
     return bool(patience) and progress.epochs_without_gain >= patience
 
 
-def _check_finite(loss: float, step: int, config: ExperimentConfig) -> None:
-    if not math.isfinite(loss):
-        raise RunError(
-            f"the loss is {loss} at step {step}: training has diverged; try a lower lr (now "
-            f"{config.lr:g}), clip_norm=1, or precision=float32, and see --resume for the last "
-            "saved state"
-        )
+def _diverged(what: str, step: int, config: ExperimentConfig) -> RunError:
+    return RunError(
+        f"{what} at step {step:,}: training has diverged; try a lower lr (now {config.lr:g}), "
+        "clip_norm=1, or precision=float32"
+    )
 
 
 def _epoch_bar(config: ExperimentConfig, epoch: int, steps: int, step: int) -> tqdm:
