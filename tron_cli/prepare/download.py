@@ -76,10 +76,10 @@ def download(
 
 def _transfer(url: str, part: Path, about: Path) -> str | None:
     """One request: append to `part` what it brings. None when complete, else why it is not."""
-    identity = _read_identity(about, url)
+    identity = _read_identity(about, url) or {}
     have = _size(part) if identity else 0
     request = urllib.request.Request(url, headers={"User-Agent": "tron-recsys"})
-    if identity and have:
+    if have:
         if have == identity["size"]:
             return None
         request.add_header("Range", f"bytes={have}-")
@@ -98,7 +98,7 @@ def _transfer(url: str, part: Path, about: Path) -> str | None:
         if response.status == http.client.PARTIAL_CONTENT:
             start, size = _content_range(response.headers)
             came["size"] = size
-            if start != have or came != identity:
+            if start != have or not _same(came, identity):
                 part.unlink()
                 return "the file has changed"
         else:
@@ -147,6 +147,12 @@ def _read_identity(about: Path, url: str) -> dict[str, Any] | None:
         return identity if resumable and identity["size"] is not None else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _same(came: dict[str, Any], identity: dict[str, Any]) -> bool:
+    """Whether a partial answer is of the same file; it need not repeat what it was asked with."""
+    repeated = [key for key in ("etag", "modified") if came[key] is not None]
+    return all(came[key] == identity[key] for key in ("size", *repeated))
 
 
 def _content_range(headers: Message) -> tuple[int, int] | tuple[None, None]:
