@@ -32,7 +32,7 @@ from tron_cli.errors import InputError
 from tron_cli.metrics import parse_measures, score, values_of_ranks
 
 NUM_CATEGORIES = 100
-NUM_BRANDS = 60
+NUM_BRANDS = 50
 SUCCESSOR_PROBABILITIES = (0.35, 0.25, 0.2, 0.12, 0.08)
 NUM_ON_CYCLE = 3
 LOYALTY = 0.8
@@ -47,10 +47,10 @@ FIRST_DAY = 1_704_067_200_000  # 2024-01-01 in ms
 HOUR = 3_600_000
 DAY = 24 * HOUR
 OPENING_HOURS = (6, 20)  # when sessions start, UTC; the longest ends before midnight
-MAX_LENGTH = 80
+MAX_LENGTH = 51
 MAX_GAP = 120_000  # ms between two events
 
-MEASURES = "R@1 R@5 R@10 R@20 RR@10 RR@20 nDCG@5 nDCG@10 nDCG@20"
+MEASURES = "R@1 R@5 R@10 R@20 RR@5 RR@10 RR@20 nDCG@5 nDCG@10 nDCG@20"
 
 
 @dataclass(frozen=True)
