@@ -54,50 +54,66 @@ def sample_negatives(
     num_batch, and the rest is marked as not kept.
     """
     inputs_N = batch.inputs_N
+    gaps = None
     if sampling_style == "batchwise":
         shape = torch.Size([num_uniform])
-        excluded = inputs_N[None] if reject_in_batch_items else None
+        if reject_in_batch_items:
+            gaps = _Gaps.of(inputs_N[None], num_items)
     else:
-        excluded = _padded_rows(batch, num_items + 1) if reject_uniform_session_items else None
+        if reject_uniform_session_items:
+            gaps = _Gaps.of(_padded_rows(batch, num_items + 1), num_items)
         if sampling_style == "sessionwise":
             shape = torch.Size([len(batch.lengths_B), num_uniform])
         else:
             shape = torch.Size([len(inputs_N), num_uniform])
-            excluded = excluded[batch.rows_N] if excluded is not None else None
-    uniform, uniform_keep = _draw_uniform(shape, num_items, excluded, inputs_N.device)
+            gaps = gaps.repeated(batch.rows_N) if gaps is not None else None
+    uniform, uniform_keep = _draw_uniform(shape, num_items, gaps, inputs_N.device)
     in_batch_BM, in_batch_keep_BM = _draw_in_batch(batch, num_batch, reject_in_batch_items)
     return Negatives(uniform, uniform_keep, in_batch_BM, in_batch_keep_BM)
 
 
-def _draw_uniform(
-    shape: torch.Size,
-    num_items: int,
-    excluded: torch.Tensor | None,
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Uniform item ids; row r of the result avoids the ids in row r of `excluded`.
+@dataclass(frozen=True)
+class _Gaps:
+    """The items that rejection leaves, so that the r-th of them is found by one binary search.
 
-    Ids above num_items in `excluded` are padding.
+    The j-th smallest rejected id (from 0) has gap_j = id_j - 1 - j allowed items below it, so the
+    r-th allowed item (from 0) is r + 1 + the number of j with gap_j <= r.
+    gaps_RJ: int64, ascending in each row. left_R1: int64, how many items are allowed.
     """
-    if excluded is None:
+
+    gaps_RJ: torch.Tensor
+    left_R1: torch.Tensor
+
+    @classmethod
+    def of(cls, rejected_RJ: torch.Tensor, num_items: int) -> _Gaps:
+        """rejected_RJ: int64 ids, repeated or not; those above num_items are padding."""
+        ids = rejected_RJ.sort(dim=1).values
+        repeated = torch.zeros_like(ids, dtype=torch.bool)
+        repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
+        ids = ids.masked_fill(repeated, num_items + 1).sort(dim=1).values
+        real = ids <= num_items
+        gaps = ids - 1 - torch.arange(ids.shape[1], device=ids.device)
+        return cls(
+            gaps.masked_fill(~real, num_items + 1), num_items - real.sum(dim=1, keepdim=True)
+        )
+
+    def repeated(self, rows: torch.Tensor) -> _Gaps:
+        return _Gaps(self.gaps_RJ[rows], self.left_R1[rows])
+
+
+def _draw_uniform(
+    shape: torch.Size, num_items: int, gaps: _Gaps | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Item ids, row r from the items that row r of `gaps` leaves; and which rows have any."""
+    if gaps is None:
         return torch.randint(1, num_items + 1, shape, device=device), None
-    # The j-th smallest excluded id has gap_j = id_j - 1 - j allowed items below it, so the r-th
-    # allowed item (from 0) is r + 1 + the number of j with gap_j <= r.
-    ids = excluded.sort(dim=-1).values
-    repeated = torch.zeros_like(ids, dtype=torch.bool)
-    repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
-    ids = ids.masked_fill(repeated, num_items + 1).sort(dim=-1).values
-    real = ids <= num_items
-    gaps = ids - 1 - torch.arange(ids.shape[1], device=device)
-    gaps = gaps.masked_fill(~real, num_items + 1)
-    left = num_items - real.sum(dim=-1, keepdim=True)
-    rows = len(ids)
+    rows, width = gaps.gaps_RJ.shape
     draws = torch.rand((rows, shape[-1]), dtype=torch.float64, device=device)
-    nth = (draws * left).long().clamp(max=left - 1)
-    drawn = nth + 1 + torch.searchsorted(gaps, nth, right=True)
+    nth = (draws * gaps.left_R1).long().clamp(max=gaps.left_R1 - 1)
+    drawn = nth + 1 + torch.searchsorted(gaps.gaps_RJ, nth, right=True)
     drawn = drawn.clamp(1, num_items).view(shape)
-    everything_may_be_excluded = excluded.shape[1] >= num_items
-    return drawn, (left > 0).squeeze(-1) if everything_may_be_excluded else None
+    # With fewer rejected ids than items, no row is empty: nothing to ask the device.
+    return drawn, (gaps.left_R1 > 0).squeeze(1) if width >= num_items else None
 
 
 def _draw_in_batch(
