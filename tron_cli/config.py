@@ -188,8 +188,8 @@ class ExperimentConfig:
 
     @property
     def method(self) -> str:
-        """The name of what is trained: tron for a top-k listwise SASRec, else the model's name."""
-        is_tron = self.model == "sasrec" and self.loss == "ssm" and self.topk_sampling
+        """What is trained: tron for SASRec with a listwise loss on shared negatives, or the model."""
+        is_tron = (self.model, self.loss, self.sampling_style) == ("sasrec", "ssm", "batchwise")
         return "tron" if is_tron else self.model
 
 
