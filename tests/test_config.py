@@ -187,7 +187,8 @@ def test_every_field_says_what_it_means():
     ("values", "method"),
     [
         ({}, "tron"),
-        ({"topk_sampling": False}, "sasrec"),
+        ({"topk_sampling": False}, "tron"),
+        ({"sampling_style": "sessionwise"}, "sasrec"),
         ({"loss": "bce"}, "sasrec"),
     ],
 )

@@ -188,7 +188,7 @@ class ExperimentConfig:
 
     @property
     def method(self) -> str:
-        """What is trained: tron for SASRec with a listwise loss on shared negatives, or the model."""
+        """What is trained: tron for SASRec with a listwise loss on shared negatives."""
         is_tron = (self.model, self.loss, self.sampling_style) == ("sasrec", "ssm", "batchwise")
         return "tron" if is_tron else self.model
 
