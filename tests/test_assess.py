@@ -97,7 +97,10 @@ def test_full_sessions_leave_no_event_out(
 
 
 def test_one_pass_is_named_in_the_output(checkpoint: Checkpoint, dataset: Dataset) -> None:
-    assert "one pass" in assess(checkpoint, dataset, EvaluationOptions(one_pass=True), CPU)["positions"]
+    assert (
+        "one pass"
+        in assess(checkpoint, dataset, EvaluationOptions(one_pass=True), CPU)["positions"]
+    )
 
 
 def test_another_catalogue_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

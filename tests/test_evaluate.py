@@ -52,9 +52,7 @@ def hidden_states(model: SASRec, inputs: Sequence[int]) -> torch.Tensor:
     return model(batch)
 
 
-def rank_of(
-    model: SASRec, hidden_D: torch.Tensor, target: int, seen: Sequence[int] = ()
-) -> int:
+def rank_of(model: SASRec, hidden_D: torch.Tensor, target: int, seen: Sequence[int] = ()) -> int:
     """1 + the other eligible items that score at least as high; 0 for a filtered target."""
     if target in seen:
         return 0
@@ -216,7 +214,9 @@ def test_defect_dropped_sessions_every_session_of_an_incomplete_batch_counts(
 ) -> None:
     """TRON's drop_last=True loses the sessions of the last, incomplete batch."""
     sessions = random_sessions(rng, 129, NUM_ITEMS)
-    found = predict(make_model("end"), pack_sessions(sessions), protocol="last-item", batch_size=128)
+    found = predict(
+        make_model("end"), pack_sessions(sessions), protocol="last-item", batch_size=128
+    )
     assert found.session_E.tolist() == list(range(129))
 
 
@@ -231,7 +231,9 @@ def test_defect_mean_of_batch_means_the_figure_is_a_mean_over_events(
     recall = sum(rank <= 5 for rank in expected) / len(expected)
     reciprocal = sum(1 / rank for rank in expected if rank <= 10) / len(expected)
     for batch_size in (1, 7, 32, 512):
-        found = predict(model, pack_sessions(sessions), protocol="every-step", batch_size=batch_size)
+        found = predict(
+            model, pack_sessions(sessions), protocol="every-step", batch_size=batch_size
+        )
         figures = score(found.rank_E, found.session_E, measures)
         assert figures["R@5"].value == pytest.approx(recall, abs=1e-12)
         assert figures["RR@10"].value == pytest.approx(reciprocal, abs=1e-12)
@@ -274,9 +276,7 @@ def test_defect_filter_of_seen_items_repeats_are_reachable_unless_filtered() -> 
 
 
 @pytest.mark.parametrize("filter_rated", [False, True])
-def test_lists_hold_the_target_at_its_rank(
-    filter_rated: bool, sessions: list[list[int]]
-) -> None:
+def test_lists_hold_the_target_at_its_rank(filter_rated: bool, sessions: list[list[int]]) -> None:
     found = predict(
         make_model("end"),
         pack_sessions(sessions),

@@ -17,7 +17,10 @@ def exact_scores(hidden: torch.Tensor, table: torch.Tensor) -> list[list[Fractio
     """Dot products of float32 numbers without any rounding; entry 0 is no item."""
     rows = [[Fraction(value) for value in row] for row in table.double().tolist()]
     return [
-        [sum((Fraction(h) * e for h, e in zip(state, row, strict=True)), Fraction()) for row in rows]
+        [
+            sum((Fraction(h) * e for h, e in zip(state, row, strict=True)), Fraction())
+            for row in rows
+        ]
         for state in hidden.double().tolist()
     ]
 
@@ -111,11 +114,14 @@ def test_near_ties_within_float32_rounding(scale: float, dim: int) -> None:
     check(torch.from_numpy(hidden), torch.from_numpy(table), targets, limit=24)
 
 
-def test_large_products_of_both_signs_that_overflow_float32() -> None:
-    table = torch.tensor([[0.0, 0.0], [1e30, 1e30], [1e30, -1e30], [-1e30, -1e30], [2e30, 1e30]])
-    hidden = torch.tensor([[1e30, -1e30], [1e30, 1e30], [-1e30, 1e30]])
+def test_large_scores_are_ranked_and_those_beyond_float32_are_an_error() -> None:
+    """Beyond the range inf - inf would be NaN, which compares as if the item scored lower."""
+    table = torch.tensor([[0.0, 0.0], [1e18, 1e18], [1e18, -1e18], [-1e18, -1e18], [2e18, 1e18]])
+    hidden = torch.tensor([[1e18, -1e18], [1e18, 1e18], [-1e18, 1e18]])
     for target in range(1, 5):
         check(hidden, table, [target] * 3, limit=4)
+        with pytest.raises(RunError, match="range of float32"):
+            Catalogue(table * 1e12).ranks(hidden * 1e12, torch.tensor([target] * 3))
 
 
 def test_products_that_underflow_float32() -> None:

@@ -302,7 +302,7 @@ def test_resuming_is_refused_where_it_would_not_be_the_same_run(
 ) -> None:
     start(write_config(tmp_path), data_dir, tmp_path / "runs", "a")
     run_dir = tmp_path / "runs" / "a"
-    with pytest.raises(InputError, match="keeps its settings.* not lr"):
+    with pytest.raises(InputError, match=r"keeps its settings.* not lr"):
         resume(data_dir, run_dir, "lr=1", "max_epochs=9")
     with pytest.raises(InputError, match="nothing to resume"):
         resume(data_dir, tmp_path / "runs" / "no")
@@ -334,7 +334,9 @@ def test_the_checkpoint_is_the_best_by_validation_and_not_the_last(
     assert len(figures) == 8
     assert len(set(figures.values())) > 2
     assert found.metrics["R@5"] == max(figures.values())
-    assert found.step == min(step for step, value in figures.items() if value == max(figures.values()))
+    assert found.step == min(
+        step for step, value in figures.items() if value == max(figures.values())
+    )
     assert found.step < 48
     assert f"-step={found.step}-" in best.name
     assert best.name.endswith(f"-R@5={found.metrics['R@5']:.4f}.pt")

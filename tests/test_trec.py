@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_run_has_six_columns_ranks_from_one_and_strictly_falling_scores(
         assert [row[1] for row in rows] == ["Q0"] * 20
         assert [int(row[3]) for row in rows] == list(range(1, 21))
         scores = [float(row[4]) for row in rows]
-        assert all(a > b for a, b in zip(scores, scores[1:], strict=False))
+        assert all(a > b for a, b in pairwise(scores))
         assert len({row[2] for row in rows}) == 20
 
 

@@ -1,0 +1,335 @@
+"""The command line: exit codes, one sentence for an error, results alone on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_sessions, tiny_settings, write_dataset
+
+import tron_cli
+from tron_cli.checkpoint import load_checkpoint
+from tron_cli.config import FIELDS, packaged_configs
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> list[str]:
+    """A small dataset and a config for it: the options that name them."""
+    rng = np.random.default_rng(5)
+    write_dataset(
+        tmp_path / "data",
+        train=random_sessions(rng, 40, 30),
+        val=random_sessions(rng, 20, 30),
+        test=random_sessions(rng, 30, 30, longest=12),
+        num_items=30,
+        lost_predictions=3,
+    )
+    words = ", ".join(f"{key}={value!r}" for key, value in tiny_settings().items())
+    (tmp_path / "config.py").write_text(
+        f"from tron_cli.config import ExperimentConfig\nconfig = ExperimentConfig({words})\n"
+    )
+    return [
+        "--config", str(tmp_path / "config.py"), "--data-dir", str(tmp_path / "data"),
+        "--output-dir", str(tmp_path / "runs"), "--device", "cpu",
+    ]  # fmt: skip
+
+
+def is_one_sentence(err: str) -> bool:
+    """The last line names the problem; Typer puts its usage lines before it."""
+    lines = err.strip().splitlines()
+    usage = [line for line in lines if re.match(r"Usage: |Try |$", line)]
+    return "Traceback" not in err and len(lines) - len(usage) == 1
+
+
+# ---- help and version -----------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy_and_answers_at_once() -> None:
+    script = (
+        "import sys, tron_cli.cli as cli\n"
+        "sys.argv = ['tron', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'numpy', 'polars', 'ir_measures'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    seconds = []
+    for _ in range(3):  # the best of three: other processes may be busy
+        clock = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - clock)
+        assert done.returncode == 0, done.stderr
+        for name in ("prepare", "train", "evaluate", "demo", "config"):
+            assert re.search(rf"^\s+{name} ", done.stdout, re.MULTILINE)
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 1.0
+
+
+@pytest.mark.parametrize("words", [[], ["train"], ["evaluate"], ["prepare"], ["config", "show"]])
+def test_every_command_has_help(words: list[str], command: Command) -> None:
+    code, out, _ = command(*words, "--help")
+    assert code == 0
+    assert "Usage: " in out
+
+
+def test_version(command: Command) -> None:
+    assert command("--version") == (0, f"tron {tron_cli.__version__}\n", "")
+
+
+def test_python_m_is_the_same_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tron_cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"tron {tron_cli.__version__}\n"
+
+
+# ---- errors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["fly"], "fly"),
+        (["train", "--wings", "2"], "--wings"),
+        (["train"], "--config"),
+        (["train", "--config", "config_otto", "--resume", "runs/a"], "--resume"),
+        (["train", "--config", "config_oto"], "did you mean config_otto"),
+        (["train", "--config", "config_otto", "learning_rat=1"], "learning_rat"),
+        (["train", "--config", "config_otto", "embedding_dimm=1"], "did you mean embedding_dim"),
+        (["train", "--config", "config_otto", "lr=fast"], "lr must be a number, got 'fast'"),
+        (["train", "--config", "config_otto", "lr=-1"], "lr must be above 0"),
+        (["train", "--config", "config_otto", "lr"], "key=value"),
+        (["train", "--config", "config_otto", "lr=1", "lr=2"], "twice"),
+        (["train", "--config", "config_otto", "metrics=nDCG"], "cutoff"),
+        (["train", "--config", "config_otto", "--data-dir", "nowhere"], "tron prepare"),
+        (["train", "--resume", "nowhere"], "nothing to resume"),
+        (["evaluate", "nowhere.pt"], "nowhere.pt"),
+        (["evaluate"], "checkpoint"),
+        (["evaluate", "a.pt", "--split", "train"], "--split"),
+        (["evaluate", "a.pt", "--protocol", "sideways"], "--protocol"),
+        (["evaluate", "a.pt", "--limit-sessions", "0"], "--limit-sessions"),
+        (["config", "show", "nothing"], "nothing"),
+        (["config", "show", "config_otto", "sed=1"], "did you mean seed"),
+        (["prepare", "netflix"], "netflix"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_2(
+    words: list[str], says: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(*words)
+    assert code == 2
+    assert out == ""
+    assert says in err
+    assert is_one_sentence(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_measures_are_checked_before_training_and_ranking(
+    shop: list[str], command: Command, tmp_path: Path
+) -> None:
+    code, _, err = command("train", *shop, "metrics=Recal@5", "max_epochs=1")
+    assert code == 2
+    assert "Recal" in err
+    assert is_one_sentence(err)
+
+
+def test_an_unknown_device_is_one_sentence(shop: list[str], command: Command) -> None:
+    for device in ("gpu", "cuda:77", ""):
+        code, _, err = command("train", *shop[:-1], device)
+        assert code == 2
+        assert "--device" in err
+        assert is_one_sentence(err)
+
+
+def test_a_failed_run_exits_with_1(shop: list[str], command: Command) -> None:
+    code, out, err = command("train", *shop, "lr=1e30")
+    assert (code, out) == (1, "")
+    assert "lower lr" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_debug_shows_the_traceback(place: str, command: Command) -> None:
+    words = ["config", "show", "nothing"]
+    code, _, err = command(*(["--debug", *words] if place == "first" else [*words, "--debug"]))
+    assert code == 2
+    assert "Traceback" in err
+    assert "no config 'nothing'" in err.splitlines()[-1]
+
+
+def test_a_bug_is_one_sentence_that_names_debug(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> list[str]:
+        raise RuntimeError("inner failure")
+
+    monkeypatch.setattr("tron_cli.config.packaged_configs", broken)
+    code, _, err = command("config", "list")
+    assert code == 1
+    assert "inner failure" in err
+    assert "--debug" in err
+    assert is_one_sentence(err)
+
+
+# ---- config ---------------------------------------------------------------------------------
+
+
+def test_config_show_tells_where_every_value_came_from(command: Command) -> None:
+    code, out, _ = command("config", "show", "config_otto", "lr=0.01", "positions=start")
+    assert code == 0
+    rows = {line.split()[0]: line for line in out.splitlines()[2:]}
+    assert set(rows) == set(FIELDS)
+    assert rows["lr"].split()[1:] == ["0.01", "command", "line"]
+    assert rows["dataset_name"].split()[1:] == ["otto", "config_otto.py"]
+    assert rows["embedding_dim"].split()[1:] == ["200", "default"]
+
+
+def test_config_list_names_what_config_show_takes(command: Command) -> None:
+    _, out, _ = command("config", "list")
+    assert out.split() == packaged_configs()
+    for name in out.split():
+        assert command("config", "show", name)[0] == 0
+
+
+# ---- train and evaluate ---------------------------------------------------------------------
+
+
+def test_overrides_stand_anywhere_after_the_subcommand(
+    shop: list[str], command: Command, tmp_path: Path
+) -> None:
+    words = ["max_epochs=1", *shop[:4], "seed=7", *shop[4:], "dropout_rate=0.5", "--name", "a"]
+    code, out, _ = command("train", *words, "num_blocks=2")
+    assert code == 0
+    config = load_checkpoint(Path(out.strip())).config
+    found = (config.max_epochs, config.seed, config.dropout_rate, config.num_blocks)
+    assert found == (1, 7, 0.5, 2)
+    assert json.loads((tmp_path / "runs" / "a" / "config.json").read_text())["seed"] == 7
+
+
+def test_train_prints_the_best_checkpoint_and_nothing_else(
+    shop: list[str], command: Command, tmp_path: Path
+) -> None:
+    code, out, _ = command("train", *shop, "--name", "a")
+    assert code == 0
+    assert out.count("\n") == 1
+    best = Path(out.strip())
+    assert best.parent == tmp_path / "runs" / "a"
+    assert {path.name for path in best.parent.iterdir()} == {
+        "config.json", "metrics.jsonl", "train.log", "last.pt", best.name,
+    }  # fmt: skip
+    code, out, _ = command("train", *shop, "--name", "b", "--json")
+    found = json.loads(out)
+    assert set(found) == {"checkpoint", "validation"}
+    assert set(found["validation"]) == {"R@5", "RR@5"}
+
+
+def test_a_run_folder_is_never_reused(shop: list[str], command: Command) -> None:
+    assert command("train", *shop, "--name", "a", "max_epochs=1")[0] == 0
+    code, _, err = command("train", *shop, "--name", "a", "max_epochs=1")
+    assert code == 2
+    assert "another --name" in err
+
+
+def test_evaluate_json_is_one_object_with_the_promised_keys(
+    shop: list[str], command: Command, tmp_path: Path
+) -> None:
+    best = command("train", *shop)[1].strip()
+    data = shop[2:4]
+    code, out, _ = command("evaluate", best, *data, "--json", "--metrics", "R@20 RR@20 nDCG@10")
+    assert code == 0
+    assert out.count("\n") == 1
+    report = json.loads(out)
+    promised = "metrics protocol split events sessions items checkpoint dataset"
+    assert set(promised.split()) <= set(report)
+    assert list(report["metrics"]) == ["R@20", "RR@20", "nDCG@10"]
+    for figure in report["metrics"].values():
+        assert {"value", "stderr"} <= set(figure)
+        assert 0 <= figure["value"] <= 1
+    assert (report["protocol"], report["split"]) == ("every-step", "test")
+    assert (report["sessions"], report["items"], report["dataset"]) == (30, 30, "tiny")
+    assert report["checkpoint"] == best
+
+
+def test_evaluate_prints_a_table_with_what_it_rests_on(shop: list[str], command: Command) -> None:
+    best = command("train", *shop)[1].strip()
+    code, out, _ = command(
+        "evaluate", Path(best).parent, *shop[2:4], "--one-pass", "--limit-sessions", 9
+    )
+    assert code == 0
+    facts = ["R@5", "std. error", "every-step", "test split", "one pass", "ranked above"]
+    for fact in (*facts, "9 sessions", "beyond the limit"):
+        assert fact in out
+    _, out, _ = command("evaluate", best, *shop[2:4])
+    for fact in ("lost as misses", "3 events whose item training lacks", "--full-sessions", best):
+        assert fact in out
+
+
+@pytest.mark.parametrize("option", ["--run", "--qrels"])
+def test_evaluate_refuses_a_file_it_cannot_write(
+    option: str, shop: list[str], command: Command, tmp_path: Path
+) -> None:
+    best = command("train", *shop, "max_epochs=1")[1].strip()
+    for place in (tmp_path, tmp_path / "no" / "file"):
+        code, out, err = command("evaluate", best, *shop[2:4], option, place)
+        assert (code, out) == (2, "")
+        assert "cannot write" in err
+        assert is_one_sentence(err)
+
+
+def test_a_checkpoint_needs_its_dataset_only(
+    shop: list[str], command: Command, tmp_path: Path
+) -> None:
+    best = Path(command("train", *shop)[1].strip())
+    before = json.loads(command("evaluate", best, *shop[2:4], "--json")[1])
+    (tmp_path / "config.py").unlink()
+    moved = best.rename(tmp_path / "moved.pt")
+    after = json.loads(command("evaluate", moved, *shop[2:4], "--json")[1])
+    assert after["metrics"] == before["metrics"]
+    code, _, err = command("evaluate", moved, "--data-dir", tmp_path / "elsewhere")
+    assert code == 2
+    assert "elsewhere" in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_ctrl_c_saves_exits_non_zero_and_prints_how_to_resume(
+    shop: list[str], command: Command, tmp_path: Path
+) -> None:
+    words = ["train", *shop, "max_epochs=15", "save_every=2", "--name"]
+    whole = Path(command(*words, "whole")[1].strip())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tron_cli", *words, "stopped"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    run_dir = tmp_path / "runs" / "stopped"
+    deadline = time.monotonic() + 60
+    while not (run_dir / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert out == ""
+    assert "Traceback" not in err
+    said = re.search(r"`tron (train --resume \S+)`", err)
+    assert said is not None
+    step = load_checkpoint(run_dir / "last.pt").step
+    assert 0 < step < 75
+    code, out, _ = command(*said.group(1).split(), *shop[2:4], "--device", "cpu")
+    assert code == 0
+    assert Path(out.strip()).name == whole.name
+    weights = [load_checkpoint(folder / "last.pt").weights for folder in (run_dir, whole.parent)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])

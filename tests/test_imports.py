@@ -1,0 +1,132 @@
+"""The import rules: one way down, and no torch where it is not needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tron_cli
+
+PACKAGE = Path(tron_cli.__file__).parent
+MODULES = {
+    ".".join(("tron_cli", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def imported(file: Path, *, in_functions: bool = True) -> set[str]:
+    """Full names of what a module imports at run time (not under TYPE_CHECKING)."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            assert node.module is not None
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in MODULES else node.module)
+        for child in ast.iter_child_nodes(node):
+            if is_type_checking(node) and child in node.body:  # type: ignore[attr-defined]
+                continue
+            if not in_functions and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            visit(child)
+
+    visit(ast.parse(file.read_text(encoding="utf-8")))
+    return found
+
+
+def group(module: str) -> str:
+    """tron_cli.models.sasrec -> models; of other packages the top name."""
+    parts = module.split(".")
+    return module if parts[0] != "tron_cli" else ".".join(parts[1:2]) or "tron_cli"
+
+
+def test_the_rule_reader_sees_imports() -> None:
+    """The checks below would hold for nothing if it did not."""
+    assert "torch" in imported(MODULES["tron_cli.train"])
+    assert "tron_cli.batches" not in imported(MODULES["tron_cli.models.sasrec"])
+    assert "tron_cli.train" in imported(MODULES["tron_cli.cli"])
+    assert "tron_cli.train" not in imported(MODULES["tron_cli.cli"], in_functions=False)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if ".prepare" in name])
+def test_prepare_never_imports_torch(name: str) -> None:
+    """Neither itself nor through another module of the package."""
+    seen: set[str] = set()
+    waiting = {name}
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        imports = imported(MODULES[module])
+        assert "torch" not in {found.split(".")[0] for found in imports}, f"{name} -> {module}"
+        waiting |= {found for found in imports if found in MODULES} - seen
+
+
+def test_importing_all_of_prepare_loads_no_torch() -> None:
+    names = [name for name in MODULES if ".prepare" in name]
+    script = f"import sys, {', '.join(names)}\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in MODULES
+        if name.startswith("tron_cli.models") or group(name) in ("losses", "negatives", "logits")
+    ],
+)
+def test_the_arithmetic_imports_only_torch_and_itself(name: str) -> None:
+    allowed = {"torch", "models", "losses", "negatives", "logits", *sys.stdlib_module_names}
+    found = {group(module).split(".")[0] for module in imported(MODULES[name])}
+    assert found <= allowed
+
+
+def test_imports_point_one_way() -> None:
+    """No cycles: every module can be read after those that it imports."""
+    waiting = {name: imported(file) & MODULES.keys() - {name} for name, file in MODULES.items()}
+    while ready := {name for name, needs in waiting.items() if not needs}:
+        waiting = {name: needs - ready for name, needs in waiting.items() if name not in ready}
+    assert not waiting, f"these import each other: {sorted(waiting)}"
+
+
+@pytest.mark.parametrize(
+    ("lower", "uppers"),
+    [
+        ("config", {"cli", "train", "evaluate", "assess", "prepare", "models", "checkpoint"}),
+        ("dataset", {"cli", "train", "evaluate", "assess", "prepare", "config", "checkpoint"}),
+        ("models", {"cli", "train", "evaluate", "assess", "checkpoint", "config"}),
+        ("evaluate", {"cli", "train", "assess", "checkpoint", "prepare", "metrics"}),
+        ("train", {"cli", "assess", "prepare"}),
+        ("prepare", {"cli", "train", "evaluate", "assess", "models", "checkpoint", "config"}),
+    ],
+)
+def test_lower_layers_do_not_know_the_upper_ones(lower: str, uppers: set[str]) -> None:
+    for name, file in MODULES.items():
+        if group(name) == lower:
+            assert not {group(module) for module in imported(file)} & uppers, name
+
+
+def test_the_command_line_imports_torch_only_in_commands() -> None:
+    found = {
+        module.split(".")[0] for module in imported(MODULES["tron_cli.cli"], in_functions=False)
+    }
+    assert not found & {"torch", "numpy", "polars", "ir_measures"}
+
+
+def test_there_is_no_utils() -> None:
+    assert not [name for name in MODULES if name.split(".")[-1] in ("utils", "helpers", "common")]
