@@ -71,10 +71,13 @@ def run(name: str, data_dir: Path, output_dir: Path) -> Path:
     train = ["train", "--config", experiment.config, *experiment.overrides]
     evaluate = ["evaluate", "CHECKPOINT"]
     where = ["--data-dir", str(data_dir)]
+    started = output_dir / f"{name}.started.json"
     seconds = None
     if (run_dir / "last.pt").exists():
         found = _tron(["train", "--resume", str(run_dir), *where])
     else:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        started.write_text(json.dumps({"commit": _commit(), "hardware": _hardware()}))
         clock = time.perf_counter()
         found = _tron([*train, *where, "--output-dir", str(output_dir), "--name", name])
         seconds = round(time.perf_counter() - clock)
@@ -86,9 +89,8 @@ def run(name: str, data_dir: Path, output_dir: Path) -> Path:
         "dataset": experiment.dataset,
         "title": experiment.title,
         "commands": [f"tron {' '.join(train)}", f"tron {' '.join(evaluate)}"],
-        "commit": _commit(),
+        **json.loads(started.read_text()),
         "seed": config["seed"],
-        "hardware": _hardware(),
         "training_seconds": seconds,
         "steps": json.loads(lines[-1])["step"],
         "best_checkpoint": Path(found["checkpoint"]).name,
