@@ -27,7 +27,7 @@ from tron_cli.errors import InputError, RunError
 from tron_cli.prepare.columns import MAX_LINE_BYTES, BadLines, text_blocks
 from tron_cli.prepare.events import drop_events, first_times, take_where
 from tron_cli.prepare.filters import Steps, drop_short
-from tron_cli.prepare.otto_lines import MAX_AID, Block, Clicks, read_clicks
+from tron_cli.prepare.otto_lines import Block, Clicks, read_clicks
 from tron_cli.prepare.raw import SOURCES, describe, is_gzip, locate
 from tron_cli.prepare.split import DAY, sample_rows
 from tron_cli.prepare.write import dataset_path
@@ -69,7 +69,7 @@ def prepare_otto(
         ):
             steps, test_steps = Steps(), Steps()
             catalogue, end = _read_training(train_file, bad, spool, steps)
-            index = np.zeros(MAX_AID + 1, np.int32)
+            index = np.zeros(catalogue[-1] + 2, np.int32)  # the last entry: aids beyond
             index[catalogue] = np.arange(1, len(catalogue) + 1)
             test, test_counts = _read_test(test_file, bad, index, test_steps)
             # Checksums keep one core busy for some seconds, writing the other.
@@ -174,12 +174,15 @@ class _Tally:
     def __init__(self) -> None:
         self.sessions = 0
         self.events = 0
-        self._seen = np.zeros(MAX_AID + 1, bool)  # pages that are never touched cost no memory
+        self._seen = np.zeros(1 << 20, bool)
 
     def add(self, sessions: int, *aids: np.ndarray) -> None:
         self.sessions += sessions
         for part in aids:
             self.events += len(part)
+            largest = int(part.max(initial=0))
+            if largest >= len(self._seen):
+                self._seen = np.concatenate((self._seen, np.zeros(largest + 1, bool)))
             self._seen[part] = True
 
     @property
@@ -231,7 +234,7 @@ def _read_test(
     predictions = 0
     for clicks in _clicks(file, bad):
         sessions = _sessions(clicks)
-        covered = drop_events(sessions, index[sessions.items] > 0)
+        covered = drop_events(sessions, _positions(sessions, index) > 0)
         long_enough = drop_short(covered, MIN_CLICKS)
         read.add(len(sessions), clicks.aids, clicks.other_aids)
         clicked.add(_count(sessions.lengths > 0), sessions.items)
@@ -324,7 +327,12 @@ def _sessions(clicks: Clicks) -> Sessions:
 
 
 def _indexed(sessions: Sessions, index: np.ndarray) -> Sessions:
-    return Sessions(index[sessions.items], sessions.offsets, sessions.times)
+    return Sessions(_positions(sessions, index), sessions.offsets, sessions.times)
+
+
+def _positions(sessions: Sessions, index: np.ndarray) -> np.ndarray:
+    """int32 [E]: the item of each event, 0 where the catalogue lacks it."""
+    return index.take(sessions.items, mode="clip")
 
 
 def _clicks(file: Path, bad: BadLines) -> Iterator[Clicks]:
