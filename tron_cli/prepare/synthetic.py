@@ -35,10 +35,10 @@ NUM_CATEGORIES = 100
 NUM_BRANDS = 50
 SUCCESSOR_PROBABILITIES = (0.35, 0.25, 0.2, 0.12, 0.08)
 NUM_ON_CYCLE = 3
-LOYALTY = 0.8
+LOYALTY = 0.85
 NOISE = 0.05
-CATEGORY_SKEW = 0.7  # exponent of the Zipf law of the shares
-BRAND_SKEW = 0.5
+CATEGORY_SKEW = 0.6  # exponent of the Zipf law of the shares
+BRAND_SKEW = 0.4
 
 NUM_DAYS = 30
 VAL_DAYS = 2
@@ -92,7 +92,7 @@ def prepare_synthetic(
     *,
     force: bool = False,
     seed: int = 42,
-    sessions: int = 60_000,
+    sessions: int = 80_000,
 ) -> Dataset:
     """Generate the shop, its sessions and the reference figures of the validation and test splits.
 
