@@ -190,6 +190,21 @@ def test_table_equals_brute_force(
                 assert max(before, default=0) < min(after, default=2**62)
 
 
+def test_long_sessions_do_not_carry_the_test_period_into_training(tmp_path: Path) -> None:
+    """One user is active every hour of ten days; training must end before the first test event."""
+    rows = [("always", f"i{hour % 5}", START + hour * 60 * MINUTE, "view") for hour in range(240)]
+    for day in range(10):
+        rows += [(f"u{day}", f"i{n}", START + day * DAY + n, "view") for n in range(5)]
+    dataset = prepare_table(write_csv(tmp_path / "a.csv", rows), SESSION, tmp_path, "out")
+    train, val, test = (unpack(dataset, split) for split in ("train", "val", "test"))
+    assert [len(part) for part in (train, val, test)] == [7, 2, 2]
+    longest = max(train, key=len)
+    assert longest[-1][0] < min(session[0][0] for session in val)
+    assert len(longest) == 6 * 24
+    assert dataset.info["left_out"]["late_events"] == 240 - len(longest)
+    assert dataset.info["left_out"]["late_sessions"] == 0
+
+
 # Formats --------------------------------------------------------------------------------------
 
 

@@ -173,7 +173,7 @@ def find_column(file: Path, names: list[str], wanted: str) -> int:
 
 
 def _without_type(name: str) -> str:
-    return name.split(":")[0]
+    return name.split(":")[0].strip()
 
 
 def _plain(name: str) -> str:
