@@ -7,5 +7,5 @@ config = ExperimentConfig(
     # A small data set overfits: TRON's dropout for it.
     dropout_rate=0.2,
     max_epochs=100,
-    early_stopping_patience=3,
+    early_stopping_patience=2,
 )

@@ -5,5 +5,5 @@ from tron_cli.config import ExperimentConfig
 config = ExperimentConfig(
     dataset_name="yoochoose",
     max_epochs=10,
-    early_stopping_patience=3,
+    early_stopping_patience=2,
 )

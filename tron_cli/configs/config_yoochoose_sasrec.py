@@ -12,5 +12,5 @@ config = ExperimentConfig(
     topk_sampling=False,
     lr=1e-3,
     max_epochs=10,
-    early_stopping_patience=3,
+    early_stopping_patience=2,
 )
