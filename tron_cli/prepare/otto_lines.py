@@ -98,9 +98,10 @@ def _pieces(text: bytes) -> Iterator[bytes]:
 def _sorted_by_time(
     lengths: np.ndarray, aids: np.ndarray, times: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    ends = np.cumsum(lengths)[:-1]
-    earlier = np.flatnonzero(times[1:] < times[:-1]) + 1
-    if np.isin(earlier, ends).all():  # time goes back from one session to the next only
+    starts_session = np.zeros(len(times) + 1, bool)
+    starts_session[np.cumsum(lengths)] = True
+    # From one session to the next time may go back.
+    if not ((times[1:] < times[:-1]) & ~starts_session[1:-1]).any():
         return aids, times
     order = np.lexsort((times, np.repeat(np.arange(len(lengths)), lengths)))
     return aids[order], times[order]
