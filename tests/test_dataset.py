@@ -190,3 +190,11 @@ def test_a_damaged_dataset_is_one_sentence(damage: str, tmp_path: Path) -> None:
         Dataset.open(path).split("train")
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_id_with_a_line_feed_is_refused_since_it_would_shift_all_later_ones(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(InputError, match="line feed"):
+        write_dataset(tmp_path, train=[[1, 2]], item_ids=np.array(["a\nb", "c"], dtype=object))
+    assert list(tmp_path.iterdir()) == []
