@@ -1,6 +1,6 @@
 """The TRON XL training step beside a plain one in the originals' manner, in turns.
 
-    python -m benchmarks.training_step [--items 50000] [--steps 10]
+    python -m benchmarks.training_step [--items 50000] [--steps 10] [--output FILE.json]
 
 The plain step pads every session to 50 events, scores all negatives of all padded places with
 gradients, takes the top-k of that matrix, and applies dense Adam through dense gradients.
@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -140,12 +141,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=50_000)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--output", type=Path, help="write the results as JSON")
     arguments = parser.parse_args()
     results = measure(arguments.items, arguments.steps)
-    if arguments.json:
-        print(json.dumps(results))
-        return
+    if arguments.output:
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
     rows = [
         [str(r["lengths"]), f"{r['items']:,}", f"{r['tron_s']:.3f}", f"{r['plain_s']:.3f}",
          f"{r['ratio']:.1f}x"]

@@ -198,3 +198,13 @@ def test_an_id_with_a_line_feed_is_refused_since_it_would_shift_all_later_ones(
     with pytest.raises(InputError, match="line feed"):
         write_dataset(tmp_path, train=[[1, 2]], item_ids=np.array(["a\nb", "c"], dtype=object))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_preparation_left_is_cleared_away(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".shop.partial-{gone.pid}" / "train").mkdir(parents=True)
+    running = tmp_path / f".shop.partial-{os.getppid()}"
+    running.mkdir()
+    write_dataset(tmp_path, name="shop")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [running.name, "shop"]

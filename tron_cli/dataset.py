@@ -138,7 +138,7 @@ class DatasetWriter:
     """
 
     def __init__(self, path: Path, *, force: bool = False) -> None:
-        if path.exists() and not force:
+        if path.exists() and not (force and path.is_dir()):
             raise InputError(
                 f"{path} exists already; pass --force to replace it, or another --name"
             )
@@ -148,7 +148,9 @@ class DatasetWriter:
         self._catalogue: dict[str, Any] = {}
 
     def __enter__(self) -> DatasetWriter:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for stale in self.path.parent.glob(f".{self.path.name}.partial-*"):
+            if not _is_running(int(stale.name.rpartition("-")[2])):
+                shutil.rmtree(stale, ignore_errors=True)
         try:
             self._folder.mkdir(parents=True)
         except OSError as error:
@@ -247,6 +249,18 @@ class DatasetWriter:
         shutil.rmtree(self.path, ignore_errors=True)
         self._folder.replace(self.path)
         return Dataset.open(self.path)
+
+
+def _is_running(process: int) -> bool:
+    if process == os.getpid():
+        return False  # whatever had our number before us
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def _with_header(raw: Path, file: Path, dtype: np.dtype[Any]) -> None:

@@ -5,10 +5,12 @@ from tron_cli.config import ExperimentConfig
 config = ExperimentConfig(
     dataset_name="synthetic",
     embedding_dim=64,
-    num_uniform_negatives=2048,
     dropout_rate=0.0,
-    lr=3e-3,
+    # A small catalogue: fewer negatives, of which top-k keeps half.
+    num_uniform_negatives=512,
+    topk_sampling_k=300,
+    lr=5e-3,
     lr_schedule="cosine",
     warmup_steps=100,
-    max_epochs=2,
+    max_epochs=4,
 )

@@ -52,8 +52,7 @@ def unpack(archive: Path, wanted: Sequence[str], folder: Path) -> dict[str, Path
     """
     with archive.open("rb") as file:
         is_7z = file.read(6) == SEVEN_ZIP_MAGIC
-    with _reading(archive):
-        listing = _list_7z(archive) if is_7z else _list_zip(archive)
+    listing = _list_7z(archive) if is_7z else _list_zip(archive)
     members = {name: _choose(archive, listing, name) for name in wanted}
     targets = {name: folder / name for name in wanted}
     missing = [name for name in wanted if not _is_unpacked(targets[name], members[name])]
@@ -139,18 +138,19 @@ def _is_unpacked(file: Path, member: _Member) -> bool:
 
 
 def _list_zip(archive: Path) -> list[_Member]:
-    with zipfile.ZipFile(archive) as content:
-        return [
-            _Member(
-                name=info.filename.replace("\\", "/"),
-                size=info.file_size,
-                crc32=info.CRC,
-                # The upper half of the attributes is the Unix mode, zero where there is none.
-                regular=stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG),
-            )
-            for info in content.infolist()
-            if not info.is_dir()
-        ]
+    with _reading(archive), zipfile.ZipFile(archive) as content:
+        infos = content.infolist()
+    return [
+        _Member(
+            name=info.filename.replace("\\", "/"),
+            size=info.file_size,
+            crc32=info.CRC,
+            # The upper half of the attributes is the Unix mode, zero where there is none.
+            regular=stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG),
+        )
+        for info in infos
+        if not info.is_dir()
+    ]
 
 
 def _extract_zip(
@@ -168,17 +168,18 @@ def _extract_zip(
 
 
 def _list_7z(archive: Path) -> list[_Member]:
-    with py7zr.SevenZipFile(archive) as content:
-        return [
-            _Member(
-                name=info.filename.replace("\\", "/"),
-                size=info.uncompressed,
-                crc32=info.crc32,
-                regular=info.is_file,
-            )
-            for info in content.list()
-            if not info.is_directory
-        ]
+    with _reading(archive), py7zr.SevenZipFile(archive) as content:
+        infos = content.list()
+    return [
+        _Member(
+            name=info.filename.replace("\\", "/"),
+            size=info.uncompressed,
+            crc32=info.crc32,
+            regular=info.is_file,
+        )
+        for info in infos
+        if not info.is_directory
+    ]
 
 
 def _extract_7z(archive: Path, outputs: dict[str, Path], progress: Callable[[int], object]) -> None:

@@ -231,7 +231,7 @@ def _integers(words: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndar
 
 def _last_digits(word: np.ndarray, digits: np.ndarray | int) -> np.ndarray | None:
     """int64: the number that the last `digits` bytes of each word spell; None if one does not."""
-    junk = (_ONE_BYTE * (8 - np.asarray(digits))).astype(np.uint64)  # bits before the first digit
+    junk = (8 * (8 - np.asarray(digits))).astype(np.uint64)  # bits before the first digit
     word = (word ^ _ZEROS) >> junk << junk  # a byte per digit, the first one lowest
     if (((word + _TO_HIGH_BIT) | word) & _HIGH_BITS).any():
         return None
