@@ -45,7 +45,7 @@ SOURCES: dict[str, Source] = {
     "yoochoose": Source(
         files=("yoochoose-clicks.dat",),
         downloads=("yoochoose-data.7z",),
-        page="https://www.kaggle.com/datasets/chadgostopp/recsys-challenge-2015",
+        page="https://s3-eu-west-1.amazonaws.com/yc-rdata/yoochoose-data.7z",
         url="https://s3-eu-west-1.amazonaws.com/yc-rdata/yoochoose-data.7z",
     ),
     "diginetica": Source(
