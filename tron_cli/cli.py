@@ -271,7 +271,7 @@ def demo(
     def say(command: str) -> None:
         print(f"\n$ {command}", flush=True)
 
-    say("tron prepare synthetic")
+    say("tron prepare synthetic --force")
     summary.print_summary(prepare_synthetic(data_dir, force=True))
     say("tron train --config config_synthetic.py")
     best = run_training("config_synthetic.py", [], data_dir, output_dir, None, None, "auto")
