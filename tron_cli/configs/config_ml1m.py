@@ -4,16 +4,17 @@ from tron_cli.config import ExperimentConfig
 
 config = ExperimentConfig(
     dataset_name="ml1m",
-    # Histories are long (mean 165): gSASRec's window and width.
+    # Histories are long (mean 165): the window of the published runs, a narrow model, and few
+    # histories a step, which hold as many events as a batch of sessions does.
     sequence_length=200,
-    embedding_dim=128,
+    embedding_dim=64,
     dropout_rate=0.2,
-    # 3,416 items: a batch of long histories holds nearly all of them, so that rejecting its
-    # items would leave nothing to draw.
+    train_batch_size=32,
+    # 3,416 items: the inputs of a batch cover so many of them that rejecting these would leave
+    # little to draw, and the loss can afford to see all negatives.
     num_uniform_negatives=2048,
     num_batch_negatives=0,
     reject_in_batch_items=False,
-    # So few that the loss can see them all, as the best published runs on it do.
     topk_sampling=False,
     lr=1e-3,
     max_epochs=100,

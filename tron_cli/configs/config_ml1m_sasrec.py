@@ -4,10 +4,11 @@ from tron_cli.config import ExperimentConfig
 
 config = ExperimentConfig(
     dataset_name="ml1m",
-    # Window, width and dropout of gSASRec's config for it.
+    # The network and the batch of config_ml1m.
     sequence_length=200,
-    embedding_dim=128,
-    dropout_rate=0.5,
+    embedding_dim=64,
+    dropout_rate=0.2,
+    train_batch_size=32,
     loss="bce",
     num_uniform_negatives=1,
     num_batch_negatives=0,
@@ -15,8 +16,8 @@ config = ExperimentConfig(
     reject_uniform_session_items=True,
     topk_sampling=False,
     lr=1e-3,
-    max_epochs=400,
-    early_stopping_patience=20,
+    max_epochs=100,
+    early_stopping_patience=10,
     filter_rated=True,
     metrics=("R@1", "R@10", "nDCG@10"),
     val_metric="nDCG@10",
