@@ -138,6 +138,20 @@ def test_one_pass_with_full_sessions_is_refused(checkpoint: Checkpoint, dataset:
         assess(checkpoint, dataset, EvaluationOptions(one_pass=True, full_sessions=True), CPU)
 
 
+def test_one_file_for_run_and_qrels_is_refused(
+    checkpoint: Checkpoint, dataset: Dataset, tmp_path: Path
+) -> None:
+    both = tmp_path / "both.txt"
+    with pytest.raises(InputError, match=r"both name .*both\.txt"):
+        assess(checkpoint, dataset, EvaluationOptions(run=both, qrels=both), CPU)
+    assert not both.exists()
+
+
+def test_empty_metrics_are_refused(checkpoint: Checkpoint, dataset: Dataset) -> None:
+    with pytest.raises(InputError, match="no measure given"):
+        assess(checkpoint, dataset, EvaluationOptions(metrics=""), CPU)
+
+
 def test_an_empty_split_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     empty = write_dataset(tmp_path, name="empty", train=TRAIN, test=[], num_items=20)
     with pytest.raises(InputError, match=r"test split .* is empty"):

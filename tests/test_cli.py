@@ -116,6 +116,8 @@ def test_python_m_is_the_same_command() -> None:
         (["train", "--config", "config_otto", "metrics=nDCG"], "cutoff"),
         (["train", "--config", "config_otto", "--data-dir", "nowhere"], "tron prepare"),
         (["train", "--resume", "nowhere"], "nothing to resume"),
+        (["train", "--resume", "runs/a", "--name", "b"], "leave out --name"),
+        (["train", "--resume", "runs/a", "--output-dir", "b"], "leave out --name"),
         (["evaluate", "nowhere.pt"], "nowhere.pt"),
         (["evaluate"], "checkpoint"),
         (["evaluate", "a.pt", "--split", "train"], "--split"),
@@ -333,3 +335,38 @@ def test_ctrl_c_saves_exits_non_zero_and_prints_how_to_resume(
     assert Path(out.strip()).name == whole.name
     weights = [load_checkpoint(folder / "last.pt").weights for folder in (run_dir, whole.parent)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--name", "../elsewhere"], "--name must be a folder name"),
+        (["--name", ""], "--name must be a folder name"),
+        (["--device", "meta"], "--device must be auto, cpu, cuda or cuda:N"),
+        (["val_metric=R@99999"], "cutoff"),
+        (["metrics=foo@3"], "foo@3"),
+        (["precision=fp16"], "precision=fp16 needs CUDA"),
+    ],
+)
+def test_what_is_refused_at_once_leaves_no_run_folder(
+    command: Command, tmp_path: Path, words: list[str], says: str
+) -> None:
+    write_dataset(tmp_path / "data", name="tiny", train=[[1, 2]], val=[[1, 2]], test=[[1, 2]])
+    places = ["--data-dir", str(tmp_path / "data"), "--output-dir", str(tmp_path / "runs")]
+    code, out, err = command("train", "--config", "config_otto", "dataset_name=tiny",
+                             "--device", "cpu", *places, *words)  # fmt: skip
+    assert (code, out) == (2, "")
+    assert says in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_sentence(command: Command, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", name="tiny", train=[[1, 2]])
+    (tmp_path / "runs").write_text("a file")
+    code, _, err = command("train", "--config", "config_otto", "dataset_name=tiny",
+                           "--data-dir", str(tmp_path / "data"),
+                           "--output-dir", str(tmp_path / "runs"))  # fmt: skip
+    assert code == 2
+    assert "cannot write to the run folder" in err

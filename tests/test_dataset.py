@@ -29,30 +29,34 @@ before, clock = resident(), time.perf_counter()
 data = Dataset.open(Path(sys.argv[1]))
 splits = [data.split(name) for name in ("train", "val", "test")]
 ids = data.item_ids
-last = splits[0][len(splits[0]) - 1]
+last = splits[0][len(splits[0]) - 2]
 seconds = time.perf_counter() - clock
 print(json.dumps({"seconds": seconds, "bytes": resident() - before, "sessions": len(splits[0]),
                   "items": len(ids), "last": last.tolist()}))
 """
 
 
-def sparse_array(file: Path, dtype: str, count: int) -> None:
-    """A .npy file of zeros that takes no space on disk."""
+def sparse_array(file: Path, dtype: str, count: int, last: int = 0) -> None:
+    """A .npy file of zeros, but for the last entry, that takes no space on disk."""
     with file.open("wb") as out:
         header = {"descr": dtype, "fortran_order": False, "shape": (count,)}
         np.lib.format.write_array_header_1_0(out, header)
-        out.truncate(out.tell() + count * np.dtype(dtype).itemsize)
+        size = np.dtype(dtype).itemsize
+        out.seek((count - 1) * size, os.SEEK_CUR)
+        out.write(np.array(last, dtype).tobytes())
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
 def test_opening_a_dataset_of_otto_s_size_takes_no_time_and_no_memory(tmp_path: Path) -> None:
     data = write_dataset(tmp_path, name="otto", train=[[1, 2]], test=[[1, 2]])
     for split, sessions, events in (("train", 13_000_000, 200_000_000), ("test", 10, 1000)):
-        for array, dtype, count in (
-            ("items", "<i4", events), ("offsets", "<i8", sessions + 1), ("times", "<i8", events),
-        ):  # fmt: skip
-            sparse_array(data.path / split / f"{array}.npy", dtype, count)
+        sparse_array(data.path / split / "items.npy", "<i4", events)
+        sparse_array(data.path / split / "offsets.npy", "<i8", sessions + 1, last=events)
+        sparse_array(data.path / split / "times.npy", "<i8", events)
+        data.info["splits"][split] |= {"sessions": sessions, "events": events}
     sparse_array(data.path / "item_ids.npy", "<i8", 1_855_603)
+    data.info["num_items"] = 1_855_603
+    (data.path / "dataset.json").write_text(json.dumps(data.info))
     done = subprocess.run(
         [sys.executable, "-c", OPEN_AND_LOOK, str(data.path)],
         capture_output=True, text=True, check=True,
@@ -208,3 +212,38 @@ def test_what_a_killed_preparation_left_is_cleared_away(tmp_path):
     running.mkdir()
     write_dataset(tmp_path, name="shop")
     assert sorted(path.name for path in tmp_path.iterdir()) == [running.name, "shop"]
+
+
+DAMAGES = {
+    "not an object": lambda path: (path / "dataset.json").write_text("[]"),
+    "no name": lambda path: (path / "dataset.json").write_text('{"format_version": 1}'),
+    "no item ids": lambda path: (path / "item_ids.npy").unlink(),
+    "other item ids": lambda path: np.save(path / "item_ids.npy", np.arange(99)),
+    "empty array": lambda path: (path / "train" / "items.npy").write_bytes(b""),
+    "no array": lambda path: (path / "train" / "items.npy").unlink(),
+    "fewer items": lambda path: np.save(path / "train" / "items.npy", np.ones(1, np.int32)),
+    "fewer sessions": lambda path: np.save(path / "train" / "offsets.npy", np.array([0, 2])),
+    "later offsets": lambda path: np.save(path / "train" / "offsets.npy", np.array([0, 2, 900])),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_arrays_and_counts_that_do_not_fit_are_one_sentence(tmp_path: Path, damage: str) -> None:
+    path = write_dataset(tmp_path, train=[[1, 2], [2, 1]]).path
+    DAMAGES[damage](path)
+
+    def read_everything() -> None:
+        data = Dataset.open(path)
+        assert len(data.item_ids) == len(data.split("train")) == 0
+
+    with pytest.raises(InputError, match=r"prepare (it|the dataset) again") as caught:
+        read_everything()
+    assert str(path) in str(caught.value)
+
+
+def test_force_replaces_datasets_only(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="no prepared dataset"):
+        DatasetWriter(tmp_path / "mine", force=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()

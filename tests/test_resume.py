@@ -60,7 +60,7 @@ def start(config: Path, data_dir: Path, runs: Path, name: str) -> Path:
 
 
 def resume(data_dir: Path, run_dir: Path, *overrides: str) -> Path:
-    return run_training(None, list(overrides), data_dir, run_dir.parent, None, run_dir, "cpu")
+    return run_training(None, list(overrides), data_dir, None, None, run_dir, "cpu")
 
 
 def same_values(a: Any, b: Any) -> bool:

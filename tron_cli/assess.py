@@ -46,7 +46,7 @@ def assess(
     config = checkpoint.config
     protocol = options.protocol or dataset.protocol
     _check(checkpoint, dataset, options, protocol)
-    measures = parse_measures(options.metrics or config.metrics)
+    measures = parse_measures(config.metrics if options.metrics is None else options.metrics)
     filter_rated = config.filter_rated if options.filter_rated is None else options.filter_rated
     sessions = dataset.split(options.split)
     whole_split = options.limit_sessions is None or options.limit_sessions >= len(sessions)
@@ -132,6 +132,8 @@ def _check(
             "training data, so every-step would score what the model was trained on; use "
             "--protocol last-item"
         )
+    if options.run is not None and options.run == options.qrels:
+        raise InputError(f"--run and --qrels both name {options.run}; give each its own file")
     if options.one_pass and options.full_sessions:
         raise InputError(
             "--one-pass covers the last sequence_length events of a session only; leave out "

@@ -16,7 +16,7 @@ import torch
 
 from tron_cli.config import ExperimentConfig, config_from_dict
 from tron_cli.dataset import Dataset
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, RunError
 from tron_cli.models import SASRec, build_model
 
 FORMAT_VERSION = 1
@@ -118,11 +118,18 @@ def save_checkpoint(
         "training": training,
     }
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a disk is full
+        partial.unlink(missing_ok=True)
+        raise RunError(
+            f"cannot write {path} ({str(error).splitlines()[0]}); make room on the disk, and go on "
+            "with --resume from the last save"
+        ) from error
 
 
 def _on_cpu(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

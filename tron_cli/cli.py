@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import sys
 import time
 import traceback
@@ -79,6 +80,9 @@ def _run(arguments: list[str], debug: bool) -> int:
         return _fail(str(error), 2, debug)
     except RunError as error:
         return _fail(str(error), 1, debug)
+    except OSError as error:
+        file = f": {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror or error}{file}", 1, debug)
     except MemoryError:
         return _fail("out of memory; try a smaller batch or dataset", 1, debug)
     except Exception as error:
@@ -119,9 +123,9 @@ def train(
         str | None, typer.Option(help="A config file, or the name of a packaged config.")
     ] = None,
     data_dir: DataDir = Path("datasets"),
-    output_dir: Annotated[Path, typer.Option(help="Where the run's folder is made.")] = Path(
-        "runs"
-    ),
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where the run's folder is made; default: runs.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of a run to go on with.")] = None,
     device: Device = "auto",
@@ -142,7 +146,7 @@ def run_training(
     config_name: str | None,
     overrides: list[str],
     data_dir: Path,
-    output_dir: Path,
+    output_dir: Path | None,
     name: str | None,
     resume: Path | None,
     device_name: str,
@@ -157,6 +161,8 @@ def run_training(
         raise InputError(
             "give either --config NAME for a new run or --resume RUN_DIR for an old one"
         )
+    if resume is not None and (name is not None or output_dir is not None):
+        raise InputError("a resumed run stays in its folder; leave out --name and --output-dir")
     checkpoint = None
     if resume is not None:
         if not (resume / LAST).is_file():
@@ -170,7 +176,6 @@ def run_training(
                 f"can change, not {', '.join(fixed)}"
             )
         experiment = dataclasses.replace(checkpoint.config, **changes)
-        run_dir = resume
     else:
         assert config_name is not None
         experiment, _ = load_config(config_name, overrides)
@@ -181,11 +186,8 @@ def run_training(
             "dataset as it was, or start a new run"
         )
     device = _device(device_name)
-    if checkpoint is None:
-        run_dir = _new_run_dir(output_dir, name, experiment)
-    _write_json(run_dir / "config.json", dataclasses.asdict(experiment))
-    with _log_to_file(run_dir / "train.log"):
-        return train_model(experiment, dataset, run_dir, device=device, resume=checkpoint)
+    run_dir = resume or _run_dir(output_dir or Path("runs"), name, experiment)
+    return train_model(experiment, dataset, run_dir, device=device, resume=checkpoint)
 
 
 @app.command()
@@ -321,6 +323,8 @@ def config_list() -> None:
 def _device(name: str) -> torch.device:
     import torch
 
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -332,7 +336,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _new_run_dir(output_dir: Path, name: str | None, config: ExperimentConfig) -> Path:
+def _run_dir(output_dir: Path, name: str | None, config: ExperimentConfig) -> Path:
+    """The folder of a new run; one without weights is what a run left that never saved."""
+    if name is not None and not re.fullmatch(r"\w[\w.+=-]*", name):
+        raise InputError(
+            f"--name must be a folder name of letters, digits and _ . + = -, got {name!r}"
+        )
     stamp = f"{config.method}-{config.dataset_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = output_dir / (name or stamp)
     number = 1
@@ -344,12 +353,6 @@ def _new_run_dir(output_dir: Path, name: str | None, config: ExperimentConfig) -
             f"{run_dir} holds a run already; choose another --name, or go on with "
             f"--resume {run_dir}"
         )
-    try:
-        # A folder without weights is what a run leaves that was killed before its first save.
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "metrics.jsonl").unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the run folder {run_dir}: {error}") from error
     return run_dir
 
 
@@ -374,18 +377,3 @@ def _log_to_stderr() -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
-
-
-class _log_to_file:  # noqa: N801
-    """Copies the log into the run's folder while a command runs."""
-
-    def __init__(self, path: Path) -> None:
-        self.handler = logging.FileHandler(path, encoding="utf-8")
-        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-
-    def __enter__(self) -> None:
-        log.addHandler(self.handler)
-
-    def __exit__(self, *error: object) -> None:
-        log.removeHandler(self.handler)
-        self.handler.close()

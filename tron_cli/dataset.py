@@ -77,43 +77,59 @@ class Dataset:
                 "or name its folder with --data-dir"
             )
         try:
-            info = json.loads(file.read_text())
+            info = json.loads(file.read_bytes())
         except ValueError as error:
             raise InputError(
                 f"{file} is not readable JSON ({error}); prepare the dataset again"
             ) from error
-        version = info.get("format_version")
+        version = info.get("format_version") if isinstance(info, dict) else None
         if version != FORMAT_VERSION:
             raise InputError(
                 f"{file} has format version {version}, this tron reads {FORMAT_VERSION}; "
                 "prepare the dataset again"
             )
-        return cls(path, info)
+        try:
+            return cls(path, info)
+        except KeyError as error:
+            raise InputError(f"{file} lacks {error}; prepare the dataset again") from error
 
     def split(self, name: str) -> Sessions:
         """Map the arrays of `train`, `val` or `test`."""
         folder = self.path / name
         times = folder / "times.npy"
         try:
-            return Sessions(
+            sessions = Sessions(
                 items=_map(folder / "items.npy"),
                 offsets=_map(folder / "offsets.npy"),
                 times=_map(times) if times.exists() else None,
             )
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"the {name} split of {self.path} is not readable ({error}); prepare it again"
-            ) from error
+        except (OSError, EOFError, ValueError) as error:
+            raise self._damaged(f"the {name} split", error) from error
+        counts = self.split_info(name)
+        found = (len(sessions), len(sessions.items), int(sessions.offsets[-1]))
+        if found != (counts["sessions"], counts["events"], counts["events"]):
+            raise self._damaged(f"the {name} split", "its arrays do not match dataset.json")
+        return sessions
 
     @cached_property
     def item_ids(self) -> np.ndarray:
         """Original ids, entry i - 1 for item i: int64 [I], or str [I]."""
         file = self.path / "item_ids.npy"
-        if file.exists():
-            return _map(file)
-        # Not read_text: it would take a carriage return within an id for the end of a line.
-        text = (self.path / "item_ids.txt").read_bytes().decode()
-        return np.array(text.split("\n")[:-1], dtype=object)
+        try:
+            if file.exists():
+                ids = _map(file)
+            else:
+                # Not read_text: it would end a line at a carriage return within an id.
+                text = (self.path / "item_ids.txt").read_bytes().decode()
+                ids = np.array(text.split("\n")[:-1], dtype=object)
+        except (OSError, EOFError, ValueError) as error:
+            raise self._damaged("the list of item ids", error) from error
+        if len(ids) != self.num_items:
+            raise self._damaged("the list of item ids", f"{len(ids):,}, not {self.num_items:,}")
+        return ids
+
+    def _damaged(self, what: str, reason: object) -> InputError:
+        return InputError(f"{what} of {self.path} is damaged ({reason}); prepare it again")
 
     def split_info(self, name: str) -> dict[str, Any]:
         """Counts of a split: sessions, events, mean_length, median_length, fingerprint, ..."""
@@ -138,9 +154,14 @@ class DatasetWriter:
     """
 
     def __init__(self, path: Path, *, force: bool = False) -> None:
-        if path.exists() and not (force and path.is_dir()):
+        if path.exists() and not force:
             raise InputError(
                 f"{path} exists already; pass --force to replace it, or another --name"
+            )
+        if path.exists() and not (path / "dataset.json").is_file():
+            raise InputError(
+                f"{path} is no prepared dataset, and --force replaces nothing else; choose "
+                "another --name"
             )
         self.path = path
         self._folder = path.with_name(f".{path.name}.partial-{os.getpid()}")

@@ -79,13 +79,16 @@ def train(
 ) -> Path:
     """Train, choose the best checkpoint on validation, and return its path.
 
-    Raises InputError where config and dataset do not fit, RunError where the loss is not finite,
-    InterruptedRunError after Ctrl-C.
+    run_dir is made if it is not there, once config and dataset have proved to fit. Raises
+    InputError where they do not, RunError where the loss is not finite, InterruptedRunError after
+    Ctrl-C.
     """
     sessions, validation = _splits(config, dataset)
+    item_ids = encode_item_ids(dataset.item_ids)
     val_metric = str(parse_measures(config.val_metric)[0])
     measures = parse_measures((*config.metrics, val_metric))
     config = dataclasses.replace(config, val_metric=val_metric)
+    dtype = _training_dtype(config.precision, device)
     steps_per_pass = math.ceil(len(sessions) / config.train_batch_size)
     steps_per_epoch = min(steps_per_pass, config.max_batches_per_epoch or steps_per_pass)
     total_steps = config.max_epochs * steps_per_epoch
@@ -93,7 +96,6 @@ def train(
     _seed(config.seed, step=0)
     model = build_model(config, dataset.num_items).to(device)
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
-    dtype = _training_dtype(config.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     progress = Progress()
     if resume is not None:
@@ -101,15 +103,15 @@ def train(
         optimizer.load_state_dict(resume.training["optimizer"])
         scaler.load_state_dict(resume.training["scaler"])
         progress = Progress(**resume.training["progress"])
-    run = _Run(run_dir, config, dataset, model, optimizer, scaler, progress)
+    run = _Run(run_dir, config, dataset, item_ids, model, optimizer, scaler, progress)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    log.info(
-        "%s on %s: %s sessions, %s items, %s parameters, %s steps an epoch, %s in %s",
-        config.method, dataset.name, f"{len(sessions):,}", f"{dataset.num_items:,}",
-        f"{parameters:,}", f"{steps_per_epoch:,}", device, str(dtype).removeprefix("torch."),
-    )  # fmt: skip
 
-    with _stop_signals() as stop:
+    with run.logged(), _stop_signals() as stop:
+        log.info(
+            "%s on %s: %s sessions, %s items, %s parameters, %s steps an epoch, %s in %s",
+            config.method, dataset.name, f"{len(sessions):,}", f"{dataset.num_items:,}",
+            f"{parameters:,}", f"{steps_per_epoch:,}", device, str(dtype).removeprefix("torch."),
+        )  # fmt: skip
         while progress.step < total_steps:
             epoch = progress.step // steps_per_epoch
             if progress.step % steps_per_epoch == 0 and _out_of_patience(config, progress):
@@ -235,6 +237,7 @@ class _Run:
         run_dir: Path,
         config: ExperimentConfig,
         dataset: Dataset,
+        item_ids: torch.Tensor,
         model: SASRec,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
@@ -247,9 +250,27 @@ class _Run:
         self.scaler = scaler
         self.progress = progress
         self.identity = dataset_identity(dataset)
-        self.item_ids = encode_item_ids(dataset.item_ids)
+        self.item_ids = item_ids
         self.metrics_file = run_dir / "metrics.jsonl"
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            settings = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+            self._replace(run_dir / "config.json", settings)
+        except OSError as error:
+            raise InputError(f"cannot write to the run folder {run_dir}: {error}") from error
         self._drop_later_metrics()
+
+    @contextmanager
+    def logged(self) -> Iterator[None]:
+        """Copy what is said into the run's train.log meanwhile."""
+        handler = logging.FileHandler(self.run_dir / "train.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        try:
+            yield
+        finally:
+            log.removeHandler(handler)
+            handler.close()
 
     def write_metrics(self, **values: Any) -> None:
         with self.metrics_file.open("a") as file:
@@ -317,9 +338,13 @@ class _Run:
             for line in lines
             if line.endswith("\n") and json.loads(line)["step"] <= self.progress.step
         ]
-        partial = self.metrics_file.with_name("metrics.jsonl.partial")
-        partial.write_text("".join(kept))
-        partial.replace(self.metrics_file)
+        self._replace(self.metrics_file, "".join(kept))
+
+    @staticmethod
+    def _replace(path: Path, text: str) -> None:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text)
+        partial.replace(path)
 
 
 def _splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Sessions, Sessions]:
