@@ -23,7 +23,7 @@ from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Dataset
 from tron_cli.errors import InputError
 from tron_cli.evaluate import predict
-from tron_cli.models import build_model
+from tron_cli.models import SASRec, build_model
 
 CPU = torch.device("cpu")
 TRAIN = [[1, 2, 3], [4, 5]]
@@ -233,3 +233,28 @@ def test_references_are_shown_where_they_hold(tmp_path: Path) -> None:
     assert assess(checkpoint, data, EvaluationOptions(), CPU)["references"] == best
     for changes in ({"filter_rated": True}, {"protocol": "last-item"}, {"limit_sessions": 1}):
         assert "references" not in assess(checkpoint, data, EvaluationOptions(**changes), CPU)
+
+
+def test_a_run_file_is_as_deep_as_the_limit_or_the_largest_cutoff(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    checkpoint = random_checkpoint(dataset, tmp_path / "model.pt", recommendation_limit=9)
+    for metrics, depth in (("R@5", 9), ("R@12", 12)):
+        run = tmp_path / "run.txt"
+        report = assess(checkpoint, dataset, EvaluationOptions(metrics=metrics, run=run), CPU)
+        assert len(run.read_text().splitlines()) == report["events"] * depth
+
+
+def test_no_forward_pass_sees_more_histories_than_eval_batch_size(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = random_checkpoint(dataset, tmp_path / "model.pt", eval_batch_size=7)
+    rows: list[int] = []
+    forward = SASRec.forward
+    monkeypatch.setattr(
+        SASRec,
+        "forward",
+        lambda self, batch: rows.append(len(batch.lengths_B)) or forward(self, batch),
+    )
+    assess(checkpoint, dataset, EvaluationOptions(), CPU)
+    assert max(rows) == 7

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch
 from conftest import random_sessions, tiny_settings, write_dataset
 
 import tron_cli
+from tron_cli.assess import EvaluationOptions
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.config import FIELDS, packaged_configs
 
@@ -370,3 +372,68 @@ def test_a_run_folder_that_cannot_be_made_is_one_sentence(command: Command, tmp_
                            "--output-dir", str(tmp_path / "runs"))  # fmt: skip
     assert code == 2
     assert "cannot write to the run folder" in err
+
+
+# ---- every option arrives -------------------------------------------------------------------
+
+
+def test_demo_writes_its_results_and_fails_where_the_model_learned_nothing(
+    command: Command, tmp_path: Path
+) -> None:
+    code, out, err = command(
+        "demo", "--data-dir", tmp_path / "data", "--output-dir", tmp_path / "runs",
+        "max_epochs=1", "max_batches_per_epoch=1", "embedding_dim=4", "limit_val_batches=1e-3",
+    )  # fmt: skip
+    assert code == 1
+    assert "of the best possible R@20 instead of 90 %" in err
+    found = json.loads((tmp_path / "runs" / "demo.json").read_text())
+    assert list(found) == ["model", "best", "markov", "popularity"]
+    info = json.loads((tmp_path / "data" / "demo" / "dataset.json").read_text())
+    for name, figures in info["references"]["test"].items():
+        assert found[name]["R@20"]["value"] == figures["R@20"]
+    assert f"{found['model']['R@20']['value']:.4f}" in out
+
+
+def test_every_option_of_evaluate_arrives(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def run_evaluation(*words: Any) -> dict[str, Any]:
+        seen.append(words)
+        return {}
+
+    monkeypatch.setattr("tron_cli.cli.run_evaluation", run_evaluation)
+    monkeypatch.setattr("tron_cli.cli._print_report", lambda *_: None)
+    assert command("evaluate", "a.pt")[0] == 0
+    assert seen.pop() == (Path("a.pt"), None, EvaluationOptions(), Path("datasets"), "auto")
+    assert command(
+        "evaluate", "a.pt", "--dataset", "shop", "--split", "val", "--protocol", "last-item",
+        "--metrics", "R@3", "--filter-rated", "--full-sessions", "--one-pass",
+        "--limit-sessions", 7, "--run", "r", "--qrels", "q", "--data-dir", "d", "--device", "cpu",
+    )[0] == 0  # fmt: skip
+    options = EvaluationOptions(
+        split="val", protocol="last-item", metrics="R@3", filter_rated=True, full_sessions=True,
+        one_pass=True, limit_sessions=7, run=Path("r"), qrels=Path("q"),
+    )  # fmt: skip
+    assert seen.pop() == (Path("a.pt"), "shop", options, Path("d"), "cpu")
+    command("evaluate", "a.pt", "--no-filter-rated")
+    assert seen.pop()[2] == EvaluationOptions(filter_rated=False)
+
+
+def test_every_option_of_train_arrives(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def run_training(*words: Any) -> Path:
+        seen.append(words)
+        return Path("best.pt")
+
+    monkeypatch.setattr("tron_cli.cli.run_training", run_training)
+    code, out, _ = command("train", "--config", "c", "lr=1", "--data-dir", "d", "--output-dir", "o",
+                           "--name", "n", "--device", "cpu", "seed=2")  # fmt: skip
+    assert (code, out) == (0, "best.pt\n")
+    assert seen.pop() == ("c", ["lr=1", "seed=2"], Path("d"), Path("o"), "n", None, "cpu")
+    command("train", "--resume", "r")
+    assert seen.pop() == (None, [], Path("datasets"), None, None, Path("r"), "auto")

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import random_sessions, tiny_settings, write_dataset
 
+from tron_cli.assess import EvaluationOptions, assess
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.cli import run_training
 from tron_cli.config import ExperimentConfig
@@ -419,3 +420,31 @@ def test_an_empty_training_split_is_an_input_error(tmp_path: Path) -> None:
     config = ExperimentConfig(**tiny_settings())
     with pytest.raises(InputError, match="training split"):
         train(config, data, tmp_path, device=CPU)
+
+
+def test_validation_is_what_evaluate_finds_on_the_validation_split(tmp_path: Path) -> None:
+    """Protocol, filter and all: on leave-one-out data whose seen items are filtered."""
+    rng = np.random.default_rng(6)
+    histories = random_sessions(rng, 40, 30, shortest=3)
+    data = write_dataset(
+        tmp_path / "data", train=[row[:-1] for row in histories], val=histories, test=histories,
+        num_items=30, protocol="last-item",
+    )  # fmt: skip
+    config = ExperimentConfig(**tiny_settings(filter_rated=True, max_epochs=1))
+    best = load_checkpoint(train(config, data, tmp_path / "run", device=CPU))
+    report = assess(best, data, EvaluationOptions(split="val"), CPU)
+    assert report["events"] == 40
+    assert best.metrics == {name: figure["value"] for name, figure in report["metrics"].items()}
+    unfiltered = assess(best, data, EvaluationOptions(split="val", filter_rated=False), CPU)
+    assert unfiltered["metrics"] != report["metrics"]
+
+
+def test_bf16_trains_in_bf16(data_dir: Path, tmp_path: Path) -> None:
+    data = Dataset.open(data_dir / "tiny")
+    losses = {}
+    for precision in ("float32", "bf16"):
+        run = tmp_path / precision
+        train(ExperimentConfig(**tiny_settings(precision=precision)), data, run, device=CPU)
+        losses[precision] = [row["loss"] for row in logged(run) if "loss" in row]
+    assert losses["bf16"] != losses["float32"]
+    assert losses["bf16"] == pytest.approx(losses["float32"], rel=0.02)
