@@ -73,47 +73,53 @@ def run(name: str, data_dir: Path, output_dir: Path) -> Path:
     experiment = EXPERIMENTS[name]
     run_dir = output_dir / name
     train = ["train", "--config", experiment.config, *experiment.overrides]
-    evaluate = ["evaluate", "CHECKPOINT"]
+    # All events of long sessions, as in the published session-based figures.
+    whole = ["--full-sessions"] if experiment.dataset != "ml1m" else []
     where = ["--data-dir", str(data_dir)]
+    path = RESULTS / f"{name}.json"
     started = output_dir / f"{name}.started.json"
     seconds = None
     if (run_dir / "last.pt").exists():
         found = _tron(["train", "--resume", str(run_dir), *where])
+        if path.exists():  # trained before, and only evaluated again
+            seconds = json.loads(path.read_text())["training_seconds"]
     else:
         output_dir.mkdir(parents=True, exist_ok=True)
         started.write_text(json.dumps({"commit": _commit(), "hardware": _hardware()}))
         clock = time.perf_counter()
         found = _tron([*train, *where, "--output-dir", str(output_dir), "--name", name])
         seconds = round(time.perf_counter() - clock)
-    checkpoint = ["evaluate", found["checkpoint"], *where]
+
+    def evaluated(*options: str) -> dict[str, Any]:
+        report = _tron(["evaluate", found["checkpoint"], *options, *where])
+        return {key: value for key, value in report.items() if key != "checkpoint"}
+
     config = json.loads((run_dir / "config.json").read_text())
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     result = {
         "experiment": name,
         "dataset": experiment.dataset,
         "title": experiment.title,
-        "commands": [f"tron {' '.join(train)}", f"tron {' '.join(evaluate)}"],
+        "commands": [f"tron {' '.join(train)}", f"tron {' '.join(['evaluate RUN', *whole])}"],
         **json.loads(started.read_text()),
         "seed": config["seed"],
         "training_seconds": seconds,
         "steps": json.loads(lines[-1])["step"],
         "best_checkpoint": Path(found["checkpoint"]).name,
         "validation": found["validation"],
-        "test": _figures(_tron(checkpoint)),
+        "test": evaluated(*whole),
     }
     if experiment.one_pass:
-        result["test_one_pass"] = _figures(_tron([*checkpoint, "--one-pass"]))
+        result["test_one_pass"] = evaluated("--one-pass")
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
 
 
 def table() -> str:
-    """Markdown of all committed results, best validated first within a dataset."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    order = [experiment.dataset for experiment in EXPERIMENTS.values()]
-    results.sort(key=lambda result: order.index(result["dataset"]))
+    """Markdown of all committed results, a table a dataset."""
+    files = [RESULTS / f"{name}.json" for name in EXPERIMENTS]
+    results = [json.loads(file.read_text()) for file in files if file.exists()]
     blocks = []
     for dataset in dict.fromkeys(result["dataset"] for result in results):
         rows = [result for result in results if result["dataset"] == dataset]
@@ -151,27 +157,19 @@ def _dataset_table(dataset: str, results: list[dict[str, Any]]) -> str:
                 *(f"{figure['value']:.4f} ({figure['stderr']:.4f})" for figure in figures),
             ]
             if lost:
-                cells += [f"{figure['value_with_lost_as_misses']:.4f}" for figure in figures]
+                values = [figure.get("value_with_lost_as_misses") for figure in figures]
+                cells += ["" if value is None else f"{value:.4f}" for value in values]
             cells.append("" if suffix else f"{result['validation'][shown[0]]:.4f}")
             cells.append("" if suffix else _training(result))
             lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *(f"- `{command}`" for command in _commands(results))]
+    lines += ["", *(f"- `{result['commands'][0]}`" for result in results)]
     return "\n".join(lines)
-
-
-def _commands(results: list[dict[str, Any]]) -> list[str]:
-    return [f"{result['commands'][0]}" for result in results]
 
 
 def _training(result: dict[str, Any]) -> str:
     seconds = result["training_seconds"]
     spent = f", {seconds / 60:.0f} min" if seconds else ""
     return f"{result['steps']:,} steps{spent}, `{result['commit'][:9]}`, seed {result['seed']}"
-
-
-def _figures(report: dict[str, Any]) -> dict[str, Any]:
-    """A report without what belongs to one machine."""
-    return {key: value for key, value in report.items() if key != "checkpoint"}
 
 
 def _tron(words: list[str]) -> dict[str, Any]:

@@ -197,6 +197,22 @@ def test_events_lost_in_preparation_are_also_counted_as_misses(tmp_path: Path) -
     assert "value_with_lost_as_misses" not in limited["metrics"]["R@5"]
 
 
+def test_lost_events_count_as_misses_only_where_whole_sessions_are_predicted(
+    tmp_path: Path,
+) -> None:
+    """They were counted over whole sessions, so the last events of long ones cannot bear them."""
+    data = write_dataset(
+        tmp_path, train=TRAIN, test=[[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]], num_items=20,
+        lost_predictions=17,
+    )  # fmt: skip
+    checkpoint = random_checkpoint(data, tmp_path / "model.pt", sequence_length=6)
+    last_six = assess(checkpoint, data, EvaluationOptions(metrics="R@19"), CPU)
+    assert last_six["left_out"]["lost_predictions"] == 17
+    assert "value_with_lost_as_misses" not in last_six["metrics"]["R@19"]
+    whole = assess(checkpoint, data, EvaluationOptions(metrics="R@20", full_sessions=True), CPU)
+    assert whole["metrics"]["R@20"]["value_with_lost_as_misses"] == pytest.approx(9 / (9 + 17))
+
+
 def test_lost_predictions_count_only_for_the_protocol_they_were_counted_for(
     tmp_path: Path,
 ) -> None:

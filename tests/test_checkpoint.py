@@ -155,7 +155,7 @@ def test_a_missing_file_or_an_unfinished_run_is_one_sentence(tmp_path: Path) -> 
     with pytest.raises(InputError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "no.pt")
     save(tmp_path / "last.pt")
-    with pytest.raises(InputError, match="no finished checkpoint"):
+    with pytest.raises(InputError, match="expected one finished checkpoint"):
         load_checkpoint(tmp_path)
 
 
@@ -164,6 +164,9 @@ def test_a_run_folder_stands_for_its_best_checkpoint(tmp_path: Path) -> None:
     save(tmp_path / "tron-best.pt", step=7)
     assert best_checkpoint(tmp_path) == tmp_path / "tron-best.pt"
     assert load_checkpoint(tmp_path).step == 7
+    save(tmp_path / "tron-other.pt", step=8)
+    with pytest.raises(InputError, match=r"found 2 \(tron-best\.pt, tron-other\.pt\)"):
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("fails_at", ["torch.save", "os.fsync", "pathlib.Path.replace"])

@@ -278,8 +278,11 @@ def test_evaluate_prints_a_table_with_what_it_rests_on(shop: list[str], command:
     for fact in (*facts, "9 sessions", "beyond the limit"):
         assert fact in out
     _, out, _ = command("evaluate", best, *shop[2:4])
-    for fact in ("lost as misses", "3 events whose item training lacks", "--full-sessions", best):
+    for fact in ("3 events whose item training lacks", "--full-sessions also gives", best):
         assert fact in out
+    assert "lost as misses" not in out
+    _, out, _ = command("evaluate", best, *shop[2:4], "--full-sessions")
+    assert "lost as misses" in out
 
 
 @pytest.mark.parametrize("option", ["--run", "--qrels"])

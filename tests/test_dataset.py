@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -244,6 +245,19 @@ def test_arrays_and_counts_that_do_not_fit_are_one_sentence(tmp_path: Path, dama
 def test_force_replaces_datasets_only(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="no prepared dataset"):
+    with pytest.raises(InputError, match=r"holds other things \(thesis\.txt\)"):
         DatasetWriter(tmp_path / "mine", force=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
+    shop = write_dataset(tmp_path, name="shop").path
+    (shop / "events.csv").write_text("the source of the dataset, perhaps")
+    with pytest.raises(InputError, match=r"events\.csv"):
+        DatasetWriter(shop, force=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--force replaces prepared datasets only"):
+        DatasetWriter(tmp_path / "file", force=True)
+
+
+def test_a_copied_dataset_goes_by_the_name_of_its_folder(tmp_path: Path) -> None:
+    shop = write_dataset(tmp_path, name="shop").path
+    shutil.copytree(shop, tmp_path / "copy")
+    assert Dataset.open(tmp_path / "copy").name == "copy"

@@ -49,9 +49,10 @@ def assess(
     measures = parse_measures(config.metrics if options.metrics is None else options.metrics)
     filter_rated = config.filter_rated if options.filter_rated is None else options.filter_rated
     sessions = dataset.split(options.split)
-    whole_split = options.limit_sessions is None or options.limit_sessions >= len(sessions)
-    if not whole_split:
-        sessions = Sessions(sessions.items, sessions.offsets[: options.limit_sessions + 1])  # type: ignore[operator]
+    sessions_in_split = len(sessions)
+    if options.limit_sessions is not None:
+        sessions = Sessions(sessions.items, sessions.offsets[: options.limit_sessions + 1])
+    whole_split = len(sessions) == sessions_in_split
     if not len(sessions):
         raise InputError(
             f"the {options.split} split of {dataset.path} is empty; prepare it with one, or "
@@ -82,11 +83,16 @@ def assess(
 
     events = len(predictions.rank_E)
     possible = int((sessions.lengths - 1).clip(min=0).sum())
-    counts = dataset.split_info(options.split)
-    # They were counted for the dataset's own protocol and for the whole split.
-    lost = counts["lost_predictions"] if whole_split and protocol == dataset.protocol else 0
+    earlier = possible - events if protocol == "every-step" else 0
+    # Counted for the dataset's own protocol, over the whole sessions of the whole split.
+    lost = 0
+    if whole_split and protocol == dataset.protocol:
+        lost = dataset.split_info(options.split)["lost_predictions"]
+    lost_as_misses = lost if earlier == 0 else 0
     report: dict[str, Any] = {
-        "metrics": {name: _with_lost(figure, events, lost) for name, figure in figures.items()},
+        "metrics": {
+            name: _with_lost(figure, events, lost_as_misses) for name, figure in figures.items()
+        },
         "protocol": protocol,
         "split": options.split,
         "events": events,
@@ -98,8 +104,8 @@ def assess(
         "tie_rule": TIE_RULE,
         "filter_rated": filter_rated,
         "left_out": {
-            "earlier_events": possible - events if protocol == "every-step" else 0,
-            "sessions_beyond_limit": counts["sessions"] - len(sessions),
+            "earlier_events": earlier,
+            "sessions_beyond_limit": sessions_in_split - len(sessions),
             "lost_predictions": lost,
         },
         "missed_because_filtered": int((predictions.rank_E == 0).sum()),

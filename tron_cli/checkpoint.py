@@ -17,6 +17,7 @@ import torch
 from tron_cli.config import ExperimentConfig, config_from_dict
 from tron_cli.dataset import Dataset
 from tron_cli.errors import InputError, RunError
+from tron_cli.files import written_aside
 from tron_cli.models import SASRec, build_model
 
 FORMAT_VERSION = 1
@@ -117,19 +118,14 @@ def save_checkpoint(
         "item_ids": item_ids,
         "training": training,
     }
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with written_aside(path, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a disk is full
-        partial.unlink(missing_ok=True)
-        raise RunError(
-            f"cannot write {path} ({str(error).splitlines()[0]}); make room on the disk, and go on "
-            "with --resume from the last save"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise RunError(f"cannot write {path} ({reason}); make room on the disk") from error
 
 
 def _on_cpu(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -175,9 +171,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def best_checkpoint(run_dir: Path) -> Path:
     """The one .pt file of a run folder that is not last.pt. Raises InputError."""
-    found = sorted(path for path in run_dir.glob("*.pt") if path.name != LAST)
-    if not found:
+    found = sorted(path.name for path in run_dir.glob("*.pt") if path.name != LAST)
+    if len(found) != 1:
+        what = f"{len(found)} ({', '.join(found)})" if found else "none"
         raise InputError(
-            f"{run_dir} holds no finished checkpoint; expected a .pt file beside {LAST}"
+            f"expected one finished checkpoint (.pt) beside {LAST} in {run_dir}, found {what}; "
+            "name the file"
         )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    return run_dir / found[0]

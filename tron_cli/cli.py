@@ -17,11 +17,13 @@ import typer
 
 from tron_cli import __version__
 from tron_cli.errors import InputError, RunError
+from tron_cli.files import written_aside
 from tron_cli.prepare.commands import app as prepare_app
 
 if TYPE_CHECKING:
     import torch
 
+    from tron_cli.assess import EvaluationOptions
     from tron_cli.config import ExperimentConfig
 
 app = typer.Typer(
@@ -242,7 +244,11 @@ def evaluate(
 
 
 def run_evaluation(
-    path: Path, dataset_name: str | None, options: Any, data_dir: Path, device_name: str
+    path: Path,
+    dataset_name: str | None,
+    options: EvaluationOptions,
+    data_dir: Path,
+    device_name: str,
 ) -> dict[str, Any]:
     """What `tron evaluate` does; returns the report."""
     from tron_cli.assess import assess
@@ -290,7 +296,8 @@ def demo(
         name: {measure: {"value": value} for measure, value in figures.items()}
         for name, figures in report["references"].items()
     }
-    _write_json(output_dir / "demo.json", {"model": report["metrics"], **references})
+    with written_aside(output_dir / "demo.json") as file:
+        json.dump({"model": report["metrics"], **references}, file, indent=2)
     print(f"\nresults: {output_dir / 'demo.json'}")
     reached = report["metrics"]["R@20"]["value"] / report["references"]["best"]["R@20"]
     if reached < 0.9:
@@ -365,12 +372,6 @@ def _run_dir(output_dir: Path, name: str | None, config: ExperimentConfig) -> Pa
             f"--resume {run_dir}"
         )
     return run_dir
-
-
-def _write_json(path: Path, content: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
 
 
 class _BarSafeHandler(logging.Handler):

@@ -198,6 +198,18 @@ _TYPES = typing.get_type_hints(ExperimentConfig)
 
 # What people type who come from TRON, gSASRec, RecBole or RecTools.
 _NAMES_ELSEWHERE = {
+    "MAX_ITEM_LIST_LENGTH": "sequence_length",
+    "attn_dropout_prob": "dropout_rate",
+    "clip_grad_norm": "clip_norm",
+    "enable_amp": "precision",
+    "filter_viewed": "filter_rated",
+    "hidden_dropout_prob": "dropout_rate",
+    "learner": "optimizer",
+    "loss_type": "loss",
+    "recommend_batch_size": "eval_batch_size",
+    "repeatable": "filter_rated",
+    "stopping_step": "early_stopping_patience",
+    "valid_metric": "val_metric",
     "accelerator": "--device",
     "batch_size": "train_batch_size",
     "dataset": "dataset_name",

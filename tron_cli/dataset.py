@@ -62,7 +62,7 @@ class Dataset:
     def __init__(self, path: Path, info: dict[str, Any]) -> None:
         self.path = path
         self.info = info
-        self.name: str = info["name"]
+        self.name = path.name  # not info["name"]: a folder may be copied or renamed
         self.protocol: str = info["protocol"]
         self.num_items: int = info["num_items"]
         self.catalogue_fingerprint: str = info["catalogue_fingerprint"]
@@ -158,10 +158,11 @@ class DatasetWriter:
             raise InputError(
                 f"{path} exists already; pass --force to replace it, or another --name"
             )
-        if path.exists() and not (path / "dataset.json").is_file():
+        foreign = [] if not path.exists() else _foreign_entries(path)
+        if foreign:
             raise InputError(
-                f"{path} is no prepared dataset, and --force replaces nothing else; choose "
-                "another --name"
+                f"--force replaces prepared datasets only, and {path} holds other things "
+                f"({', '.join(foreign[:3])}); choose another --name"
             )
         self.path = path
         self._folder = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -270,6 +271,14 @@ class DatasetWriter:
         shutil.rmtree(self.path, ignore_errors=True)
         self._folder.replace(self.path)
         return Dataset.open(self.path)
+
+
+def _foreign_entries(path: Path) -> list[str]:
+    """What a folder holds besides a prepared dataset; a file is foreign as a whole."""
+    if not path.is_dir():
+        return [path.name]
+    own = {"dataset.json", "item_ids.npy", "item_ids.txt", *SPLITS}
+    return sorted(entry.name for entry in path.iterdir() if entry.name not in own)
 
 
 def _is_running(process: int) -> bool:

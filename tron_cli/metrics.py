@@ -9,6 +9,7 @@ size.
 from __future__ import annotations
 
 import difflib
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,12 +36,14 @@ class Figure:
 
 
 def parse_measures(names: Sequence[str] | str) -> list[Measure]:
-    """Measures from "R@20 RR@20 nDCG@10" or a list of such names; repeated ones are kept once.
+    """Measures from "R@20 RR@20 nDCG@10" or "R@20,RR@20", or a list of names; each is kept once.
 
     Any ir-measures measure with a cutoff that the rank of one relevant item determines is accepted.
     Raises InputError, with a suggestion, for anything else.
     """
-    words = names.split() if isinstance(names, str) else list(names)
+    # Not at a comma between the parameters of a measure.
+    words = re.split(r"[\s,]+(?![^(]*\))", names) if isinstance(names, str) else list(names)
+    words = [word for word in words if word]
     if not words:
         raise InputError("no measure given: expected names such as R@20 RR@20 nDCG@10")
     return list(dict.fromkeys(_parse_measure(word) for word in words))

@@ -25,7 +25,7 @@ def evaluation_text(report: dict[str, Any]) -> str:
     """The table that `tron evaluate` prints, and under it all that the figures rest on."""
     metrics = report["metrics"]
     references = report.get("references", {})
-    lost = report["left_out"]["lost_predictions"]
+    lost = any("value_with_lost_as_misses" in figure for figure in metrics.values())
     header = ["measure", "value", "std. error"]
     if lost:
         header.append("lost as misses")
@@ -57,11 +57,14 @@ def evaluation_text(report: dict[str, Any]) -> str:
         )
     if left_out["sessions_beyond_limit"]:
         facts.append(f"left out   {left_out['sessions_beyond_limit']:,} sessions beyond the limit")
-    if lost:
-        facts.append(
-            f"left out   {lost:,} events whose item training lacks "
-            "(counted as misses in the column named so)"
+    if left_out["lost_predictions"]:
+        count = f"{left_out['lost_predictions']:,} events whose item training lacks"
+        where = (
+            "counted as misses in the column named so"
+            if lost
+            else "--full-sessions also gives figures that count them as misses"
         )
+        facts.append(f"left out   {count} ({where})")
     facts.append(f"checkpoint {report['checkpoint']}")
     return format_table(header, rows) + "\n\n" + "\n".join(facts)
 

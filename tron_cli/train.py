@@ -44,6 +44,7 @@ from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError, RunError
 from tron_cli.evaluate import predict
+from tron_cli.files import written_aside
 from tron_cli.logits import sampled_logits
 from tron_cli.metrics import parse_measures, score
 from tron_cli.models import SASRec, build_model
@@ -255,7 +256,8 @@ class _Run:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             settings = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-            self._replace(run_dir / "config.json", settings)
+            with written_aside(run_dir / "config.json") as file:
+                file.write(settings)
         except OSError as error:
             raise InputError(f"cannot write to the run folder {run_dir}: {error}") from error
         self._drop_later_metrics()
@@ -338,13 +340,8 @@ class _Run:
             for line in lines
             if line.endswith("\n") and json.loads(line)["step"] <= self.progress.step
         ]
-        self._replace(self.metrics_file, "".join(kept))
-
-    @staticmethod
-    def _replace(path: Path, text: str) -> None:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text)
-        partial.replace(path)
+        with written_aside(self.metrics_file) as file:
+            file.writelines(kept)
 
 
 def _splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Sessions, Sessions]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from tron_cli.errors import InputError
 from tron_cli.evaluate import Predictions
+from tron_cli.files import written_aside
 
 
 def write_qrels(path: Path, predictions: Predictions, item_ids: np.ndarray) -> None:
@@ -59,10 +60,10 @@ def _names(item_ids: np.ndarray) -> list[str]:
 
 def check_writable(path: Path) -> None:
     """Raise InputError where no file can be written, before hours of ranking."""
-    partial = _partial(path)
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
+        partial = path.with_name(path.name + ".partial")
         partial.touch()
         partial.unlink()
     except OSError as error:
@@ -71,16 +72,9 @@ def check_writable(path: Path) -> None:
         ) from error
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
 def _write(path: Path, lines: Iterable[str]) -> None:
-    partial = _partial(path)
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with written_aside(path) as file:
             file.writelines(lines)
-        partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error}") from error
