@@ -199,6 +199,15 @@ def test_an_existing_dataset_is_kept(dataset: Dataset) -> None:
     assert Dataset.open(dataset.path).info == dataset.info
 
 
+@pytest.mark.parametrize("name", ["raw", "../victim", ""])
+def test_the_name_is_a_folder_name(tmp_path: Path, name: str) -> None:
+    """Nothing outside the data folder is written, and the downloads in raw/ stay."""
+    data_dir = tmp_path / "data"
+    with pytest.raises(InputError, match="--name"):
+        prepare_synthetic(data_dir, name, force=True, sessions=80_000)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_needs_no_torch() -> None:
     code = "import sys, tron_cli.prepare.synthetic; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

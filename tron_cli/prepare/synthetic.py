@@ -30,6 +30,7 @@ from tron_cli.baselines import every_step, markov_ranks, popularity_ranks
 from tron_cli.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
 from tron_cli.metrics import parse_measures, score, values_of_ranks
+from tron_cli.prepare.write import dataset_path
 
 NUM_CATEGORIES = 100
 NUM_BRANDS = 50
@@ -99,6 +100,7 @@ def prepare_synthetic(
     sessions: how many in all; the last 2 of 30 days are the test split, the 2 before validation.
     Raises InputError where the sessions are too few to show every item in training.
     """
+    writer = DatasetWriter(dataset_path(data_dir, name), force=force)
     rng = np.random.default_rng(seed)
     shop = make_shop(rng)
     data = draw_sessions(shop, sessions, rng)
@@ -117,7 +119,7 @@ def prepare_synthetic(
         )
     items = np.arange(shop.num_items)
     num_brands = len(shop.brand_share)
-    with DatasetWriter(data_dir / name, force=force) as writer:
+    with writer:
         writer.write_items(items // num_brands * 1000 + items % num_brands)
         for split, rows in splits.items():
             writer.write_split(split, [rows], unseen_events=0, lost_predictions=0)
