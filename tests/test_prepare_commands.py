@@ -101,6 +101,68 @@ def test_options_reach_the_table(tmp_path: Path, events: Path) -> None:
     assert info["splits"]["val"]["sessions"] == 0
 
 
+COMMON = {"force": True, "skip_bad_lines": True}
+SAMPLED = {**COMMON, "max_val_sessions": 9, "seed": 5}
+WORDS = {
+    "force": "--force",
+    "skip_bad_lines": "--skip-bad-lines",
+    "max_val_sessions": "--max-val-sessions=9",
+    "seed": "--seed=5",
+    "val_days": "--val-days=0.5",
+    "val": "--val=v.txt",
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "words", "places", "options"),
+    [
+        ("otto", ["--raw=r"], [Path("r"), Path("d"), "n"], {**SAMPLED, "val_days": 0.5}),
+        ("yoochoose", ["--raw=r"], [Path("r"), Path("d"), "n"], {**SAMPLED, "val_days": 0.5}),
+        ("diginetica", ["--raw=r"], [Path("r"), Path("d"), "n"], {**SAMPLED, "val_days": 0.5}),
+        ("ml1m", ["--raw=r"], [Path("r"), Path("d"), "n"], COMMON),
+        (
+            "sequences",
+            ["--train=a", "--test=b"],
+            [Path("a"), Path("b"), Path("d"), "n"],
+            {**SAMPLED, "val": Path("v.txt")},
+        ),
+        ("synthetic", [], [Path("d"), "n"], {"force": True, "seed": 5}),
+    ],
+)
+def test_every_option_reaches_its_source(
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    words: list[str],
+    places: list[Any],
+    options: dict[str, Any],
+) -> None:
+    calls: list[tuple[list[Any], dict[str, Any]]] = []
+    monkeypatch.setattr(
+        f"tron_cli.prepare.{source}.prepare_{source}",
+        lambda *places, **options: calls.append((list(places), options)),
+    )
+    monkeypatch.setattr("tron_cli.prepare.commands._report", lambda dataset, as_json: None)
+    given = [WORDS[option] for option in options]
+    assert prepare(source, *words, "--data-dir=d", "--name=n", *given).exit_code == 0
+    assert calls == [(places, options)]
+
+
+@pytest.mark.parametrize("source", ["otto", "yoochoose", "diginetica", "synthetic"])
+def test_a_negative_seed_is_wrong_usage(source: str) -> None:
+    result = prepare(source, "--seed", -1)
+    assert result.exit_code == 2
+    assert "--seed" in result.stderr
+
+
+def test_what_is_read_is_never_replaced(tmp_path: Path, events: Path) -> None:
+    words = ("table", *TABLE, "--data-dir", tmp_path, "--force", "--input")
+    prepare(*words, events)
+    inside = events.rename(tmp_path / "shop" / "events.csv")
+    with pytest.raises(InputError, match=r"events\.csv lies in .*shop, which is to be replaced"):
+        prepare(*words, inside)
+    assert inside.exists()
+
+
 @pytest.mark.parametrize("source", ["yoochoose", "diginetica", "ml1m", "sequences"])
 def test_every_source_from_raw(tmp_path: Path, source: str) -> None:
     raw = tmp_path / "raw.txt"

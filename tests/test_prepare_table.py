@@ -390,6 +390,14 @@ def test_only_the_kinds_to_keep(tmp_path: Path, rng: np.random.Generator) -> Non
         prepare_table(tmp_path / "all.csv", wrong, tmp_path, "none")
 
 
+def test_what_is_left_of_the_kinds_is_told_where_nothing_is(tmp_path: Path) -> None:
+    rows = [(f"u{n // 3}", f"i{n % 3}", START + n, "view") for n in range(30)]
+    columns = TableColumns("item", "time", session="user", event="kind", keep_events=("view",))
+    problem = r"no session is left for the train split \(kinds of events: 10 sessions; short "
+    with pytest.raises(InputError, match=problem):
+        prepare_table(write_csv(tmp_path / "a.csv", rows), columns, tmp_path, "out", test_days=30)
+
+
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [

@@ -37,7 +37,7 @@ def prepare_clicks(
 
     read: raw file -> blocks with the int64 columns session, item and time (ms since 1970 UTC).
     """
-    with DatasetWriter(dataset_path(data_dir, name), force=force) as writer:
+    with DatasetWriter(dataset_path(data_dir, name, raw), force=force) as writer:
         file = locate(source, raw, data_dir)[raw_file]
         bad = BadLines(skip=skip_bad_lines)
         events = collect_events(file, read(file, bad), bad)

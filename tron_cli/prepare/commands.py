@@ -23,8 +23,7 @@ Raw = Annotated[
     Path | None,
     typer.Option(help="The archive, its unpacked folder or the file (also .gz); else downloaded."),
 ]
-Name = Annotated[str | None, typer.Option(help="Name of the dataset; by default the source's.")]
-RequiredName = Annotated[str, typer.Option(help="Name of the dataset.")]
+Name = Annotated[str, typer.Option(help="Name of the dataset.")]
 DataDir = Annotated[Path, typer.Option(help="Folder of the prepared datasets.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a dataset of that name.")]
 ValDays = Annotated[
@@ -33,7 +32,7 @@ ValDays = Annotated[
 MaxValSessions = Annotated[
     int, typer.Option(min=1, help="Validation is a sample of at most so many sessions.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the validation sample.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the validation sample.")]
 SkipBadLines = Annotated[
     bool, typer.Option("--skip-bad-lines", help="Skip and count lines that cannot be read.")
 ]
@@ -64,7 +63,7 @@ class TimeUnit(str, Enum):
 @app.command()
 def otto(
     raw: Raw = None,
-    name: Name = None,
+    name: Name = "otto",
     force: Force = False,
     data_dir: DataDir = DATASETS,
     val_days: ValDays = 2,
@@ -79,7 +78,7 @@ def otto(
     dataset = prepare_otto(
         raw,
         data_dir,
-        name or "otto",
+        name,
         force=force,
         val_days=val_days,
         max_val_sessions=max_val_sessions,
@@ -92,7 +91,7 @@ def otto(
 @app.command()
 def yoochoose(
     raw: Raw = None,
-    name: Name = None,
+    name: Name = "yoochoose",
     force: Force = False,
     data_dir: DataDir = DATASETS,
     val_days: ValDays = 1,
@@ -107,7 +106,7 @@ def yoochoose(
     dataset = prepare_yoochoose(
         raw,
         data_dir,
-        name or "yoochoose",
+        name,
         force=force,
         val_days=val_days,
         max_val_sessions=max_val_sessions,
@@ -120,7 +119,7 @@ def yoochoose(
 @app.command()
 def diginetica(
     raw: Raw = None,
-    name: Name = None,
+    name: Name = "diginetica",
     force: Force = False,
     data_dir: DataDir = DATASETS,
     val_days: ValDays = 7,
@@ -135,7 +134,7 @@ def diginetica(
     dataset = prepare_diginetica(
         raw,
         data_dir,
-        name or "diginetica",
+        name,
         force=force,
         val_days=val_days,
         max_val_sessions=max_val_sessions,
@@ -148,7 +147,7 @@ def diginetica(
 @app.command()
 def ml1m(
     raw: Raw = None,
-    name: Name = None,
+    name: Name = "ml1m",
     force: Force = False,
     data_dir: DataDir = DATASETS,
     skip_bad_lines: SkipBadLines = False,
@@ -157,9 +156,7 @@ def ml1m(
     """MovieLens-1M in Kang's version, leave-one-out, with gSASRec's split."""
     from tron_cli.prepare.ml1m import prepare_ml1m
 
-    dataset = prepare_ml1m(
-        raw, data_dir, name or "ml1m", force=force, skip_bad_lines=skip_bad_lines
-    )
+    dataset = prepare_ml1m(raw, data_dir, name, force=force, skip_bad_lines=skip_bad_lines)
     _report(dataset, as_json)
 
 
@@ -167,7 +164,7 @@ def ml1m(
 def sequences(
     train: Annotated[Path, typer.Option(help="Training sessions, one a line, in time order.")],
     test: Annotated[Path, typer.Option(help="Test sessions, one a line.")],
-    name: RequiredName,
+    name: Name,
     val: Annotated[
         Path | None,
         typer.Option(help="Validation sessions; else the last 5 % of the training lines."),
@@ -203,7 +200,7 @@ def table(
     ],
     item_col: Annotated[str, typer.Option(help="Column of the item ids.")],
     time_col: Annotated[str, typer.Option(help="Column of the times.")],
-    name: RequiredName,
+    name: Name,
     time_unit: Annotated[
         TimeUnit, typer.Option(help="auto: ISO 8601, or numbers of a guessed unit.")
     ] = TimeUnit.auto,
@@ -268,16 +265,16 @@ def table(
 
 @app.command()
 def synthetic(
-    name: Name = None,
+    name: Name = "synthetic",
     force: Force = False,
     data_dir: DataDir = DATASETS,
-    seed: Annotated[int, typer.Option(help="Seed of the generated shop.")] = SEED,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the generated shop.")] = SEED,
     as_json: AsJson = False,
 ) -> None:
     """A generated shop whose best possible figures are known."""
     from tron_cli.prepare.synthetic import prepare_synthetic
 
-    _report(prepare_synthetic(data_dir, name or "synthetic", force=force, seed=seed), as_json)
+    _report(prepare_synthetic(data_dir, name, force=force, seed=seed), as_json)
 
 
 def _report(dataset: Dataset, as_json: bool) -> None:

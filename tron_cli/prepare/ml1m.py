@@ -35,7 +35,7 @@ def prepare_ml1m(
     skip_bad_lines: bool = False,
 ) -> Dataset:
     """Prepare MovieLens-1M; items are numbered in the order of their ids, so 1..3416 stay."""
-    with DatasetWriter(dataset_path(data_dir, name), force=force) as writer:
+    with DatasetWriter(dataset_path(data_dir, name, raw), force=force) as writer:
         file = locate("ml1m", raw, data_dir)["ml-1m.txt"]
         bad = BadLines(skip=skip_bad_lines)
         users, histories, item_ids = _read(file, bad)

@@ -58,7 +58,7 @@ def prepare_otto(
     two. An event that is no click, cart or order is a broken line: InputError, or with
     `skip_bad_lines` the line is left out and counted.
     """
-    with DatasetWriter(dataset_path(data_dir, name), force=force) as writer:
+    with DatasetWriter(dataset_path(data_dir, name, raw), force=force) as writer:
         files = locate("otto", raw, data_dir)
         train_file, test_file = (files[file] for file in SOURCES["otto"].files)
         bad = BadLines(skip=skip_bad_lines)

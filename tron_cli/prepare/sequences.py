@@ -39,10 +39,10 @@ def prepare_sequences(
     Sessions of fewer than two events are dropped and counted. The catalogue is the items of train
     and val; test loses the others.
     """
-    with DatasetWriter(dataset_path(data_dir, name), force=force) as writer:
+    files = [train, *([val] if val else []), test]
+    with DatasetWriter(dataset_path(data_dir, name, *files), force=force) as writer:
         bad = BadLines(skip=skip_bad_lines)
         steps = Steps()
-        files = [train, *([val] if val else []), test]
         parts = [_read(file, bad) for file in files]
         distinct, positions = np.unique(
             np.concatenate([part.items for part in parts]), return_inverse=True

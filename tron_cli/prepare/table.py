@@ -78,7 +78,7 @@ def prepare_table(
     that became short by that, each once. Leave-one-out needs at least three events of each.
     """
     gap = _checked_gap(columns, leave_one_out)
-    with DatasetWriter(dataset_path(data_dir, name), force=force) as writer:
+    with DatasetWriter(dataset_path(data_dir, name, input_file), force=force) as writer:
         bad = BadLines(skip=skip_bad_lines)
         steps = Steps()
         reader = _TableReader(input_file, columns, bad)

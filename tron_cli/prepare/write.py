@@ -16,11 +16,18 @@ from tron_cli.prepare.raw import describe
 from tron_cli.prepare.split import Splits
 
 
-def dataset_path(data_dir: Path, name: str) -> Path:
-    """DATA_DIR/NAME; refuses a name that is not a plain folder name, and the downloads' own."""
+def dataset_path(data_dir: Path, name: str, *inputs: Path | None) -> Path:
+    """DATA_DIR/NAME; refuses a name that is not a plain folder name, and the downloads' own.
+
+    inputs: what is read for it. It may not lie in the folder, which --force replaces.
+    """
     if name in ("", ".", "..", "raw") or name.startswith(".") or Path(name).name != name:
         raise InputError(f"--name {name!r} is not a folder name to use: take letters and digits")
-    return data_dir / name
+    path = data_dir / name
+    for file in inputs:
+        if file is not None and file.resolve().is_relative_to(path.resolve()):
+            raise InputError(f"{file} lies in {path}, which is to be replaced; move it elsewhere")
+    return path
 
 
 def in_order_of_appearance(sessions: Sessions) -> np.ndarray:
@@ -119,4 +126,9 @@ def _indexed(sessions: Sessions, index: np.ndarray) -> Sessions:
 
 
 def _story(steps: Steps) -> str:
-    return "; ".join(f"{step['step']}: {step['sessions']:,} sessions" for step in steps.entries)
+    # Before the kinds of events are chosen, sessions are not known.
+    return "; ".join(
+        f"{step['step']}: {step['sessions']:,} sessions"
+        for step in steps.entries
+        if step["sessions"] is not None
+    )
