@@ -6,6 +6,7 @@ takes the negatives that were drawn, so that only arithmetic is compared.
 """
 
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -475,3 +476,16 @@ def test_patience_ends_training(tmp_path, seen_sessions):
         tmp_path, sessions=3, max_epochs=50, lr=1e-12, early_stopping_patience=2, dropout_rate=0.0
     )
     assert len(seen_sessions) == 3
+
+
+def test_the_loop_warms_up_and_decays_as_configured(tmp_path, monkeypatch):
+    monkeypatch.setattr("tron_cli.train._LOG_EVERY", 1)
+    dataset = write_dataset(tmp_path, train=cyclic_sessions(8, seed=1), val=[[1, 2]])
+    config = make_config(
+        lr=0.8, lr_schedule="cosine", warmup_steps=2, train_batch_size=4, max_epochs=3
+    )
+    train(config, dataset, tmp_path / "run", device=CPU)
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    rates = [row["lr"] for row in rows if "lr" in row]
+    decay = [0.4 * (1 + math.cos(math.pi * done / 4)) for done in range(4)]
+    assert rates == pytest.approx([0.4, 0.8, *decay])
