@@ -390,6 +390,33 @@ def test_only_the_kinds_to_keep(tmp_path: Path, rng: np.random.Generator) -> Non
         prepare_table(tmp_path / "all.csv", wrong, tmp_path, "none")
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_rows_of_other_kinds_need_nothing_but_their_line(
+    tmp_path: Path, rng: np.random.Generator, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Searches without item, pages without time, events of no kind: dropped, and no bad lines."""
+    rows = [row for row in shop(rng, users=150, days=4) if row[3] == "view"]
+    expected = prepare_table(write_csv(tmp_path / "views.csv", rows), USER, tmp_path, "views")
+    others = [("u1", "", START, "search"), ("u2", "i1", "", "page"), ("u3", "", START, "")]
+    frame = pl.DataFrame(
+        [[str(value) or None for value in row] for row in [*others * 100, *rows, *others]],
+        schema=["user", "item", "time", "kind"],
+        orient="row",
+    )
+    write = {"a.csv": frame.write_csv, "a.jsonl": frame.write_ndjson}
+    write.get(name, frame.write_parquet)(tmp_path / name)
+    monkeypatch.setattr("tron_cli.prepare.columns.BLOCK_BYTES", 500)
+    monkeypatch.setattr("tron_cli.prepare.columns.PARQUET_ROWS", 50)
+    columns = TableColumns("item", "time", user="user", event="kind", keep_events=("view",))
+    dataset = prepare_table(tmp_path / name, columns, tmp_path, "out")
+    assert dataset.info["splits"] == expected.info["splits"]
+    first, second = dataset.info["filters"][:2]
+    assert (first["events"], second["dropped_events"]) == (len(rows) + 303, 303)
+    wrong = TableColumns("item", "time", user="user", event="kind", keep_events=("buy",))
+    with pytest.raises(InputError, match="its kind holds nothing, page, search, view"):
+        prepare_table(tmp_path / name, wrong, tmp_path, "none")
+
+
 def test_what_is_left_of_the_kinds_is_told_where_nothing_is(tmp_path: Path) -> None:
     rows = [(f"u{n // 3}", f"i{n % 3}", START + n, "view") for n in range(30)]
     columns = TableColumns("item", "time", session="user", event="kind", keep_events=("view",))
@@ -468,6 +495,23 @@ def test_bad_rows_of_parquet(tmp_path: Path, rng: np.random.Generator) -> None:
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(InputError, match=r"not a readable Parquet file"):
         prepare_table(file, USER, tmp_path, "out")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "problem"),
+    [
+        ("time", pl.Series([0] * 20, dtype=pl.Time), "a number in time, found the type Time"),
+        ("user", pl.Series([{"id": 1}] * 20), r"an id in user, found the type Struct"),
+        ("item", pl.Series([["i1"]] * 20), r"an id in one line in item, found the type List"),
+    ],
+)
+def test_columns_of_parquet_that_hold_something_else(
+    tmp_path: Path, column: str, values: pl.Series, problem: str
+) -> None:
+    frame = as_frame([("u1", "i1", START, "view")] * 20).with_columns(values.alias(column))
+    frame.write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=problem):
+        prepare_table(tmp_path / "a.parquet", USER, tmp_path, "out")
 
 
 def test_unclosed_quote_is_found_where_it_opens(tmp_path: Path) -> None:

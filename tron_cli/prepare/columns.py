@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,7 @@ class Columns:
 
     def parse(self, parsers: dict[str, Parser], bad: BadLines) -> Columns:
         """The named columns with their values parsed; rows with a bad value are rejected."""
-        frame = pl.DataFrame({name: parsers[name].parse(self.frame[name]) for name in parsers})
+        frame = pl.DataFrame({name: self._parsed(name, parsers[name]) for name in parsers})
         valid = {name: frame[name].is_not_null().to_numpy() for name in parsers}
         keep = np.logical_and.reduce(list(valid.values()))
         for row in np.flatnonzero(~keep).tolist():
@@ -75,9 +75,25 @@ class Columns:
             found = "nothing" if value is None or value == "" else repr(value)[:60]
             problem = f"expected {parsers[name].expected} in {name}, found {found}"
             bad.reject(self.file, int(self.lines[row]), problem, unit=self.unit)
+        return replace(self, frame=frame).where(keep)
+
+    def where(self, keep: np.ndarray) -> Columns:
+        """The rows where `keep` (bool [rows]) holds."""
         if keep.all():
-            return Columns(self.file, frame, self.lines, self.unit)
-        return Columns(self.file, frame.filter(pl.Series(keep)), self.lines[keep], self.unit)
+            return self
+        return replace(self, frame=self.frame.filter(pl.Series(keep)), lines=self.lines[keep])
+
+    def _parsed(self, name: str, parser: Parser) -> pl.Series:
+        column = self.frame[name]
+        try:
+            if not column.dtype.is_nested():
+                return parser.parse(column)
+        except pl.exceptions.PolarsError:
+            pass  # a type of Parquet that cannot become what is expected
+        raise InputError(
+            f"{self.file}: expected {parser.expected} in {name}, found the type {column.dtype}; "
+            "convert the column"
+        )
 
 
 def read_delimited(

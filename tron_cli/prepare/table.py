@@ -170,7 +170,7 @@ def _leave_one_out(sessions: Sessions, validate: bool, max_val: int, seed: int) 
 
 
 class _TableReader:
-    """The blocks of a table as session, item and time; counts the rows of all kinds."""
+    """The blocks of a table as session, item and time; counts the readable rows of all kinds."""
 
     def __init__(self, file: Path, columns: TableColumns, bad: BadLines) -> None:
         if not file.is_file():
@@ -186,30 +186,31 @@ class _TableReader:
         parsers[self.columns.time] = time_parser(self.columns.time_unit)
         if self.columns.event:
             wanted.append(self.columns.event)
-            parsers[self.columns.event] = _KIND
         if len(set(wanted)) < len(wanted):
             raise InputError(f"expected different columns, got {', '.join(wanted)}")
         kinds: set[str] = set()
-        kept = 0
         for block in self._blocks(wanted):
+            if self.columns.event:
+                # A search has no item: nothing else of the other kinds is read.
+                kind = block.parse({self.columns.event: _KIND}, self.bad).frame.to_series()
+                kinds.update(kind.unique().to_list())
+                is_kept = kind.is_in(self.columns.keep_events).to_numpy()
+                self.rows += int(np.count_nonzero(~is_kept))
+                block = block.where(is_kept)
             block = block.parse(parsers, self.bad)
             self.rows += len(block.lines)
             frame = block.frame
-            if self.columns.event:
-                kind = frame[self.columns.event]
-                kinds.update(kind.unique().to_list())
-                frame = frame.filter(kind.is_in(self.columns.keep_events))
-            kept += len(frame)
             yield replace(
                 block,
                 frame=frame.select(
                     session=_keys(frame[owner]), item=self.columns.item, time=self.columns.time
                 ),
             )
-        if self.columns.event and not kept:
+        if self.columns.event and kinds.isdisjoint(self.columns.keep_events):
+            found = ", ".join(kind or "nothing" for kind in sorted(kinds)[:10])
             raise InputError(
                 f"{self.file} has no event of the kinds {', '.join(self.columns.keep_events)}: "
-                f"its {self.columns.event} holds {', '.join(sorted(kinds)[:10])}"
+                f"its {self.columns.event} holds {found}"
             )
 
     def _blocks(self, wanted: list[str]) -> Iterator[Columns]:
@@ -256,7 +257,7 @@ def _item_ids(column: pl.Series) -> pl.Series:
 
 _OWNER = Parser(_ids, "an id")
 _ITEM = Parser(_item_ids, "an id in one line")
-_KIND = Parser(lambda column: column.cast(pl.String), "a kind of event")
+_KIND = Parser(lambda column: column.cast(pl.String).fill_null(""), "a kind of event")
 
 
 def _keys(ids: pl.Series) -> pl.Series:

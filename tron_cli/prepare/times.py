@@ -42,6 +42,8 @@ class _TimeReader:
     def __call__(self, column: pl.Series) -> pl.Series:
         if column.dtype.is_temporal():
             return column.cast(pl.Datetime("ms"), strict=False).to_physical()
+        if column.null_count() == len(column):  # says nothing about the others
+            return pl.repeat(None, len(column), dtype=pl.Int64, eager=True)
         if self.unit == "auto":
             self.unit = _unit_of(column)
         return _from_iso(column) if self.unit == "iso" else _from_numbers(column, self.unit)
