@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy run diginetica-tron        # prepared datasets in --data-dir
     python -m benchmarks.accuracy table                      # rewrite the README's table
 
-A run writes benchmarks/accuracy/NAME.json: commands, commit, seed, hardware, figures. A run that
+A run writes benchmarks/results/accuracy/NAME.json: commands, commit, seed, hardware, figures. A run that
 was broken off is resumed.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "accuracy"
+RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
@@ -111,7 +111,7 @@ def run(name: str, data_dir: Path, output_dir: Path) -> Path:
     }
     if experiment.one_pass:
         result["test_one_pass"] = evaluated("--one-pass")
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
 
