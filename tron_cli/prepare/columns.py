@@ -19,6 +19,7 @@ import polars as pl
 from tqdm import tqdm
 
 from tron_cli.errors import InputError
+from tron_cli.prepare.quotes import loose_quotes, quoted_bytes, requoted
 from tron_cli.prepare.raw import open_raw
 
 BLOCK_BYTES = 1 << 24
@@ -111,23 +112,24 @@ def read_delimited(
     which may then hold separators and line breaks. Raises InputError where no line can be read.
     """
     found = False
-    for block, first_line in text_blocks(file, quoted):
-        sizes, lines, fields = _layout(block, first_line, separator, quoted)
+    for block, first_line in text_blocks(file, separator if quoted else None):
+        records = _records(block, first_line, separator, quoted)
         if names is None:
-            header = int(np.argmax(fields > 0))
-            start = int(sizes[:header].sum())
-            names = _header(file, block[start : start + sizes[header]], separator)
+            header = int(np.argmax(records.fields > 0))
+            names = _header(file, records.text(header), separator)
             for name in wanted:
                 find_column(file, names, name)
-            fields[header] = 0
-        for record in np.flatnonzero((fields > 0) & (fields != len(names))).tolist():
+            records.fields[header] = 0
+        is_bad = (records.fields != len(names)) | records.unclosed
+        for record in np.flatnonzero(is_bad & (records.fields > 0)).tolist():
             problem = f"expected {len(names)} fields separated by {separator!r}"
-            bad.reject(file, int(lines[record]), f"{problem}, found {fields[record]}")
+            problem += f", found {records.fields[record]}"
+            if records.unclosed[record]:
+                problem = "a quote opens a field and does not close it"
+            bad.reject(file, int(records.lines[record]), problem)
         schema = {f"column_{index}": pl.String() for index in range(len(names))}
         parse = _CsvParser(schema, separator, quoted)
-        for frame, part in _parse(
-            file, *_select(block, sizes, lines, fields == len(names)), parse, bad
-        ):
+        for frame, part in _parse(file, records.where(~is_bad).requoted(separator), parse, bad):
             found = True
             columns = {name: frame[:, find_column(file, names, name)] for name in wanted}
             yield Columns(file, pl.DataFrame(columns), part)
@@ -139,11 +141,13 @@ def read_json_lines(file: Path, wanted: list[str], bad: BadLines) -> Iterator[Co
     """The wanted keys of a file with one JSON object a line, plain or gzip, as strings."""
     schema = {name: pl.String() for name in wanted}
     found = False
-    for block, first_line in text_blocks(file, quoted=False):
-        sizes, lines, fields = _layout(block, first_line, "\n", quoted=False)
-        selected = _select(block, sizes, lines, fields > 0)
+    for block, first_line in text_blocks(file):
+        records = _records(block, first_line, "\n", quoted=False)
         for frame, part in _parse(
-            file, *selected, lambda text: pl.read_ndjson(text, schema=schema), bad
+            file,
+            records.where(records.fields > 0),
+            lambda text: pl.read_ndjson(text, schema=schema),
+            bad,
         ):
             found = True
             yield Columns(file, frame, part)
@@ -196,8 +200,11 @@ def _plain(name: str) -> str:
     return _without_type(name).replace("_", "").lower()
 
 
-def text_blocks(file: Path, quoted: bool) -> Iterator[tuple[bytes, int]]:
-    """(whole lines with \\n as their ends, number of the first line) until the end of the file."""
+def text_blocks(file: Path, separator: str | None = None) -> Iterator[tuple[bytes, int]]:
+    """(whole lines with \\n as their ends, number of the first line) until the end of the file.
+
+    separator: of fields that may be quoted; then whole records, whose fields may hold line ends.
+    """
     if file.is_dir():
         raise InputError(f"{file} is a folder: name the file in it")
     line, rest = 1, b""
@@ -213,7 +220,8 @@ def text_blocks(file: Path, quoted: bool) -> Iterator[tuple[bytes, int]]:
             if line == 1 and not rest:
                 data = data.removeprefix(b"\xef\xbb\xbf")
             rest += data
-            cut = _last_end(rest, quoted) + 1
+            # A quote that is not closed for so long never will be.
+            cut = _last_end(rest, separator, complete=len(rest) > MAX_LINE_BYTES) + 1
             if cut:
                 yield rest[:cut].replace(b"\r\n", b"\n"), line
                 line += rest.count(b"\n", 0, cut)
@@ -221,55 +229,84 @@ def text_blocks(file: Path, quoted: bool) -> Iterator[tuple[bytes, int]]:
             elif len(rest) > MAX_LINE_BYTES:
                 break
     if rest.strip():
-        if len(rest) > MAX_LINE_BYTES or (quoted and rest.count(b'"') % 2):
-            what = "a quote that is opened and never closed" if b'"' in rest else "no line end"
-            raise InputError(f"{file}, line {line}: {what} in the {len(rest):,} bytes from here on")
+        if len(rest) > MAX_LINE_BYTES:
+            raise InputError(f"{file}, line {line}: no line end in the {len(rest):,} bytes from it")
         yield rest.replace(b"\r\n", b"\n") + b"\n", line
     elif line == 1:
         raise InputError(f"{file} is empty")
 
 
-def _last_end(text: bytes, quoted: bool) -> int:
-    """Position of the last line end, -1 where there is none."""
-    if not (quoted and b'"' in text):
+def _last_end(text: bytes, separator: str | None, *, complete: bool) -> int:
+    """Position of the last line end outside quotes, -1 where there is none."""
+    if separator is None or b'"' not in text:
         return text.rfind(b"\n")
-    data = np.frombuffer(text, np.uint8)
-    ends = np.flatnonzero((data == ord("\n")) & ~_inside_quotes(data))
+    is_end = np.frombuffer(text, np.uint8) == ord("\n")
+    ends = np.flatnonzero(is_end & ~quoted_bytes(text, separator, complete=complete))
     return int(ends[-1]) if len(ends) else -1
 
 
-def _inside_quotes(data: np.ndarray) -> np.ndarray:
-    # An odd number of quotes so far; their count may wrap in uint8, its parity does not.
-    return np.cumsum(data == ord('"'), dtype=np.uint8) % 2 == 1
+@dataclass(frozen=True)
+class _Records:
+    """A block of text and of each record in it, [R]: its bytes with the line end; its line number;
+    its fields (0: it is blank); whether it has loose quotes; whether one of them opens a field."""
+
+    block: bytes
+    sizes: np.ndarray
+    lines: np.ndarray
+    fields: np.ndarray
+    loose: np.ndarray
+    unclosed: np.ndarray
+
+    def text(self, record: int) -> bytes:
+        start = int(self.sizes[:record].sum())
+        return self.block[start : start + self.sizes[record]]
+
+    def where(self, keep: np.ndarray) -> _Records:
+        """The records where `keep` (bool [R]) holds."""
+        if keep.all():
+            return self
+        block = np.frombuffer(self.block, np.uint8)[np.repeat(keep, self.sizes)].tobytes()
+        rest = (self.sizes, self.lines, self.fields, self.loose, self.unclosed)
+        return _Records(block, *(of_each[keep] for of_each in rest))
+
+    def requoted(self, separator: str) -> _Records:
+        """Without loose quotes, which polars does not read."""
+        if not self.loose.any():
+            return self
+        stops = np.cumsum(self.sizes)
+        sizes = self.sizes.copy()
+        parts, done = [], 0
+        for record in np.flatnonzero(self.loose).tolist():
+            start, stop = int(stops[record] - sizes[record]), int(stops[record])
+            text = requoted(self.block[start:stop], separator)
+            parts += [self.block[done:start], text]
+            sizes[record], done = len(text), stop
+        return replace(self, block=b"".join([*parts, self.block[done:]]), sizes=sizes)
 
 
-def _layout(
-    block: bytes, first_line: int, separator: str, quoted: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each record: its bytes with the line end, its line number, its fields (0: it is blank)."""
+def _records(block: bytes, first_line: int, separator: str, quoted: bool) -> _Records:
     data = np.frombuffer(block, np.uint8)
     is_end, is_separator = data == ord("\n"), data == ord(separator)
     line_ends = ends = np.flatnonzero(is_end)
+    loose = unclosed = np.zeros(0, np.int64)
     if quoted and b'"' in block:
-        outside = ~_inside_quotes(data)
-        ends = np.flatnonzero(is_end & outside)
-        is_separator &= outside
+        within = quoted_bytes(block, separator, complete=True)
+        ends = np.flatnonzero(is_end & ~within)
+        is_separator &= ~within
+        loose, opens = loose_quotes(block, separator, within)
+        unclosed = loose[opens]
     sizes = np.diff(ends, prepend=-1)
-    starts = ends - sizes + 1
-    lines = first_line + np.searchsorted(line_ends, starts)
     separators = np.searchsorted(np.flatnonzero(is_separator), ends)
     fields = np.diff(separators, prepend=0) + 1
     fields[sizes == 1] = 0
-    return sizes, lines, fields
-
-
-def _select(
-    block: bytes, sizes: np.ndarray, lines: np.ndarray, keep: np.ndarray
-) -> tuple[bytes, np.ndarray, np.ndarray]:
-    """The block with only the records to keep, their sizes and their line numbers."""
-    if not keep.all():
-        block = np.frombuffer(block, np.uint8)[np.repeat(keep, sizes)].tobytes()
-    return block, sizes[keep], lines[keep]
+    return _Records(
+        block,
+        sizes,
+        first_line + np.searchsorted(line_ends, ends - sizes + 1),
+        fields,
+        np.bincount(np.searchsorted(ends, loose), minlength=len(ends)) > 0,
+        np.bincount(np.searchsorted(ends, unclosed), minlength=len(ends)) > 0,
+    )
 
 
 @dataclass(frozen=True)
@@ -289,19 +326,15 @@ class _CsvParser:
 
 
 def _parse(
-    file: Path,
-    block: bytes,
-    sizes: np.ndarray,
-    lines: np.ndarray,
-    parse: Callable[[bytes], pl.DataFrame],
-    bad: BadLines,
+    file: Path, records: _Records, parse: Callable[[bytes], pl.DataFrame], bad: BadLines
 ) -> Iterator[tuple[pl.DataFrame, np.ndarray]]:
-    """The parsed block with its line numbers; one that cannot be parsed is halved until the very
-    lines that are to blame are alone, and rejected."""
+    """The parsed records with their line numbers; where they cannot be parsed they are halved until
+    the very lines that are to blame are alone, and rejected."""
+    lines = records.lines
     if not len(lines):
         return
     try:
-        frame = parse(block)
+        frame = parse(records.block)
     except pl.exceptions.PolarsError as error:
         reason = str(error).splitlines()[0]
     else:
@@ -312,10 +345,9 @@ def _parse(
     if len(lines) == 1:
         bad.reject(file, int(lines[0]), f"the line cannot be parsed ({reason})")
         return
-    half = len(lines) // 2
-    cut = int(sizes[:half].sum())
-    yield from _parse(file, block[:cut], sizes[:half], lines[:half], parse, bad)
-    yield from _parse(file, block[cut:], sizes[half:], lines[half:], parse, bad)
+    first = np.arange(len(lines)) < len(lines) // 2
+    yield from _parse(file, records.where(first), parse, bad)
+    yield from _parse(file, records.where(~first), parse, bad)
 
 
 def _header(file: Path, line: bytes, separator: str) -> list[str]:

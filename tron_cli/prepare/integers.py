@@ -21,7 +21,7 @@ def read_integer_lines(
     Yields (numbers int64 [n], how many each line that has any holds, int64 [lines]). per_line: how
     many every line must hold. Blank lines are stepped over; the file may be a gzip.
     """
-    for block, first_line in text_blocks(file, quoted=False):
+    for block, first_line in text_blocks(file):
         data = np.frombuffer(block, np.uint8)
         ends = np.flatnonzero(data == ord("\n"))
         is_foreign = ~_is_digit(data) & ~np.isin(data, np.frombuffer(_BLANKS + b"\n", np.uint8))

@@ -371,7 +371,7 @@ def _read_blocks(blocks: Iterator[Block]) -> Iterator[Clicks]:
 def _blocks(file: Path) -> Iterator[Block]:
     """A file in blocks of whole lines; readers fetch those of a plain file themselves."""
     if is_gzip(file):
-        for text, _ in text_blocks(file, quoted=False):
+        for text, _ in text_blocks(file):
             yield Block(file, 0, len(text), text)
         return
     size = file.stat().st_size
