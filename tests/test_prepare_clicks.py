@@ -280,7 +280,7 @@ GOOD = "1,2014-04-07T10:51:09.277Z,214536502,0\n"
         ("1,,2145,0\n", "in time, found nothing"),
         ("1,2014-04-07T10:51:09.277Z,1e5,0\n", "expected an integer in item, found '1e5'"),
         ("1,2014-04-07T10:51:09.277Z,12.0,0\n", "expected an integer in item, found '12.0'"),
-        ("1,2014-04-07T10:51:09.277Z,\udcff,0\n", "cannot be parsed"),
+        ("1,2014-04-07T10:51:09.277Z,\udcff,0\n", "the line is not UTF-8 (save the file as UTF-8)"),
     ],
 )
 def test_bad_line_is_named_or_skipped(tmp_path: Path, line: str, problem: str) -> None:

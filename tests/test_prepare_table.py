@@ -452,6 +452,14 @@ def test_columns_of_parquet_that_hold_something_else(
         prepare_table(tmp_path / "a.parquet", USER, tmp_path, "out")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_other_encodings(tmp_path: Path, encoding: str) -> None:
+    text = "üser,item,time,kind\n" + "u1,i1,1700000000000,view\n" * 5
+    (tmp_path / "a.csv").write_bytes(text.encode(encoding))
+    with pytest.raises(InputError, match=r"a\.csv is (UTF-16|not UTF-8) text; save it as UTF-8"):
+        prepare_table(tmp_path / "a.csv", USER, tmp_path, "out")
+
+
 def test_files_that_are_no_tables(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(CSV_HEAD)
     (tmp_path / "b.csv").write_text(CSV_HEAD)

@@ -54,6 +54,32 @@ def test_coarse_and_impossible_times() -> None:
     assert numbers.to_list() == [881_250_949_000, None, None, None, 881_250_950_000]
 
 
+@pytest.mark.parametrize(
+    ("number", "unit", "taken"),
+    [
+        ("20240101", "auto", "seconds since 1970, are about the year 1971"),
+        ("20240101103000", "auto", "milliseconds since 1970, are about the year 2611"),
+        ("1700000000", "ms", "milliseconds since 1970, are about the year 1970"),
+        ("1700000000000", "s", "seconds since 1970, are about the year 5584"),
+        ("1700000000000000", "ms", "milliseconds since 1970, are about the year 558"),
+        ("1700000000000", "ns", "nanoseconds since 1970, are about the year 1970"),
+    ],
+)
+def test_numbers_of_another_unit_are_refused(number: str, unit: str, taken: str) -> None:
+    for column in (pl.Series([None, number, number]), pl.Series([int(number)])):
+        with pytest.raises(
+            InputError, match=f"--time-unit: times such as {number}, taken as {taken}"
+        ):
+            time_parser(unit).parse(column)
+
+
+def test_a_few_odd_years_among_the_others_are_read() -> None:
+    numbers = ["0", "1700000000", "1700000001", "4102444801"]
+    assert time_parser("auto").parse(pl.Series(numbers)).to_list() == [
+        int(number) * 1000 for number in numbers
+    ]
+
+
 def test_the_first_block_decides_the_unit_for_the_whole_file() -> None:
     parse = time_parser("auto").parse
     assert parse(pl.Series(["1700000000000"])).to_list() == [1_700_000_000_000]

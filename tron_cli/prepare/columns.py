@@ -25,6 +25,7 @@ from tron_cli.prepare.raw import open_raw
 BLOCK_BYTES = 1 << 24
 MAX_LINE_BYTES = 1 << 26
 PARQUET_ROWS = 1 << 21
+_UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class BadLines:
@@ -218,6 +219,8 @@ def text_blocks(file: Path, separator: str | None = None) -> Iterator[tuple[byte
         while data := content.read(BLOCK_BYTES):
             bar.update(compressed.tell() - bar.n)
             if line == 1 and not rest:
+                if data.startswith(_UTF_16_MARKS):
+                    raise InputError(f"{file} is UTF-16 text; save it as UTF-8")
                 data = data.removeprefix(b"\xef\xbb\xbf")
             rest += data
             # A quote that is not closed for so long never will be.
@@ -343,15 +346,28 @@ def _parse(
             return
         reason = f"{len(frame)} records in it"
     if len(lines) == 1:
-        bad.reject(file, int(lines[0]), f"the line cannot be parsed ({reason})")
+        problem = f"the line cannot be parsed ({reason})"
+        if not _is_utf_8(records.block):
+            problem = "the line is not UTF-8 (save the file as UTF-8)"
+        bad.reject(file, int(lines[0]), problem)
         return
     first = np.arange(len(lines)) < len(lines) // 2
     yield from _parse(file, records.where(first), parse, bad)
     yield from _parse(file, records.where(~first), parse, bad)
 
 
+def _is_utf_8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _header(file: Path, line: bytes, separator: str) -> list[str]:
+    if not _is_utf_8(line) or b"\0" in line:
+        raise InputError(f"{file} is not UTF-8 text; save it as UTF-8")
     try:
         return next(csv.reader([line.decode().rstrip("\n")], delimiter=separator))
-    except (UnicodeDecodeError, StopIteration, csv.Error) as error:
+    except (StopIteration, csv.Error) as error:
         raise InputError(f"{file}, line 1: the header cannot be read ({error})") from error

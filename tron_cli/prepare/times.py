@@ -12,6 +12,9 @@ UNITS = ("s", "ms", "us", "ns")
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 # The typical size up to which `auto` takes numbers for seconds, and so on: the year 5138.
 _LARGEST = {"s": 1e11, "ms": 1e14, "us": 1e17}
+_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+_YEARS = (1980, 2100)  # in which people's logs are written
+_YEAR = 31_556_952_000  # ms
 _LAYOUTS = (
     "%Y-%m-%dT%H:%M:%S%.f",
     "%Y-%m-%dT%H:%M:%S%.f%#z",
@@ -38,6 +41,7 @@ class _TimeReader:
 
     def __init__(self, unit: str) -> None:
         self.unit = unit
+        self.is_checked = False
 
     def __call__(self, column: pl.Series) -> pl.Series:
         if column.dtype.is_temporal():
@@ -46,7 +50,13 @@ class _TimeReader:
             return pl.repeat(None, len(column), dtype=pl.Int64, eager=True)
         if self.unit == "auto":
             self.unit = _unit_of(column)
-        return _from_iso(column) if self.unit == "iso" else _from_numbers(column, self.unit)
+        if self.unit == "iso":
+            return _from_iso(column)
+        times = _from_numbers(column, self.unit)
+        if not self.is_checked:
+            _check_year(column, times, self.unit)
+            self.is_checked = True
+        return times
 
 
 def _unit_of(column: pl.Series) -> str:
@@ -55,6 +65,21 @@ def _unit_of(column: pl.Series) -> str:
     if not isinstance(typical, float):
         return "iso"
     return next((unit for unit, most in _LARGEST.items() if typical < most), "ns")
+
+
+def _check_year(column: pl.Series, times: pl.Series, unit: str) -> None:
+    """Refuse numbers of another unit, or such as 20240131: they would spoil the split silently."""
+    typical = times.median()
+    if not isinstance(typical, float):
+        return
+    year = 1970 + typical / _YEAR
+    if not _YEARS[0] <= year < _YEARS[1]:
+        example = column.filter(times.is_not_null())[0]
+        raise InputError(
+            f"--time-unit: times such as {example}, taken as {_NAMES[unit]} since "
+            f"1970, are about the year {year:.0f}, expected {_YEARS[0]} to {_YEARS[1]}: name their "
+            "unit, or write dates as 2024-01-31"
+        )
 
 
 def _from_numbers(column: pl.Series, unit: str) -> pl.Series:
