@@ -190,3 +190,13 @@ def test_dot_products_gradcheck():
     assert torch.autograd.gradcheck(
         lambda hidden, table: dot_products(hidden, table, ids_NK), (hidden_ND, table_VD)
     )
+
+
+def test_dot_products_keep_their_precision_under_autocast():
+    torch.manual_seed(0)
+    hidden, table = torch.randn(5, 8), torch.randn(20, 8)
+    ids = torch.randint(20, (5, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = dot_products(hidden, table, ids)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, (hidden[:, None] * table[ids]).sum(-1))

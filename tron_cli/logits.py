@@ -35,6 +35,7 @@ def sampled_logits(
     target does not count. The third value is bool [N, K], or None where all count.
     """
     assert batch.targets_N is not None
+    hidden_ND = hidden_ND.to(table_VD.dtype)  # under autocast a layer may return less
     if topk is None:
         logits_NK, keep_NK = _all_logits(
             hidden_ND, table_VD, batch, negatives, mask_collisions=mask_collisions
@@ -146,8 +147,10 @@ def dot_products(
     """[N, K]: hidden_ND[n] . table_VD[ids_NK[n, k]], never holding the gathered [N, K, D].
 
     known_NK: the values, where they were computed before without gradients.
+    In the precision of the arguments, also under autocast: there is no matrix product to speed up.
     """
-    return _DotProducts.apply(hidden_ND, table_VD, ids_NK, known_NK)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        return _DotProducts.apply(hidden_ND, table_VD, ids_NK, known_NK)
 
 
 class _DotProducts(torch.autograd.Function):

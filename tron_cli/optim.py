@@ -13,8 +13,9 @@ def build_optimizer(
     name: str, parameters: Iterable[nn.Parameter], lr: float
 ) -> torch.optim.Optimizer:
     """Adam or Adagrad over dense gradients, with torch's other defaults."""
-    kind = {"adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}[name]
-    return kind(parameters, lr=lr, fused=True)
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=lr, fused=True)
+    return torch.optim.Adagrad(parameters, lr=lr)  # its fused form lacks CUDA in some releases
 
 
 def learning_rate(
