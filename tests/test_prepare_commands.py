@@ -57,9 +57,9 @@ def test_table_prints_what_came_in_what_was_dropped_and_the_splits(
         "short sessions (fewer than 2 events) 100 306 9 1 1",
         "rare items (fewer than 5 events) 100 305 8 0 1",
         "short sessions again (fewer than 2 events left) 100 305 8 0 0",
-        "train 78 234 3.00 3 3",
-        "val 11 33 3.00 3 3",
-        "test 11 33 3.00 3 3",
+        "train 78 234 3.00 3 3 2023-11-14 22:13 2023-11-22 15:01",
+        "val 11 33 3.00 3 3 2023-11-22 17:25 2023-11-23 17:25",
+        "test 11 33 3.00 3 3 2023-11-23 19:49 2023-11-24 19:49",
     ):
         assert line in lines
     assert "Test lost 5 events of items that training lacks, and with them 5 predictions" in (
@@ -69,6 +69,19 @@ def test_table_prints_what_came_in_what_was_dropped_and_the_splits(
     assert (info["source"], info["sources"][0]["file"]) == ("table", "events.csv")
     assert info["sources"][0]["bytes"] == events.stat().st_size
     assert info["options"]["min_item_count"] == 5
+
+
+def test_times_far_after_all_others_are_pointed_out(tmp_path: Path, events: Path) -> None:
+    """A session with a wrong clock becomes the whole test split."""
+    words = ("table", "--input", events, *TABLE, "--data-dir", tmp_path, "--force")
+    assert "No event lies in" not in prepare(*words).stdout
+    wrong = "".join(f"\nwrong,item{n},4070908800000" for n in (1, 2))
+    events.write_text(events.read_text() + wrong)
+    out = prepare(*words).stdout
+    assert "No event lies in the 27,431 days before 2099-01-01 00:00" in out
+    assert ["test", "1", "2", "2.00", "2", "2", "2099-01-01", "00:00", "2099-01-01", "00:00"] in [
+        line.split() for line in out.splitlines()
+    ]
 
 
 def test_json_prints_dataset_json(tmp_path: Path, events: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from tron_cli.dataset import SPLITS, Dataset
+from tron_cli.prepare.split import DAY
 from tron_cli.report import format_table
 
 # Sizes after preparation as their authors give them: TRON's paper (train is the whole training
@@ -33,6 +37,7 @@ PUBLISHED: dict[str, dict[str, str]] = {
     },
     "ml1m": {"test sessions": "6,040", "test events": "999,611", "items": "3,416"},
 }
+LONG_GAP_DAYS = 7  # without any event before a held-out split: a wrong time, perhaps
 _SCALE = {"k": 1_000, "M": 1_000_000}
 
 
@@ -92,7 +97,18 @@ def _splits_table(splits: dict[str, dict[str, Any]]) -> str:
         ]
         for name in SPLITS
     ]
+    if any("first_time" in splits[name] for name in SPLITS):
+        header += ["first event (UTC)", "last event (UTC)"]
+        for name, row in zip(SPLITS, rows, strict=True):
+            row += [_moment(splits[name].get(key)) for key in ("first_time", "last_time")]
     return format_table(header, rows)
+
+
+def _moment(ms: int | None) -> str:
+    # Of numpy, whose years do not end with 9999: a source may hold any time.
+    return (
+        "" if ms is None else str(np.datetime64(ms, "ms").astype("datetime64[m]")).replace("T", " ")
+    )
 
 
 def _notes(info: dict[str, Any]) -> list[str]:
@@ -104,6 +120,16 @@ def _notes(info: dict[str, Any]) -> list[str]:
     for reason, count in (info.get("left_out") or {}).items():
         if count:
             notes.append(f"Left out of train and val: {count:,} {_LEFT_OUT.get(reason, reason)}.")
+    timed = [info["splits"][split] for split in SPLITS if "first_time" in info["splits"][split]]
+    for earlier, later in pairwise(timed):
+        days = (later["first_time"] - earlier["last_time"]) / DAY
+        if days > LONG_GAP_DAYS:
+            begin = _moment(later["first_time"])
+            notes.append(
+                f"No event lies in the {days:,.0f} days before {begin}, where a held-out split "
+                "begins: are the times from there on right? Splits are counted back from the "
+                "latest start."
+            )
     test = info["splits"]["test"]
     if test.get("lost_predictions"):
         notes.append(
