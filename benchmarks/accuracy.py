@@ -1,10 +1,10 @@
 """Train and evaluate on real data; make the README's table of results from what that leaves.
 
-    python -m benchmarks.accuracy run diginetica-tron        # prepared datasets in --data-dir
+    python -m benchmarks.accuracy run diginetica-tron-end    # prepared datasets in --data-dir
     python -m benchmarks.accuracy table                      # rewrite the README's table
 
-A run writes benchmarks/results/accuracy/NAME.json: commands, commit, seed, hardware, figures. A run that
-was broken off is resumed.
+A run writes NAME.json into benchmarks/results/accuracy: commands, commit, seed, hardware, figures.
+A run that was broken off is resumed.
 """
 
 from __future__ import annotations

@@ -89,6 +89,8 @@ def test_sessions_come_back_as_written(tmp_path: Path, rng: np.random.Generator)
     assert train.times is not None
     assert train.times.tolist() == np.concatenate(times).tolist()
     assert val.times is None
+    span = (data.split_info("train")["first_time"], data.split_info("train")["last_time"])
+    assert span == (np.concatenate(times).min(), np.concatenate(times).max())
     assert len(test) == 0
     assert test.items.dtype == train.items.dtype == np.int32
     assert train.lengths.tolist() == [len(row) for row in rows]

@@ -223,13 +223,16 @@ class DatasetWriter:
         folder.mkdir()
         digest = hashlib.sha256()
         lengths: list[np.ndarray] = []
+        span: list[int] = []
         items_file, times_file = folder / "items.bin", folder / "times.bin"
         with items_file.open("wb") as items_out, times_file.open("wb") as times_out:
             for chunk in chunks:
                 chunk_items = np.ascontiguousarray(chunk.items, dtype=np.int32)
                 items_out.write(chunk_items.data)
                 digest.update(chunk_items.data)
-                if chunk.times is not None:
+                if chunk.times is not None and len(chunk.times):
+                    span = [*span, int(chunk.times.min()), int(chunk.times.max())]
+                    span = [min(span), max(span)]
                     times_out.write(np.ascontiguousarray(chunk.times, dtype=np.int64).data)
                 lengths.append(np.diff(chunk.offsets))
         length = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
@@ -249,6 +252,7 @@ class DatasetWriter:
             "median_length": float(np.median(length)) if len(length) else None,
             "max_length": int(length.max()) if len(length) else None,
             "fingerprint": digest.hexdigest(),
+            **({"first_time": span[0], "last_time": span[1]} if span else {}),
             "unseen_events": unseen_events,
             "lost_predictions": lost_predictions,
             **counts,

@@ -30,7 +30,7 @@ from tron_cli.baselines import every_step, markov_ranks, popularity_ranks
 from tron_cli.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
 from tron_cli.metrics import parse_measures, score, values_of_ranks
-from tron_cli.prepare.write import dataset_path, time_span
+from tron_cli.prepare.write import dataset_path
 
 NUM_CATEGORIES = 100
 NUM_BRANDS = 50
@@ -122,7 +122,7 @@ def prepare_synthetic(
     with writer:
         writer.write_items(items // num_brands * 1000 + items % num_brands)
         for split, rows in splits.items():
-            writer.write_split(split, [rows], **time_span(rows))
+            writer.write_split(split, [rows])
         return writer.finish(
             name=name,
             protocol="every-step",

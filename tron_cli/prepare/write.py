@@ -71,14 +71,13 @@ def write_splits(
     in_train = np.zeros(len(item_ids), bool)
     in_train[splits.train.items] = True
     writer.write_items(item_ids[catalogue])
-    writer.write_split("train", [_indexed(splits.train, index)], **time_span(splits.train))
+    writer.write_split("train", [_indexed(splits.train, index)])
     writer.write_split(
         "val",
         [_indexed(splits.val, index)],
         unseen_events=0,
         lost_predictions=0,
         events_unseen_in_train=int(np.count_nonzero(~in_train[splits.val.items])),
-        **time_span(splits.val),
     )
     writer.write_split(
         "test",
@@ -86,7 +85,6 @@ def write_splits(
         unseen_events=unseen_events,
         lost_predictions=lost_predictions,
         short_sessions=len(splits.test) - len(test),
-        **time_span(test),
     )
     return writer.finish(
         name=name,
@@ -103,14 +101,6 @@ def write_splits(
         left_out=splits.left_out,
         items_unseen_in_train=int(np.count_nonzero(~in_train[catalogue])),
     )
-
-
-def time_span(sessions: Sessions) -> dict[str, int]:
-    """For dataset.json: first_time and last_time, ms since 1970 UTC; nothing without times."""
-    times = sessions.times
-    if times is None or not len(times):
-        return {}
-    return {"first_time": int(times.min()), "last_time": int(times.max())}
 
 
 def _drop_unseen(test: Sessions, known: np.ndarray, protocol: str) -> tuple[Sessions, int, int]:
