@@ -118,16 +118,22 @@ def test_one_seed_gives_identical_weights(
 
 def in_process(context: Any, work: Callable[..., None], *arguments: Any) -> int:
     """Exit code of `work` in a process of its own; -9 when it was killed."""
-    process = context.Process(target=work, args=arguments)
+    # The weights depend on the number of threads, so both sides use the same.
+    arguments = (torch.get_num_threads(), work, *arguments)
+    process = context.Process(target=with_threads, args=arguments)
     process.start()
     process.join(60)
     assert process.exitcode is not None
     return int(process.exitcode)
 
 
+def with_threads(threads: int, work: Callable[..., None], *arguments: Any) -> None:
+    torch.set_num_threads(threads)
+    work(*arguments)
+
+
 def die_at(event: int, config: Path, data_dir: Path, run_dir: Path) -> None:
     """Train or resume, and be killed just before the file operation number `event` of the run."""
-    torch.set_num_threads(1)
     seen = 0
 
     def watch(name: str, arguments: tuple[Any, ...]) -> None:
@@ -148,7 +154,6 @@ def die_in_step(step: int, config: Path, data_dir: Path, run_dir: Path) -> None:
     """Train or resume, and be killed in the middle of a step."""
     import tron_cli.train as module
 
-    torch.set_num_threads(1)
     original, calls = module.training_loss, 0
 
     def watched(*arguments: Any) -> torch.Tensor:
