@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy import BEGIN, END, table
+from benchmarks.accuracy import BEGIN, END, EXPERIMENTS, table
 from tron_cli.config import FIELDS, load_config, packaged_configs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +67,8 @@ def test_every_command_has_the_options_it_is_shown_with(command):
 def test_the_results_are_those_of_the_committed_files():
     shown = README.partition(BEGIN)[2].partition(END)[0].strip()
     assert shown == table()
-    assert "**diginetica**" in shown
+    for experiment in EXPERIMENTS.values():
+        assert f"**{experiment.dataset}**" in shown
 
 
 def test_every_module_stands_in_the_architecture():

@@ -4,6 +4,8 @@ from tron_cli.config import ExperimentConfig
 
 config = ExperimentConfig(
     dataset_name="ml1m",
+    # Better on validation than end-aligned positions (nDCG@10 .1818 against .1713).
+    positions="start",
     # Histories are long (mean 165): the window of the published runs, a narrow model, and few
     # histories a step, which hold as many events as a batch of sessions does.
     sequence_length=200,
