@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accuracy import BEGIN, END, EXPERIMENTS, table
-from tron_cli.config import FIELDS, load_config, packaged_configs
+from tron_cli.config import FIELDS, load_config, packaged_configs, parse_overrides
+from tron_cli.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,6 +48,16 @@ def test_every_setting_stands_in_the_table_with_its_default():
             assert sorted(re.sub(" ", "", name) for name in measures) == sorted(field.default)
         else:
             assert shown == str(field.default), name
+
+
+def test_names_of_other_tools_get_the_hint_that_the_table_gives():
+    rows = re.findall(r"^\| `(\w+)` \| .*? \| .*? \| (.*) \|$", README, flags=re.MULTILINE)
+    named = [(name, other) for name, cells in rows for other in re.findall(r"`(\w+)", cells)]
+    assert len(named) > 60
+    for name, other in named:
+        if other not in FIELDS and other != "SASRecModel":  # a class, not a setting
+            with pytest.raises(InputError, match=f"did you mean {name}"):
+                parse_overrides([f"{other}=1"])
 
 
 @pytest.mark.parametrize("command", commands())

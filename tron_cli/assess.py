@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tron_cli.checkpoint import Checkpoint, dataset_identity
@@ -96,7 +97,7 @@ def assess(
         "protocol": protocol,
         "split": options.split,
         "events": events,
-        "sessions": len(set(predictions.session_E.tolist())),
+        "sessions": len(np.unique(predictions.session_E)),
         "items": dataset.num_items,
         "checkpoint": str(checkpoint.path),
         "dataset": dataset.name,

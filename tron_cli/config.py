@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tron_cli.dataset import DATASET_NAME
 from tron_cli.errors import InputError
 
 CONFIGS_DIR = Path(__file__).parent / "configs"
@@ -156,7 +157,7 @@ class ExperimentConfig:
         self._check_together()
 
     def _check_together(self) -> None:
-        if not re.fullmatch(r"\w[\w.+-]*", self.dataset_name):
+        if not re.fullmatch(DATASET_NAME, self.dataset_name):
             raise InputError(
                 f"dataset_name must be the name of a folder in --data-dir (letters, digits, _ . + "
                 f"and -), got {self.dataset_name!r}"
@@ -204,11 +205,15 @@ _NAMES_ELSEWHERE = {
     "enable_amp": "precision",
     "filter_viewed": "filter_rated",
     "hidden_dropout_prob": "dropout_rate",
+    "k": "recommendation_limit",
     "learner": "optimizer",
     "loss_type": "loss",
     "recommend_batch_size": "eval_batch_size",
     "repeatable": "filter_rated",
+    "shuffle": "shuffling_style",
     "stopping_step": "early_stopping_patience",
+    "topk": "metrics",
+    "train_neg_sample_args": "num_uniform_negatives",
     "valid_metric": "val_metric",
     "accelerator": "--device",
     "batch_size": "train_batch_size",

@@ -31,6 +31,7 @@ from tron_cli.errors import InputError
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
 PROTOCOLS = ("every-step", "last-item")
+DATASET_NAME = r"\w[\w.+-]*"  # a folder in --data-dir, and a part of checkpoints' names
 
 
 @dataclass(frozen=True)

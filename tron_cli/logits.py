@@ -47,7 +47,7 @@ def sampled_logits(
             hidden_ND, table_VD, batch, negatives, mask_collisions=mask_collisions
         )
         if keep_NK is not None:
-            logits_NK = logits_NK.masked_fill(~keep_NK, -torch.inf)
+            logits_NK.masked_fill_(~keep_NK, -torch.inf)
         # The order of the kept does not matter, only the set.
         top_Nk, chosen_Nk = logits_NK.topk(min(topk, logits_NK.shape[1]), dim=1, sorted=False)
         keep_Nk = None if keep_NK is None else top_Nk > -torch.inf

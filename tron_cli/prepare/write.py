@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tron_cli.dataset import Dataset, DatasetWriter, Sessions
+from tron_cli.dataset import DATASET_NAME, Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
 from tron_cli.prepare.columns import BadLines
 from tron_cli.prepare.events import by_first_event, drop_events, take_where
@@ -21,8 +22,10 @@ def dataset_path(data_dir: Path, name: str, *inputs: Path | None) -> Path:
 
     inputs: what is read for it. It may not lie in the folder, which --force replaces.
     """
-    if name in ("", ".", "..", "raw") or name.startswith(".") or Path(name).name != name:
-        raise InputError(f"--name {name!r} is not a folder name to use: take letters and digits")
+    if name == "raw" or not re.fullmatch(DATASET_NAME, name):
+        raise InputError(
+            f"--name {name!r} is not a folder name to use: take letters, digits, _ . + and -"
+        )
     path = data_dir / name
     for file in inputs:
         if file is not None and file.resolve().is_relative_to(path.resolve()):
