@@ -112,6 +112,7 @@ def test_imports_point_one_way() -> None:
         ("models", {"cli", "train", "evaluate", "assess", "checkpoint", "config"}),
         ("evaluate", {"cli", "train", "assess", "checkpoint", "prepare", "metrics"}),
         ("train", {"cli", "assess", "prepare"}),
+        ("run", {"cli", "train", "evaluate", "assess", "prepare"}),
         ("prepare", {"cli", "train", "evaluate", "assess", "models", "checkpoint", "config"}),
     ],
 )

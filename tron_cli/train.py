@@ -1,11 +1,4 @@
-"""The training loop, and what a run leaves behind.
-
-    OUTPUT_DIR/RUN/
-        config.json       the resolved configuration
-        metrics.jsonl     a line each log_every steps, and one each validation
-        train.log         what was said
-        METHOD-DATASET-step=...-R@20=....pt   the best weights by val_metric
-        last.pt           the latest weights and all that resuming needs
+"""The training loop.
 
 Every random number of a step comes from a generator seeded with (seed, step), so that a run that
 was stopped and resumed ends with the weights of one that never was.
@@ -15,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import math
 import signal
@@ -32,24 +24,17 @@ from tqdm import tqdm
 
 from tron_cli import losses
 from tron_cli.batches import Batch, session_order, training_batch
-from tron_cli.checkpoint import (
-    LAST,
-    Checkpoint,
-    checkpoint_name,
-    dataset_identity,
-    encode_item_ids,
-    save_checkpoint,
-)
+from tron_cli.checkpoint import Checkpoint, encode_item_ids
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError, RunError
 from tron_cli.evaluate import predict
-from tron_cli.files import written_aside
 from tron_cli.logits import sampled_logits
 from tron_cli.metrics import parse_measures, score
 from tron_cli.models import SASRec, build_model
 from tron_cli.negatives import sample_negatives
 from tron_cli.optim import build_optimizer, learning_rate
+from tron_cli.run import Progress, RunFolder
 
 _LOG_EVERY = 20  # steps; also how often the loss is checked, since reading it waits for the device
 
@@ -58,16 +43,6 @@ log = logging.getLogger("tron")
 
 class InterruptedRunError(RunError):
     """The user stopped the run; it was saved."""
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands; saved in last.pt."""
-
-    step: int = 0
-    best_file: str = ""
-    best_value: float = -math.inf
-    epochs_without_gain: int = 0
 
 
 def train(
@@ -104,7 +79,7 @@ def train(
         optimizer.load_state_dict(resume.training["optimizer"])
         scaler.load_state_dict(resume.training["scaler"])
         progress = Progress(**resume.training["progress"])
-    run = _Run(run_dir, config, dataset, item_ids, model, optimizer, scaler, progress)
+    run = RunFolder(run_dir, config, dataset, item_ids, model, optimizer, scaler, progress)
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
     with run.logged(), _stop_signals() as stop:
@@ -162,7 +137,7 @@ def train(
                 if progress.step % _LOG_EVERY == 0 or due_to_save or epoch_ends or stop:
                     mean_loss = loss_sum.item() / steps_summed
                     if not math.isfinite(mean_loss):
-                        raise _diverged(f"the loss is {mean_loss}", progress.step, config)
+                        raise run.diverged(f"the loss is {mean_loss}")
                     speed = events / (time.perf_counter() - clock)
                     bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed:,.0f} events/s")
                     run.write_metrics(
@@ -230,120 +205,6 @@ def training_loss(
     return loss_N.mean()
 
 
-class _Run:
-    """The folder of a run: its files, written aside and renamed."""
-
-    def __init__(
-        self,
-        run_dir: Path,
-        config: ExperimentConfig,
-        dataset: Dataset,
-        item_ids: torch.Tensor,
-        model: SASRec,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        progress: Progress,
-    ) -> None:
-        self.run_dir = run_dir
-        self.config = config
-        self.model = model
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.progress = progress
-        self.identity = dataset_identity(dataset)
-        self.item_ids = item_ids
-        self.metrics_file = run_dir / "metrics.jsonl"
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            settings = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-            with written_aside(run_dir / "config.json") as file:
-                file.write(settings)
-        except OSError as error:
-            raise InputError(f"cannot write to the run folder {run_dir}: {error}") from error
-        self._drop_later_metrics()
-
-    @contextmanager
-    def logged(self) -> Iterator[None]:
-        """Copy what is said into the run's train.log meanwhile."""
-        handler = logging.FileHandler(self.run_dir / "train.log", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
-        try:
-            yield
-        finally:
-            log.removeHandler(handler)
-            handler.close()
-
-    def write_metrics(self, **values: Any) -> None:
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-
-    def finish_epoch(self, epoch: int, values: dict[str, float]) -> None:
-        """Keep the weights if they are the best so far; without validation the last are."""
-        config, progress = self.config, self.progress
-        value = values.get(config.val_metric, -math.inf)
-        if not values or value > progress.best_value:
-            progress.best_value = value
-            progress.epochs_without_gain = 0
-            progress.best_file = checkpoint_name(config, progress.step, values)
-            self._save(self.run_dir / progress.best_file, epoch, values, training={})
-        else:
-            progress.epochs_without_gain += 1
-        if values:
-            self.write_metrics(step=progress.step, epoch=epoch, validation=values)
-            shown = ", ".join(f"{name} {figure:.4f}" for name, figure in values.items())
-            mark = " (best)" if progress.epochs_without_gain == 0 else ""
-            log.info("epoch %s, step %s: %s%s", epoch + 1, f"{progress.step:,}", shown, mark)
-        self.save_last(epoch)
-        # Only now is the former best not needed to resume.
-        self.drop_leftovers()
-
-    def drop_leftovers(self) -> None:
-        """Delete former bests, and what a kill left half-written."""
-        for path in [*self.run_dir.glob("*.pt"), *self.run_dir.glob("*.partial")]:
-            if path.name not in (self.progress.best_file, LAST):
-                path.unlink()
-
-    def save_last(self, epoch: int) -> None:
-        training = {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "progress": dataclasses.asdict(self.progress),
-        }
-        self._save(self.run_dir / LAST, epoch, {}, training)
-
-    def _save(
-        self, path: Path, epoch: int, metrics: dict[str, float], training: dict[str, Any]
-    ) -> None:
-        # The loss was finite before the last step, and need not be after it.
-        if not all(bool(weights.isfinite().all()) for weights in self.model.parameters()):
-            raise _diverged("the weights are not finite", self.progress.step, self.config)
-        save_checkpoint(
-            path,
-            config=self.config,
-            model=self.model,
-            step=self.progress.step,
-            epoch=epoch,
-            metrics=metrics,
-            dataset=self.identity,
-            item_ids=self.item_ids,
-            training=training,
-        )
-
-    def _drop_later_metrics(self) -> None:
-        """What a killed run wrote after its last save happens again, and is written again."""
-        if not self.metrics_file.exists():
-            return
-        lines = self.metrics_file.read_text().splitlines(keepends=True)
-        kept = [
-            line
-            for line in lines
-            if line.endswith("\n") and json.loads(line)["step"] <= self.progress.step
-        ]
-        with written_aside(self.metrics_file) as file:
-            file.writelines(kept)
-
-
 def _splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Sessions, Sessions]:
     """Training and validation sessions, cut as overfit_batches and limit_val_batches say."""
     sessions, validation = dataset.split("train"), dataset.split("val")
@@ -400,13 +261,6 @@ def _training_dtype(precision: str, device: torch.device) -> torch.dtype:
 def _out_of_patience(config: ExperimentConfig, progress: Progress) -> bool:
     patience = config.early_stopping_patience
     return bool(patience) and progress.epochs_without_gain >= patience
-
-
-def _diverged(what: str, step: int, config: ExperimentConfig) -> RunError:
-    return RunError(
-        f"{what} at step {step:,}: training has diverged; try a lower lr (now {config.lr:g}), "
-        "clip_norm=1, or precision=float32"
-    )
 
 
 def _epoch_bar(config: ExperimentConfig, epoch: int, steps: int, step: int) -> tqdm:

@@ -1,0 +1,164 @@
+"""What a run leaves behind.
+
+    OUTPUT_DIR/RUN/
+        config.json       the resolved configuration
+        metrics.jsonl     a line each log_every steps, and one each validation
+        train.log         what was said
+        METHOD-DATASET-step=...-R@20=....pt   the best weights by val_metric
+        last.pt           the latest weights and all that resuming needs
+
+Each file but the logs is written aside and renamed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tron_cli.checkpoint import LAST, checkpoint_name, dataset_identity, save_checkpoint
+from tron_cli.config import ExperimentConfig
+from tron_cli.dataset import Dataset
+from tron_cli.errors import InputError, RunError
+from tron_cli.files import written_aside
+from tron_cli.models import SASRec
+
+log = logging.getLogger("tron")
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands; saved in last.pt."""
+
+    step: int = 0
+    best_file: str = ""
+    best_value: float = -math.inf
+    epochs_without_gain: int = 0
+
+
+class RunFolder:
+    """The files of a run, written aside and renamed, and what they hold of the running training."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: ExperimentConfig,
+        dataset: Dataset,
+        item_ids: torch.Tensor,
+        model: SASRec,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        progress: Progress,
+    ) -> None:
+        self.run_dir = run_dir
+        self.config = config
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.progress = progress
+        self.identity = dataset_identity(dataset)
+        self.item_ids = item_ids
+        self.metrics_file = run_dir / "metrics.jsonl"
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            settings = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+            with written_aside(run_dir / "config.json") as file:
+                file.write(settings)
+        except OSError as error:
+            raise InputError(f"cannot write to the run folder {run_dir}: {error}") from error
+        self._drop_later_metrics()
+
+    @contextmanager
+    def logged(self) -> Iterator[None]:
+        """Copy what is said into the run's train.log meanwhile."""
+        handler = logging.FileHandler(self.run_dir / "train.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        try:
+            yield
+        finally:
+            log.removeHandler(handler)
+            handler.close()
+
+    def write_metrics(self, **values: Any) -> None:
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def finish_epoch(self, epoch: int, values: dict[str, float]) -> None:
+        """Keep the weights if they are the best so far; without validation the last are."""
+        config, progress = self.config, self.progress
+        value = values.get(config.val_metric, -math.inf)
+        if not values or value > progress.best_value:
+            progress.best_value = value
+            progress.epochs_without_gain = 0
+            progress.best_file = checkpoint_name(config, progress.step, values)
+            self._save(self.run_dir / progress.best_file, epoch, values, training={})
+        else:
+            progress.epochs_without_gain += 1
+        if values:
+            self.write_metrics(step=progress.step, epoch=epoch, validation=values)
+            shown = ", ".join(f"{name} {figure:.4f}" for name, figure in values.items())
+            mark = " (best)" if progress.epochs_without_gain == 0 else ""
+            log.info("epoch %s, step %s: %s%s", epoch + 1, f"{progress.step:,}", shown, mark)
+        self.save_last(epoch)
+        # Only now is the former best not needed to resume.
+        self.drop_leftovers()
+
+    def drop_leftovers(self) -> None:
+        """Delete former bests, and what a kill left half-written."""
+        for path in [*self.run_dir.glob("*.pt"), *self.run_dir.glob("*.partial")]:
+            if path.name not in (self.progress.best_file, LAST):
+                path.unlink()
+
+    def save_last(self, epoch: int) -> None:
+        training = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": dataclasses.asdict(self.progress),
+        }
+        self._save(self.run_dir / LAST, epoch, {}, training)
+
+    def diverged(self, what: str) -> RunError:
+        """What to raise where `what` shows that training cannot go on."""
+        return RunError(
+            f"{what} at step {self.progress.step:,}: training has diverged; try a lower lr (now "
+            f"{self.config.lr:g}), clip_norm=1, or precision=float32"
+        )
+
+    def _save(
+        self, path: Path, epoch: int, metrics: dict[str, float], training: dict[str, Any]
+    ) -> None:
+        # The loss was finite before the last step, and need not be after it.
+        if not all(bool(weights.isfinite().all()) for weights in self.model.parameters()):
+            raise self.diverged("the weights are not finite")
+        save_checkpoint(
+            path,
+            config=self.config,
+            model=self.model,
+            step=self.progress.step,
+            epoch=epoch,
+            metrics=metrics,
+            dataset=self.identity,
+            item_ids=self.item_ids,
+            training=training,
+        )
+
+    def _drop_later_metrics(self) -> None:
+        """What a killed run wrote after its last save happens again, and is written again."""
+        if not self.metrics_file.exists():
+            return
+        lines = self.metrics_file.read_text().splitlines(keepends=True)
+        kept = [
+            line
+            for line in lines
+            if line.endswith("\n") and json.loads(line)["step"] <= self.progress.step
+        ]
+        with written_aside(self.metrics_file) as file:
+            file.writelines(kept)
