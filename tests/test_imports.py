@@ -82,16 +82,15 @@ def test_importing_all_of_prepare_loads_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+ARITHMETIC = ("losses", "negatives", "logits", "lookup", "products")
+
+
 @pytest.mark.parametrize(
     "name",
-    [
-        name
-        for name in MODULES
-        if name.startswith("tron_cli.models") or group(name) in ("losses", "negatives", "logits")
-    ],
+    [name for name in MODULES if name.startswith("tron_cli.models") or group(name) in ARITHMETIC],
 )
 def test_the_arithmetic_imports_only_torch_and_itself(name: str) -> None:
-    allowed = {"torch", "models", "losses", "negatives", "logits", *sys.stdlib_module_names}
+    allowed = {"torch", "models", *ARITHMETIC, *sys.stdlib_module_names}
     found = {group(module).split(".")[0] for module in imported(MODULES[name])}
     assert found <= allowed
 

@@ -159,22 +159,47 @@ def _check_dot_products(hidden_ND, table_VD, ids_NK):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+# Few ids of many rows are gathered; many ids of few rows are picked from all products.
+WAYS = pytest.mark.parametrize("items", [7, 2000])
+
+
+@WAYS
 @pytest.mark.parametrize(("num_events", "num_ids"), [(1, 1), (5, 1), (1, 6), (6, 4), (40, 30)])
-def test_dot_products(num_events, num_ids):
-    _check_dot_products(*_tables(num_events, num_ids))
+def test_dot_products(num_events, num_ids, items):
+    _check_dot_products(*_tables(num_events, num_ids, items=items))
 
 
+@WAYS
 @pytest.mark.parametrize("limit", [1, 24, 25, 1000])
-def test_dot_products_cut_into_chunks(monkeypatch, limit):
-    """A gather limit below one event's rows, between, and above: the same numbers."""
-    monkeypatch.setattr(logits, "_GATHER_ELEMENTS", limit)
-    _check_dot_products(*_tables(9, 4))
+def test_dot_products_cut_into_parts(monkeypatch, limit, items):
+    """A limit below one event's rows, between, and above: the same numbers."""
+    monkeypatch.setitem(logits._ELEMENTS_AT_ONCE, "cpu", limit)
+    _check_dot_products(*_tables(9, 4, items=items))
 
 
-def test_dot_products_across_the_real_gather_limit():
-    hidden_ND, table_VD, ids_NK = _tables(1100, 70, items=300, dim=32)
-    assert ids_NK.numel() * 32 > logits._GATHER_ELEMENTS
+def test_dot_products_across_the_real_limit():
+    hidden_ND, table_VD, ids_NK = _tables(1100, 70, items=3000, dim=32)
+    assert ids_NK.numel() * 32 > logits._ELEMENTS_AT_ONCE["cpu"]
     _check_dot_products(hidden_ND, table_VD, ids_NK)
+    hidden_ND, table_VD, ids_NK = _tables(1100, 100, items=2100)
+    assert len(hidden_ND) * len(table_VD) > logits._ELEMENTS_AT_ONCE["cpu"]
+    _check_dot_products(hidden_ND, table_VD, ids_NK)
+
+
+@pytest.mark.parametrize(
+    ("columns", "topk"), [(1, 1), (5, 5), (31, 1), (32, 2), (48, 2), (1000, 3), (1607, 100)]
+)
+def test_the_top_columns_are_those_of_a_sort(columns, topk):
+    """Also with ties, and with columns that do not count."""
+    generator = torch.Generator().manual_seed(columns)
+    values = torch.randn(20, columns, generator=generator)
+    values[10:] = values[10:].round()
+    values[15:][torch.rand(5, columns, generator=generator) < 0.5] = -torch.inf
+    found, column = logits._top_columns(values, topk)
+    expected = values.sort(dim=1, descending=True).values[:, :topk]
+    torch.testing.assert_close(found.sort(dim=1, descending=True).values, expected)
+    torch.testing.assert_close(values.gather(1, column), found)
+    assert all(len(set(row)) == topk for row in column.tolist())
 
 
 def test_dot_products_gradient_adds_up_over_duplicate_ids():
@@ -185,8 +210,9 @@ def test_dot_products_gradient_adds_up_over_duplicate_ids():
     assert hidden_ND.grad.tolist() == [[2, 2], [2, 2]]
 
 
-def test_dot_products_gradcheck():
-    hidden_ND, table_VD, ids_NK = _tables(4, 3)
+@WAYS
+def test_dot_products_gradcheck(items):
+    hidden_ND, table_VD, ids_NK = _tables(4, 3, items=min(items, 120))
     assert torch.autograd.gradcheck(
         lambda hidden, table: dot_products(hidden, table, ids_NK), (hidden_ND, table_VD)
     )

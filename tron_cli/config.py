@@ -101,7 +101,11 @@ class ExperimentConfig:
     train_batch_size: int = _setting(128, "sessions a step", low=1)
     max_epochs: int = _setting(10, "epochs at most", low=1)
     max_batches_per_epoch: int = _setting(0, "steps an epoch at most; 0: all sessions", low=0)
-    optimizer: str = _setting("adam", "optimizer", choices=("adam", "adagrad"))
+    optimizer: str = _setting(
+        "adam",
+        "optimizer; row_adam updates only the rows of tables that a step touches",
+        choices=("adam", "row_adam", "adagrad"),
+    )
     lr: float = _setting(5e-4, "learning rate at its highest", above=0)
     lr_schedule: str = _setting(
         "constant", "after the warm-up: constant, or cosine to 0", choices=("constant", "cosine")

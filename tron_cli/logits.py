@@ -1,21 +1,29 @@
 """Hidden states and sampled items -> logits, with top-k selection in two passes.
 
-Shapes: N positions, D width of the table, V its rows, K negatives of a position.
+Shapes: N positions, n positions of a part, D width of the table, V its rows, K negatives of a
+position, k those that top-k keeps, M in-batch negatives, C candidates of one kind.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
+from tron_cli.products import row_products
+
 if TYPE_CHECKING:
     from tron_cli.batches import Batch
     from tron_cli.negatives import Negatives
 
-# Elements of gathered table rows held at once: small enough for the cache to help.
-_GATHER_ELEMENTS = 1 << 21
+# Scores, or elements of gathered rows, held at once: on a CPU few enough for its cache.
+_ELEMENTS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 28}
+# Multiplying with a row of a matrix costs about this share of gathering a row.
+_PRODUCTS_A_GATHER = 32
+# How many columns top-k first looks at as one.
+_GROUP = 16
 
 
 def sampled_logits(
@@ -36,106 +44,180 @@ def sampled_logits(
     """
     assert batch.targets_N is not None
     hidden_ND = hidden_ND.to(table_VD.dtype)  # under autocast a layer may return less
+    target_N1 = batch.targets_N[:, None]
+    candidates = _Candidates(hidden_ND, table_VD, batch, negatives, mask_collisions)
     if topk is None:
-        logits_NK, keep_NK = _all_logits(
-            hidden_ND, table_VD, batch, negatives, mask_collisions=mask_collisions
+        blocks = candidates.of(slice(None))
+        logits_NK, keep_NK = _finite(
+            torch.cat([logits_NC for logits_NC, _ in blocks], dim=1), candidates.some_do_not_count
         )
-        target_N1 = dot_products(hidden_ND, table_VD, batch.targets_N[:, None])
-        return target_N1[:, 0], logits_NK.to(target_N1.dtype), keep_NK
+        logit_N1 = dot_products(hidden_ND, table_VD, target_N1)
+        return logit_N1[:, 0], logits_NK.to(logit_N1.dtype), keep_NK
     with torch.no_grad():
-        logits_NK, keep_NK = _all_logits(
-            hidden_ND, table_VD, batch, negatives, mask_collisions=mask_collisions
+        parts = [
+            _highest(candidates.of(part), topk)
+            for part in _parts(len(hidden_ND), candidates.width, hidden_ND.device)
+        ]
+        top_Nk, keep_Nk = _finite(
+            torch.cat([logits_nk for logits_nk, _ in parts]), candidates.some_do_not_count
         )
-        if keep_NK is not None:
-            logits_NK.masked_fill_(~keep_NK, -torch.inf)
-        # The order of the kept does not matter, only the set.
-        top_Nk, chosen_Nk = logits_NK.topk(min(topk, logits_NK.shape[1]), dim=1, sorted=False)
-        keep_Nk = None if keep_NK is None else top_Nk > -torch.inf
-        ids_Nk = _ids_at(chosen_Nk, batch, negatives)
-        target_N1 = batch.targets_N[:, None]
-        ids_N1k = torch.cat([target_N1, ids_Nk], dim=1)
+        ids_N1k = torch.cat([target_N1, torch.cat([ids_nk for _, ids_nk in parts])], dim=1)
         known_N1k = None
         if top_Nk.dtype == hidden_ND.dtype:
             # The first pass was in the precision of the second: its values are the second's.
-            # Those that do not count are made finite, as a loss expects.
-            if keep_Nk is not None:
-                top_Nk = top_Nk.masked_fill(~keep_Nk, 0.0)
             known_N1k = torch.cat([dot_products(hidden_ND, table_VD, target_N1), top_Nk], dim=1)
     logits_N1k = dot_products(hidden_ND, table_VD, ids_N1k, known_N1k)
     return logits_N1k[:, 0], logits_N1k[:, 1:], keep_Nk
 
 
-def _all_logits(
-    hidden_ND: torch.Tensor,
-    table_VD: torch.Tensor,
-    batch: Batch,
-    negatives: Negatives,
-    *,
-    mask_collisions: bool,
+class _Candidates:
+    """All negatives of some positions with their logits, -inf where a negative does not count."""
+
+    def __init__(
+        self,
+        hidden_ND: torch.Tensor,
+        table_VD: torch.Tensor,
+        batch: Batch,
+        negatives: Negatives,
+        mask_collisions: bool,
+    ) -> None:
+        self.hidden_ND = hidden_ND
+        self.table_VD = table_VD
+        self.batch = batch
+        self.negatives = negatives
+        self.mask_collisions = mask_collisions
+        self.some_do_not_count = (
+            mask_collisions
+            or negatives.uniform_keep is not None
+            or negatives.in_batch_keep_BM is not None
+        )
+        self.num_uniform = negatives.uniform.shape[-1]
+        self.num_in_batch = negatives.in_batch_BM.shape[1]
+        # Per position.
+        self.width = self.num_uniform + (len(hidden_ND) if self.num_in_batch else 0)
+        # Matrix products are in autocast's precision, as those of layers are.
+        device = hidden_ND.device.type
+        self.dtype = (
+            torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else hidden_ND.dtype
+        )
+        if negatives.uniform.dim() == 1 and self.num_uniform:
+            self.uniform_K = negatives.uniform.sort().values
+            self.uniform_KD = F.embedding(self.uniform_K, table_VD).to(self.dtype)
+        if self.num_in_batch:
+            self.inputs_ND = F.embedding(batch.inputs_N, table_VD).to(self.dtype)
+
+    def of(self, part: slice) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits [n, C] and ids [n, C] or [C], of each kind of negatives."""
+        blocks = []
+        if self.num_uniform:
+            blocks.append(self._uniform(part))
+        if self.num_in_batch:
+            blocks.append(self._in_batch(part))
+        return blocks
+
+    def _uniform(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_nD = self.hidden_ND[part]
+        if self.negatives.uniform.dim() == 1:
+            ids = self.uniform_K
+            logits_nK = row_products(hidden_nD.to(self.dtype), self.uniform_KD)
+        else:
+            ids = self._of_events(self.negatives.uniform, part)
+            logits_nK = dot_products(hidden_nD, self.table_VD, ids)
+        if self.mask_collisions:
+            self._drop_targets(logits_nK, ids, part)
+        if self.negatives.uniform_keep is not None:
+            keep = self.negatives.uniform_keep
+            keep_n = keep if len(keep) == 1 else self._of_events(keep, part)
+            logits_nK.masked_fill_(~keep_n[:, None], -torch.inf)
+        return logits_nK, ids
+
+    def _in_batch(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        # Each input of the batch is a candidate of many positions: score all, then pick.
+        rows_n = self.batch.rows_N[part]
+        event_nM = self.negatives.in_batch_BM[rows_n]
+        ids_nM = self.batch.inputs_N[event_nM]
+        logits_nN = row_products(self.hidden_ND[part].to(self.dtype), self.inputs_ND)
+        logits_nM = logits_nN.gather(1, event_nM)
+        if self.mask_collisions:
+            self._drop_targets(logits_nM, ids_nM, part)
+        if self.negatives.in_batch_keep_BM is not None:
+            logits_nM.masked_fill_(~self.negatives.in_batch_keep_BM[rows_n], -torch.inf)
+        return logits_nM, ids_nM
+
+    def _drop_targets(self, logits_nC: torch.Tensor, ids: torch.Tensor, part: slice) -> None:
+        assert self.batch.targets_N is not None
+        targets_n1 = self.batch.targets_N[part, None]
+        if ids.dim() == 2 or logits_nC.is_cuda:
+            logits_nC.masked_fill_(ids == targets_n1, -torch.inf)
+            return
+        # Ids that are shared are ascending: finding the few equal ones beats comparing all.
+        first_n = torch.searchsorted(ids, targets_n1)[:, 0]
+        copies_n = torch.searchsorted(ids, targets_n1, right=True)[:, 0] - first_n
+        for copy in range(int(copies_n.max())):
+            has_copy = copies_n > copy
+            logits_nC[has_copy, first_n[has_copy] + copy] = -torch.inf
+
+    def _of_events(self, values: torch.Tensor, part: slice) -> torch.Tensor:
+        """Values by event or by session, for the events of a part."""
+        rows_N = self.batch.rows_N
+        return values[part] if len(values) == len(rows_N) else values[rows_N[part]]
+
+
+def _finite(
+    logits_NK: torch.Tensor, some_do_not_count: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[N, K + M]: the uniform negatives, then the in-batch ones; and which of them count."""
-    uniform, rows_N = negatives.uniform, batch.rows_N
-    uniform_ids = uniform if len(uniform.shape) == 1 else _per_event(uniform, batch)
-    blocks, keeps = [], []
-    if uniform.shape[-1]:
-        if uniform.dim() == 1:
-            blocks.append(hidden_ND @ F.embedding(uniform, table_VD).T)
-        else:
-            blocks.append(dot_products(hidden_ND, table_VD, uniform_ids))
-        keeps.append(_keep(uniform_ids, batch, mask_collisions))
-        if negatives.uniform_keep is not None:
-            kept = negatives.uniform_keep
-            keeps[-1] &= (kept if uniform.dim() == 1 else _per_event(kept, batch))[:, None]
-    if negatives.in_batch_BM.shape[1]:
-        # Few distinct items, each a candidate of many positions: score them all, then pick.
-        items_U, item_of_N = batch.inputs_N.unique(return_inverse=True)
-        scores_NU = hidden_ND @ F.embedding(items_U, table_VD).T
-        column_NM = item_of_N[negatives.in_batch_BM][rows_N]
-        blocks.append(scores_NU.gather(1, column_NM))
-        keeps.append(_keep(items_U[column_NM], batch, mask_collisions))
-        if negatives.in_batch_keep_BM is not None:
-            keeps[-1] &= negatives.in_batch_keep_BM[rows_N]
-    needs_keep = (
-        mask_collisions
-        or negatives.uniform_keep is not None
-        or negatives.in_batch_keep_BM is not None
+    """Logits that a loss can compute with, and which of them count."""
+    if not some_do_not_count:
+        return logits_NK, None
+    keep_NK = logits_NK > -torch.inf
+    return logits_NK.masked_fill(~keep_NK, 0.0), keep_NK
+
+
+def _parts(num_events: int, width: int, device: torch.device) -> Iterator[slice]:
+    step = max(1, _ELEMENTS_AT_ONCE[device.type] // max(1, width))
+    return (slice(low, low + step) for low in range(0, num_events, step))
+
+
+def _highest(
+    blocks: list[tuple[torch.Tensor, torch.Tensor]], topk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and ids [n, k] of the highest candidates of all kinds, in no order."""
+    logits, ids = [], []
+    for logits_nC, ids_C in blocks:
+        if logits_nC.shape[1] > topk:
+            logits_nC, column_nC = _top_columns(logits_nC, topk)
+            ids_C = ids_C[column_nC] if ids_C.dim() == 1 else ids_C.gather(1, column_nC)
+        logits.append(logits_nC)
+        ids.append(ids_C.expand_as(logits_nC))
+    logits_nC, ids_nC = torch.cat(logits, dim=1), torch.cat(ids, dim=1)
+    if logits_nC.shape[1] <= topk:
+        return logits_nC, ids_nC
+    logits_nk, column_nk = logits_nC.topk(topk, dim=1, sorted=False)
+    return logits_nk, ids_nC.gather(1, column_nk)
+
+
+def _top_columns(logits_nC: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like torch.topk, unsorted, but first among the maxima of groups of columns.
+
+    The topk highest lie in the topk groups of the highest maxima: a group that is not among them
+    has topk others that each hold something at least as high.
+    """
+    num_groups = logits_nC.shape[1] // _GROUP
+    if num_groups <= topk:
+        return logits_nC.topk(topk, dim=1, sorted=False)
+    grouped = num_groups * _GROUP
+    # Column c is in group c % num_groups, so that maxima are taken over whole vectors.
+    maxima_nG = logits_nC[:, :grouped].unflatten(1, (_GROUP, num_groups)).amax(dim=1)
+    group_nk = maxima_nG.topk(topk, dim=1, sorted=False).indices
+    offset = torch.arange(0, grouped, num_groups, device=logits_nC.device)
+    rest = torch.arange(grouped, logits_nC.shape[1], device=logits_nC.device)
+    column_nC = torch.cat(
+        [(group_nk[:, :, None] + offset).flatten(1), rest.expand(len(logits_nC), -1)], dim=1
     )
-    if len(blocks) == 1:
-        return blocks[0], keeps[0] if needs_keep else None
-    return torch.cat(blocks, dim=1), torch.cat(keeps, dim=1) if needs_keep else None
-
-
-def _keep(ids: torch.Tensor, batch: Batch, mask_collisions: bool) -> torch.Tensor:
-    """bool [N, K]: all True but, with mask_collisions, at a position's own target."""
-    assert batch.targets_N is not None
-    shape = (len(batch.targets_N), ids.shape[-1])
-    if not mask_collisions:
-        return torch.ones(shape, dtype=torch.bool, device=ids.device)
-    return (ids != batch.targets_N[:, None]).expand(shape)
-
-
-def _per_event(values: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Rows by event: values that are by session are repeated for its events."""
-    return values if len(values) == len(batch.rows_N) else values[batch.rows_N]
-
-
-def _ids_at(chosen_Nk: torch.Tensor, batch: Batch, negatives: Negatives) -> torch.Tensor:
-    """int64 [N, k]: item ids of columns of `_all_logits`."""
-    uniform, in_batch_BM = negatives.uniform, negatives.in_batch_BM
-    num_uniform = uniform.shape[-1]
-    is_uniform = chosen_Nk < num_uniform
-    ids_Nk = torch.zeros_like(chosen_Nk)
-    if num_uniform:
-        column_Nk = chosen_Nk.clamp(max=num_uniform - 1)
-        if uniform.dim() == 1:
-            ids_Nk = uniform[column_Nk]
-        else:
-            ids_Nk = _per_event(uniform, batch).gather(1, column_Nk)
-    if in_batch_BM.shape[1]:
-        column_Nk = (chosen_Nk - num_uniform).clamp(min=0)
-        event_Nk = in_batch_BM[batch.rows_N[:, None], column_Nk]
-        ids_Nk = ids_Nk.where(is_uniform, batch.inputs_N[event_Nk])
-    return ids_Nk
+    logits_nk, chosen_nk = logits_nC.gather(1, column_nC).topk(topk, dim=1, sorted=False)
+    return logits_nk, column_nC.gather(1, chosen_nk)
 
 
 def dot_products(
@@ -146,14 +228,17 @@ def dot_products(
 ) -> torch.Tensor:
     """[N, K]: hidden_ND[n] . table_VD[ids_NK[n, k]], never holding the gathered [N, K, D].
 
-    known_NK: the values, where they were computed before without gradients.
-    In the precision of the arguments, also under autocast: there is no matrix product to speed up.
+    Where K is large beside the table, all products of a position are formed and the K are picked,
+    which is cheaper than to gather rows. known_NK: the values, where they were computed before
+    without gradients. In the precision of the arguments, also under autocast.
     """
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        return _DotProducts.apply(hidden_ND, table_VD, ids_NK, known_NK)
+        if ids_NK.shape[1] * _PRODUCTS_A_GATHER >= len(table_VD):
+            return _PickedProducts.apply(hidden_ND, table_VD, ids_NK, known_NK)
+        return _GatheredProducts.apply(hidden_ND, table_VD, ids_NK, known_NK)
 
 
-class _DotProducts(torch.autograd.Function):
+class _GatheredProducts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -167,9 +252,7 @@ class _DotProducts(torch.autograd.Function):
             return known_NK.clone()
         num_events, num_ids = ids_NK.shape
         logits_NK = hidden_ND.new_empty(num_events, num_ids)
-        step = max(1, _GATHER_ELEMENTS // max(1, num_ids * hidden_ND.shape[1]))
-        for low in range(0, num_events, step):
-            part = slice(low, low + step)
+        for part in _parts(num_events, num_ids * hidden_ND.shape[1], hidden_ND.device):
             rows_nKD = table_VD[ids_NK[part]]
             logits_NK[part] = torch.bmm(rows_nKD, hidden_ND[part, :, None]).squeeze(-1)
         return logits_NK
@@ -180,14 +263,43 @@ class _DotProducts(torch.autograd.Function):
         grad_NK = grads[0].contiguous()
         # Both gradients are sums of weighted rows: embedding bags.
         grad_hidden_ND = F.embedding_bag(ids_NK, table_VD, per_sample_weights=grad_NK, mode="sum")
-        sorted_ids, order = ids_NK.flatten().sort()
-        items_U, counts_U = sorted_ids.unique_consecutive(return_counts=True)
-        grad_UD = F.embedding_bag(
+        sorted_ids, order = ids_NK.flatten().sort(stable=True)
+        every_V = torch.arange(len(table_VD), device=ids_NK.device)
+        grad_table_VD = F.embedding_bag(
             order // ids_NK.shape[1],
             hidden_ND,
-            offsets=counts_U.cumsum(0) - counts_U,
+            offsets=torch.searchsorted(sorted_ids, every_V),
             per_sample_weights=grad_NK.flatten()[order],
             mode="sum",
         )
-        grad_table_VD = torch.zeros_like(table_VD).index_copy_(0, items_U, grad_UD)
+        return grad_hidden_ND, grad_table_VD, None, None
+
+
+class _PickedProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        table_VD: torch.Tensor,
+        ids_NK: torch.Tensor,
+        known_NK: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden_ND, table_VD, ids_NK)
+        if known_NK is not None:
+            return known_NK.clone()
+        parts = _parts(len(hidden_ND), len(table_VD), hidden_ND.device)
+        return torch.cat(
+            [row_products(hidden_ND[part], table_VD).gather(1, ids_NK[part]) for part in parts]
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        hidden_ND, table_VD, ids_NK = ctx.saved_tensors
+        grad_hidden_ND = torch.empty_like(hidden_ND)
+        grad_table_VD = torch.zeros_like(table_VD)
+        for part in _parts(len(hidden_ND), len(table_VD), hidden_ND.device):
+            grad_nV = hidden_ND.new_zeros(len(ids_NK[part]), len(table_VD))
+            grad_nV.scatter_add_(1, ids_NK[part], grads[0][part])
+            grad_hidden_ND[part] = row_products(grad_nV, table_VD.T)
+            grad_table_VD += row_products(grad_nV.T, hidden_ND[part].T)
         return grad_hidden_ND, grad_table_VD, None, None

@@ -1,21 +1,211 @@
-"""Optimizers and the learning rate of a step."""
+"""Optimizers whose cost follows the rows that a step touches, and the learning rate of a step.
+
+The gradient of a parameter is dense, or of a table a sparse tensor of the rows touched. torch.optim
+is not used: its SparseAdam keeps the moments of rows that sleep, and building any of its optimizers
+imports torch's compiler, which takes a second.
+
+Shapes: V rows of a table, U rows that a step touches, D width.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+# Rows updated at once: few enough for a CPU's cache to hold what belongs to them.
+_ROWS_AT_ONCE = {"cpu": 1024, "cuda": 1 << 22}
 
-def build_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], lr: float
-) -> torch.optim.Optimizer:
-    """Adam or Adagrad over dense gradients, with torch's other defaults."""
-    if name == "adam":
-        return torch.optim.Adam(parameters, lr=lr, fused=True)
-    return torch.optim.Adagrad(parameters, lr=lr)  # its fused form lacks CUDA in some releases
+
+class Optimizer:
+    """What the training loop and torch's GradScaler need of an optimizer.
+
+    param_groups: one group, whose "lr" is the rate of the next step. state: tensors of each
+    parameter, in their order.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        self.parameters = list(parameters)
+        self.param_groups: list[dict[str, Any]] = [{"params": self.parameters, "lr": lr}]
+        self.state: list[dict[str, torch.Tensor]] = [
+            self._fresh_state(weights) for weights in self.parameters
+        ]
+        device = self.parameters[0].device
+        # On the device, so that a step waits for nothing; torch's CUDA kernel wants them narrow.
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        self.steps = torch.zeros((), dtype=dtype, device=device)
+        self._lr = torch.zeros((), dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Step along the gradients; a parameter without one stays as it is."""
+        self._lr.fill_(self.param_groups[0]["lr"])
+        self.steps += 1
+        dense = []
+        for weights, state in zip(self.parameters, self.state, strict=True):
+            gradient = weights.grad
+            if gradient is None:
+                continue
+            if not gradient.is_sparse:
+                dense.append((weights, gradient, state))
+                continue
+            gradient = gradient.coalesce()
+            size = _ROWS_AT_ONCE[weights.device.type]
+            for ids_U, gradient_UD in zip(
+                gradient.indices()[0].split(size), gradient.values().split(size), strict=True
+            ):
+                self._step_rows(weights, state, ids_U, gradient_UD)
+        if dense:
+            self._step_dense(*(list(column) for column in zip(*dense, strict=True)))
+
+    def zero_grad(self) -> None:
+        for weights in self.parameters:
+            weights.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "state": self.state}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.steps.copy_(saved["steps"])
+        for state, values in zip(self.state, saved["state"], strict=True):
+            for name, value in values.items():
+                state[name].copy_(value)
+
+    def _fresh_state(self, weights: nn.Parameter) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def _step_dense(
+        self,
+        weights: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        states: list[dict[str, torch.Tensor]],
+    ) -> None:
+        raise NotImplementedError
+
+    def _step_rows(
+        self,
+        weights_VD: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        ids_U: torch.Tensor,
+        gradient_UD: torch.Tensor,
+    ) -> None:
+        raise NotImplementedError
+
+
+class Adam(Optimizer):
+    """Kingma and Ba (2015), with torch.optim.Adam's defaults.
+
+    A row that a step does not touch sleeps: it stays where it is. When it is next touched, its
+    moments have decayed by all the steps since, as those of dense Adam have; only the moves that
+    dense Adam makes meanwhile, along the old moments, are left out.
+    """
+
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+
+    def _fresh_state(self, weights: nn.Parameter) -> dict[str, torch.Tensor]:
+        state = {"mean": torch.zeros_like(weights), "square": torch.zeros_like(weights)}
+        # When a row was last touched.
+        state["touched"] = torch.zeros(len(weights), device=weights.device)
+        return state
+
+    def _step_dense(
+        self,
+        weights: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        states: list[dict[str, torch.Tensor]],
+    ) -> None:
+        torch._fused_adam_(
+            weights,
+            gradients,
+            [state["mean"] for state in states],
+            [state["square"] for state in states],
+            [],
+            [self.steps] * len(weights),
+            lr=self._lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def _step_rows(
+        self,
+        weights_VD: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        ids_U: torch.Tensor,
+        gradient_UD: torch.Tensor,
+    ) -> None:
+        age_U1 = (self.steps - state["touched"][ids_U])[:, None]
+        mean_UD = state["mean"].index_select(0, ids_U).mul_(self.beta1**age_U1)
+        mean_UD.add_(gradient_UD, alpha=1 - self.beta1)
+        square_UD = state["square"].index_select(0, ids_U).mul_(self.beta2**age_U1)
+        square_UD.addcmul_(gradient_UD, gradient_UD, value=1 - self.beta2)
+        now_U = self.steps.to(state["touched"].dtype).expand(len(ids_U))
+        state["touched"].index_copy_(0, ids_U, now_U)
+        state["mean"].index_copy_(0, ids_U, mean_UD)
+        state["square"].index_copy_(0, ids_U, square_UD)
+        scale = (1 - self.beta2**self.steps).sqrt()
+        rate = self._lr / (1 - self.beta1**self.steps)
+        move_UD = mean_UD.mul_(-rate).div_(square_UD.sqrt_().div_(scale).add_(self.eps))
+        weights_VD.index_add_(0, ids_U, move_UD)
+
+
+class Adagrad(Optimizer):
+    """Duchi et al. (2011), with torch.optim.Adagrad's defaults. Sleeping rows lose nothing."""
+
+    eps = 1e-10
+
+    def _fresh_state(self, weights: nn.Parameter) -> dict[str, torch.Tensor]:
+        return {"square": torch.zeros_like(weights)}
+
+    def _step_dense(
+        self,
+        weights: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        states: list[dict[str, torch.Tensor]],
+    ) -> None:
+        for parameter, gradient, state in zip(weights, gradients, states, strict=True):
+            state["square"].addcmul_(gradient, gradient)
+            parameter.sub_(self._lr * gradient / (state["square"].sqrt() + self.eps))
+
+    def _step_rows(
+        self,
+        weights_VD: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        ids_U: torch.Tensor,
+        gradient_UD: torch.Tensor,
+    ) -> None:
+        square_UD = state["square"].index_select(0, ids_U).addcmul_(gradient_UD, gradient_UD)
+        state["square"].index_copy_(0, ids_U, square_UD)
+        move_UD = (gradient_UD * -self._lr).div_(square_UD.sqrt_().add_(self.eps))
+        weights_VD.index_add_(0, ids_U, move_UD)
+
+
+def build_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
+    """The optimizer of a config's `optimizer`."""
+    return {"adam": Adam, "row_adam": Adam, "adagrad": Adagrad}[name](parameters, lr)
+
+
+def gradients_are_sparse(optimizer: str) -> bool:
+    """Whether the gradients of tables hold only the rows touched."""
+    return optimizer in ("row_adam", "adagrad")
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> None:
+    """Scale all gradients so that their norm together is at most clip_norm."""
+    gradients = [weights.grad for weights in parameters if weights.grad is not None]
+    values = [
+        gradient._values() if gradient.is_sparse else gradient for gradient in gradients
+    ]  # of distinct rows
+    norm = torch.stack([value.norm() for value in values]).norm()
+    scale = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    for value in values:
+        value.mul_(scale)
 
 
 def learning_rate(

@@ -10,15 +10,68 @@ Shapes: N rows, D width, V rows of the table.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
+from torch.nn import functional as F
+
+# oneDNN compiles code for each new shape, so the many shapes of packed batches are rounded up.
+_ROWS = 64
 
 
 def row_products(a_ND: torch.Tensor, table_VD: torch.Tensor) -> torch.Tensor:
-    """a_ND @ table_VD.T, without gradients; [N, V] in the arguments' dtype."""
-    if a_ND.dtype == torch.float32 and a_ND.device.type == "cpu" and _one_dnn():
-        return torch.ops.mkldnn._linear_pointwise(a_ND, table_VD, None, "none", [], "")
-    return a_ND @ table_VD.T
+    """a_ND @ table_VD.T; [N, V] in the arguments' dtype."""
+    if not (a_ND.dtype == torch.float32 and a_ND.device.type == "cpu" and _one_dnn()):
+        return a_ND @ table_VD.T
+    if torch.is_grad_enabled() and (a_ND.requires_grad or table_VD.requires_grad):
+        return _OneDNNLinear.apply(_rounded_up(a_ND), table_VD, None)[: len(a_ND)]
+    return _one_dnn_linear(a_ND, table_VD, None)
+
+
+def linear(x_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor) -> torch.Tensor:
+    """F.linear for packed rows, [N, V], under autocast too."""
+    device = x_ND.device.type
+    if (
+        x_ND.dtype == torch.float32
+        and device == "cpu"
+        and not torch.is_autocast_enabled(device)
+        and _one_dnn()
+    ):
+        return _OneDNNLinear.apply(_rounded_up(x_ND), weight_VD, bias_V)[: len(x_ND)]
+    return F.linear(x_ND, weight_VD, bias_V)
+
+
+def _rounded_up(x_ND: torch.Tensor) -> torch.Tensor:
+    missing = -len(x_ND) % _ROWS
+    return F.pad(x_ND, (0, 0, 0, missing)) if missing else x_ND
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_ND, weight_VD)
+        return _one_dnn_linear(x_ND, weight_VD, bias_V)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_ND, weight_VD = ctx.saved_tensors
+        (grad_NV,) = grads
+        grad_x_ND = grad_weight_VD = grad_bias_V = None
+        if ctx.needs_input_grad[0]:
+            grad_x_ND = _one_dnn_linear(grad_NV, weight_VD.T, None)
+        if ctx.needs_input_grad[1]:
+            grad_weight_VD = _one_dnn_linear(grad_NV.T, x_ND.T, None)
+        if ctx.needs_input_grad[2]:
+            grad_bias_V = grad_NV.sum(dim=0)
+        return grad_x_ND, grad_weight_VD, grad_bias_V
+
+
+def _one_dnn_linear(
+    x_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
+) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x_ND, weight_VD, bias_V, "none", [], "")
 
 
 @functools.cache

@@ -29,6 +29,7 @@ from tron_cli.dataset import Dataset
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import written_aside
 from tron_cli.models import SASRec
+from tron_cli.optim import Optimizer
 
 log = logging.getLogger("tron")
 
@@ -53,7 +54,7 @@ class RunFolder:
         dataset: Dataset,
         item_ids: torch.Tensor,
         model: SASRec,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         progress: Progress,
     ) -> None:

@@ -15,11 +15,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from tron_cli import losses
@@ -30,10 +29,16 @@ from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError, RunError
 from tron_cli.evaluate import predict
 from tron_cli.logits import sampled_logits
+from tron_cli.lookup import look_up, look_up_inputs
 from tron_cli.metrics import parse_measures, score
 from tron_cli.models import SASRec, build_model
 from tron_cli.negatives import sample_negatives
-from tron_cli.optim import build_optimizer, learning_rate
+from tron_cli.optim import (
+    build_optimizer,
+    clip_gradients,
+    gradients_are_sparse,
+    learning_rate,
+)
 from tron_cli.run import Progress, RunFolder
 
 _LOG_EVERY = 20  # steps; also how often the loss is checked, since reading it waits for the device
@@ -114,16 +119,16 @@ def train(
                 batch = training_batch(sessions, chosen, config.sequence_length).to(device)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     loss = training_loss(model, batch, config, dataset.num_items)
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 scaler.scale(loss).backward()
 
                 # Clip.
                 if config.clip_norm:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+                    scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
+                    clip_gradients(model.parameters(), config.clip_norm)
 
                 # Step.
-                scaler.step(optimizer)
+                scaler.step(cast(torch.optim.Optimizer, optimizer))
                 scaler.update()
                 progress.step = step + 1
 
@@ -187,12 +192,17 @@ def training_loss(
         reject_uniform_session_items=config.reject_uniform_session_items,
         reject_in_batch_items=config.reject_in_batch_items,
     )
-    hidden_ND = model(batch)
+    sparse = gradients_are_sparse(config.optimizer)
+    looked = look_up(model.item_table, batch, negatives, sparse=sparse)
+    if config.reuse_item_embeddings:
+        hidden_ND = model(looked.batch, looked.rows_UD)
+    else:
+        hidden_ND = model(*look_up_inputs(model.item_embedding.weight, batch, sparse=sparse))
     positive_N, negative_NK, keep_NK = sampled_logits(
         hidden_ND,
-        model.item_table,
-        batch,
-        negatives,
+        looked.rows_UD,
+        looked.batch,
+        looked.negatives,
         topk=config.topk_sampling_k if config.topk_sampling else None,
         mask_collisions=config.mask_collisions,
     )

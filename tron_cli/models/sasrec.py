@@ -59,9 +59,14 @@ class SASRec(nn.Module):
         )
         self.norm = nn.LayerNorm(embedding_dim)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Hidden states [N, D] (D + 1 with an output bias), to be multiplied with `item_table`."""
-        item_ND = self.item_embedding(batch.inputs_N)[:, : self.embedding_dim]
+    def forward(self, batch: Batch, rows_UD: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [N, D] (D + 1 with an output bias), to be multiplied with `item_table`.
+
+        rows_UD: rows of the item embedding that the batch's inputs are places in; None: all.
+        """
+        if rows_UD is None:
+            rows_UD = self.item_embedding.weight
+        item_ND = F.embedding(batch.inputs_N, rows_UD)[:, : self.embedding_dim]
         x_ND = item_ND * math.sqrt(self.embedding_dim) + self.position_embedding(
             self._position_ids(batch)
         )

@@ -1,0 +1,88 @@
+"""One lookup a table and step: the distinct rows that a batch and its negatives need.
+
+Everything between the lookup and its gradient works on the looked-up rows and on their numbers, so
+that neither the forward nor the backward pass touches the rest of a table.
+
+Shapes: N events, K negatives, V rows of the table, U distinct rows, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from tron_cli.batches import Batch
+    from tron_cli.negatives import Negatives
+
+
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """Rows of a table, and what refers to them by their number.
+
+    rows_UD: with a gradient of the whole table. batch, negatives: as given, but their item ids are
+    places in rows_UD.
+    """
+
+    rows_UD: torch.Tensor
+    batch: Batch
+    negatives: Negatives
+
+
+def look_up(table_VD: torch.Tensor, batch: Batch, negatives: Negatives, *, sparse: bool) -> Looked:
+    """The rows of the inputs, targets and uniform negatives.
+
+    sparse: the table's gradient is a sparse tensor of the rows looked up, each once. Else it is
+    dense, and where more ids are asked for than the table has rows, the table itself is given.
+    """
+    assert batch.targets_N is not None
+    num_events = len(batch.inputs_N)
+    ids = torch.cat([batch.inputs_N, batch.targets_N, negatives.uniform.flatten()])
+    if not sparse and len(ids) >= len(table_VD):
+        return Looked(table_VD, batch, negatives)
+    ids_U, place = ids.unique(return_inverse=True)
+    return Looked(
+        _Rows.apply(table_VD, ids_U, sparse),
+        dataclasses.replace(
+            batch,
+            inputs_N=place[:num_events],
+            targets_N=place[num_events : 2 * num_events],
+        ),
+        dataclasses.replace(
+            negatives, uniform=place[2 * num_events :].view(negatives.uniform.shape)
+        ),
+    )
+
+
+def look_up_inputs(
+    table_VD: torch.Tensor, batch: Batch, *, sparse: bool
+) -> tuple[Batch, torch.Tensor]:
+    """The batch and the rows of its inputs, for a model that scores with another table."""
+    ids_U, place_N = batch.inputs_N.unique(return_inverse=True)
+    return dataclasses.replace(batch, inputs_N=place_N), _Rows.apply(table_VD, ids_U, sparse)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, table_VD: torch.Tensor, ids_U: torch.Tensor, sparse: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(ids_U)
+        ctx.shape, ctx.sparse = table_VD.shape, sparse
+        return table_VD.index_select(0, ids_U)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (ids_U,) = ctx.saved_tensors
+        if ctx.sparse:
+            # The ids are distinct and ascending: nothing is left to sum.
+            return (
+                torch.sparse_coo_tensor(
+                    ids_U[None], grads[0], ctx.shape, is_coalesced=True, check_invariants=False
+                ),
+                None,
+                None,
+            )
+        return grads[0].new_zeros(ctx.shape).index_copy_(0, ids_U, grads[0]), None, None
