@@ -1,0 +1,62 @@
+"""What a measurement rests on: commit, hardware, threads, and the speeds the machine can reach."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def circumstances(device: torch.device | None = None) -> dict[str, Any]:
+    """Commit, hardware and threads, for a result file. No dates: equal runs give equal files."""
+    return {
+        "commit": _commit(),
+        "hardware": _hardware(device or torch.device("cpu")),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def resident_bytes(*, peak: bool = False) -> int:
+    """Memory of this process now, or at its highest."""
+    if sys.platform.startswith("linux"):
+        name = "VmHWM:" if peak else "VmRSS:"
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+    import resource
+
+    # Elsewhere only the highest so far is known.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    head = git("rev-parse", "HEAD")
+    if not head:
+        return "unknown"
+    changed = git("status", "--porcelain", "--untracked-files=no", "tron_cli", "benchmarks/*.py")
+    return head + ("-modified" if changed else "")
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,40 @@
+"""The one place where the benchmarks call tron's training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from tron_cli.batches import training_batch
+from tron_cli.config import ExperimentConfig
+from tron_cli.dataset import Sessions
+from tron_cli.models import build_model
+from tron_cli.optim import build_optimizer
+from tron_cli.train import training_loss
+
+
+def training_step(
+    config: ExperimentConfig, num_items: int
+) -> Callable[[Sessions, np.ndarray], torch.Tensor]:
+    """What `tron train` does for one batch of sessions, on the CPU; returns the loss."""
+    model = build_model(config, num_items)
+    optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
+    # A long run finds its moments in memory; the first steps would ask the system for each page.
+    for moments in optimizer.state:
+        for values in moments.values():
+            values.zero_()
+    bf16 = config.precision == "bf16"
+
+    def step(sessions: Sessions, chosen: np.ndarray) -> torch.Tensor:
+        batch = training_batch(sessions, chosen, config.sequence_length)
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+            loss = training_loss(model, batch, config, num_items)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
