@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from tron_cli.assess import EvaluationOptions
     from tron_cli.config import ExperimentConfig
+    from tron_cli.profile import StepProfiler
 
 app = typer.Typer(
     name="tron",
@@ -130,18 +131,37 @@ def train(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of a run to go on with.")] = None,
+    profile: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Profile N steps after a short warm-up, print where the time goes, and stop: "
+            "trace.json in the run's folder is a Chrome trace, --resume goes on with the run.",
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Train a model; the best checkpoint by validation is kept."""
     from tron_cli.checkpoint import load_checkpoint
+    from tron_cli.profile import StepProfiler
 
-    best = run_training(config, overrides or [], data_dir, output_dir, name, resume, device)
-    if as_json:
-        metrics = load_checkpoint(best).metrics
-        print(json.dumps({"checkpoint": str(best), "validation": metrics}))
+    profiler = None if profile is None else StepProfiler(profile)
+    saved = run_training(
+        config, overrides or [], data_dir, output_dir, name, resume, device, profiler
+    )
+    if profiler is not None:
+        if profiler.result is None:
+            raise RunError("the run stopped early, before all steps were profiled; profile fewer")
+        found = profiler.result
+        shown = {"checkpoint": str(saved), "profile": found.as_json()}
+        print(json.dumps(shown) if as_json else found.as_text())
+    elif as_json:
+        metrics = load_checkpoint(saved).metrics
+        print(json.dumps({"checkpoint": str(saved), "validation": metrics}))
     else:
-        print(best)
+        print(saved)
 
 
 def run_training(
@@ -152,8 +172,9 @@ def run_training(
     name: str | None,
     resume: Path | None,
     device_name: str,
+    profiler: StepProfiler | None = None,
 ) -> Path:
-    """What `tron train` does; returns the best checkpoint."""
+    """What `tron train` does; returns the best checkpoint, after profiling the last."""
     from tron_cli.checkpoint import LAST, dataset_identity, load_checkpoint
     from tron_cli.config import load_config, parse_overrides
     from tron_cli.dataset import Dataset
@@ -189,7 +210,9 @@ def run_training(
         )
     device = _device(device_name)
     run_dir = resume or _run_dir(output_dir or Path("runs"), name, experiment)
-    return train_model(experiment, dataset, run_dir, device=device, resume=checkpoint)
+    return train_model(
+        experiment, dataset, run_dir, device=device, resume=checkpoint, profiler=profiler
+    )
 
 
 @app.command()

@@ -13,7 +13,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from tron_cli import losses
 from tron_cli.batches import Batch, session_order, training_batch
-from tron_cli.checkpoint import Checkpoint, encode_item_ids
+from tron_cli.checkpoint import LAST, Checkpoint, encode_item_ids
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError, RunError
@@ -39,6 +39,7 @@ from tron_cli.optim import (
     gradients_are_sparse,
     learning_rate,
 )
+from tron_cli.profile import StepProfiler, phase
 from tron_cli.run import Progress, RunFolder
 
 _LOG_EVERY = 20  # steps; also how often the loss is checked, since reading it waits for the device
@@ -57,12 +58,14 @@ def train(
     *,
     device: torch.device,
     resume: Checkpoint | None = None,
+    profiler: StepProfiler | None = None,
 ) -> Path:
     """Train, choose the best checkpoint on validation, and return its path.
 
-    run_dir is made if it is not there, once config and dataset have proved to fit. Raises
-    InputError where they do not, RunError where the loss is not finite, InterruptedRunError after
-    Ctrl-C.
+    run_dir is made if it is not there, once config and dataset have proved to fit. With a profiler
+    training ends when that has its steps, and the path is that of the saved run. Raises InputError
+    where config and dataset do not fit, RunError where the loss is not finite, InterruptedRunError
+    after Ctrl-C.
     """
     sessions, validation = _splits(config, dataset)
     item_ids = encode_item_ids(dataset.item_ids)
@@ -84,10 +87,16 @@ def train(
         optimizer.load_state_dict(resume.training["optimizer"])
         scaler.load_state_dict(resume.training["scaler"])
         progress = Progress(**resume.training["progress"])
+    if profiler is not None and total_steps - progress.step < profiler.steps_needed:
+        raise InputError(
+            f"profiling takes {profiler.steps_needed:,} steps, warm-up included, and this run has "
+            f"{total_steps - progress.step:,} to go; profile fewer, or raise max_epochs"
+        )
     run = RunFolder(run_dir, config, dataset, item_ids, model, optimizer, scaler, progress)
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
-    with run.logged(), _stop_signals() as stop:
+    profiling = nullcontext() if profiler is None else profiler.running(device, run_dir)
+    with run.logged(), _stop_signals() as stop, profiling:
         log.info(
             "%s on %s: %s sessions, %s items, %s parameters, %s steps an epoch, %s in %s",
             config.method, dataset.name, f"{len(sessions):,}", f"{dataset.num_items:,}",
@@ -115,22 +124,26 @@ def train(
                     group["lr"] = rate
 
                 # Forward and backward.
-                chosen = _sessions_of_step(config, step, len(sessions))
-                batch = training_batch(sessions, chosen, config.sequence_length).to(device)
+                with phase("batch"):
+                    chosen = _sessions_of_step(config, step, len(sessions))
+                    batch = training_batch(sessions, chosen, config.sequence_length).to(device)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     loss = training_loss(model, batch, config, dataset.num_items)
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
+                with phase("backward"):
+                    optimizer.zero_grad()
+                    scaler.scale(loss).backward()
 
-                # Clip.
-                if config.clip_norm:
-                    scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
-                    clip_gradients(model.parameters(), config.clip_norm)
-
-                # Step.
-                scaler.step(cast(torch.optim.Optimizer, optimizer))
-                scaler.update()
+                # Clip and step.
+                with phase("optimizer"):
+                    if config.clip_norm:
+                        scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
+                        clip_gradients(model.parameters(), config.clip_norm)
+                    scaler.step(cast(torch.optim.Optimizer, optimizer))
+                    scaler.update()
                 progress.step = step + 1
+                if profiler is not None:
+                    profiler.step()
+                ends = bool(stop) or (profiler is not None and profiler.result is not None)
 
                 # Log.
                 loss_sum += loss.detach()
@@ -139,7 +152,7 @@ def train(
                 bar.update()
                 due_to_save = config.save_every and progress.step % config.save_every == 0
                 epoch_ends = progress.step == (epoch + 1) * steps_per_epoch
-                if progress.step % _LOG_EVERY == 0 or due_to_save or epoch_ends or stop:
+                if progress.step % _LOG_EVERY == 0 or due_to_save or epoch_ends or ends:
                     mean_loss = loss_sum.item() / steps_summed
                     if not math.isfinite(mean_loss):
                         raise run.diverged(f"the loss is {mean_loss}")
@@ -155,17 +168,22 @@ def train(
 
                 # Save, so that little is lost.
                 if due_to_save and not epoch_ends:
-                    run.save_last(epoch)
-                if stop and not epoch_ends:
+                    with phase("save"):
+                        run.save_last(epoch)
+                if ends and not epoch_ends:
                     break
             bar.close()
 
             # Validate, keep the best, save.
             if progress.step == (epoch + 1) * steps_per_epoch:
-                values = _validate(model, validation, dataset, config, measures)
-                run.finish_epoch(epoch, values)
+                with phase("validation"):
+                    values = _validate(model, validation, dataset, config, measures)
+                with phase("save"):
+                    run.finish_epoch(epoch, values)
             else:
                 run.save_last(epoch)
+            if profiler is not None and profiler.result is not None:
+                return run_dir / LAST
             if stop and progress.step < total_steps:
                 raise InterruptedRunError(
                     f"stopped at step {progress.step:,} of {total_steps:,} and saved; go on with "
@@ -183,36 +201,41 @@ def training_loss(
     model: SASRec, batch: Batch, config: ExperimentConfig, num_items: int
 ) -> torch.Tensor:
     """Mean loss over the positions of a batch, with freshly drawn negatives."""
-    negatives = sample_negatives(
-        batch,
-        num_items,
-        num_uniform=config.num_uniform_negatives,
-        num_batch=config.num_batch_negatives,
-        sampling_style=config.sampling_style,
-        reject_uniform_session_items=config.reject_uniform_session_items,
-        reject_in_batch_items=config.reject_in_batch_items,
-    )
-    sparse = gradients_are_sparse(config.optimizer)
-    looked = look_up(model.item_table, batch, negatives, sparse=sparse)
-    if config.reuse_item_embeddings:
-        hidden_ND = model(looked.batch, looked.rows_UD)
-    else:
-        hidden_ND = model(*look_up_inputs(model.item_embedding.weight, batch, sparse=sparse))
-    positive_N, negative_NK, keep_NK = sampled_logits(
-        hidden_ND,
-        looked.rows_UD,
-        looked.batch,
-        looked.negatives,
-        topk=config.topk_sampling_k if config.topk_sampling else None,
-        mask_collisions=config.mask_collisions,
-    )
-    if config.loss == "bce":
-        loss_N = losses.bce(positive_N, negative_NK, keep_NK)
-    elif config.loss == "ssm":
-        loss_N = losses.ssm(positive_N, negative_NK, keep_NK)
-    else:
-        loss_N = losses.bpr_max(positive_N, negative_NK, keep_NK, penalty=config.bpr_penalty)
-    return loss_N.mean()
+    with phase("negatives"):
+        negatives = sample_negatives(
+            batch,
+            num_items,
+            num_uniform=config.num_uniform_negatives,
+            num_batch=config.num_batch_negatives,
+            sampling_style=config.sampling_style,
+            reject_uniform_session_items=config.reject_uniform_session_items,
+            reject_in_batch_items=config.reject_in_batch_items,
+        )
+    with phase("lookup"):
+        sparse = gradients_are_sparse(config.optimizer)
+        looked = look_up(model.item_table, batch, negatives, sparse=sparse)
+        inputs, rows_UD = looked.batch, looked.rows_UD
+        if not config.reuse_item_embeddings:
+            inputs, rows_UD = look_up_inputs(model.item_embedding.weight, batch, sparse=sparse)
+    with phase("forward"):
+        hidden_ND = model(inputs, rows_UD)
+    with phase("logits"):
+        positive_N, negative_NK, keep_NK = sampled_logits(
+            hidden_ND,
+            looked.rows_UD,
+            looked.batch,
+            looked.negatives,
+            topk=config.topk_sampling_k if config.topk_sampling else None,
+            mask_collisions=config.mask_collisions,
+        )
+    with phase("loss"):
+        if config.loss == "bce":
+            loss_N = losses.bce(positive_N, negative_NK, keep_NK)
+        elif config.loss == "ssm":
+            loss_N = losses.ssm(positive_N, negative_NK, keep_NK)
+        else:
+            loss_N = losses.bpr_max(positive_N, negative_NK, keep_NK, penalty=config.bpr_penalty)
+        return loss_N.mean()
 
 
 def _splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Sessions, Sessions]:
