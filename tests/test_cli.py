@@ -439,4 +439,4 @@ def test_every_option_of_train_arrives(
     assert (code, out) == (0, "best.pt\n")
     assert seen.pop() == ("c", ["lr=1", "seed=2"], Path("d"), Path("o"), "n", None, "cpu", None)
     command("train", "--resume", "r")
-    assert seen.pop() == (None, [], Path("datasets"), None, None, Path("r"), "auto")
+    assert seen.pop() == (None, [], Path("datasets"), None, None, Path("r"), "auto", None)
