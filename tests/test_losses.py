@@ -178,10 +178,10 @@ def test_dot_products_cut_into_parts(monkeypatch, limit, items):
 
 
 def test_dot_products_across_the_real_limit():
-    hidden_ND, table_VD, ids_NK = _tables(1100, 70, items=3000, dim=32)
+    hidden_ND, table_VD, ids_NK = _tables(2000, 70, items=3000, dim=32)
     assert ids_NK.numel() * 32 > logits._ELEMENTS_AT_ONCE["cpu"]
     _check_dot_products(hidden_ND, table_VD, ids_NK)
-    hidden_ND, table_VD, ids_NK = _tables(1100, 100, items=2100)
+    hidden_ND, table_VD, ids_NK = _tables(2100, 100, items=2100)
     assert len(hidden_ND) * len(table_VD) > logits._ELEMENTS_AT_ONCE["cpu"]
     _check_dot_products(hidden_ND, table_VD, ids_NK)
 

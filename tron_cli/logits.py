@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
-from tron_cli.products import row_products
+from tron_cli.products import rounded_up, row_products
 
 if TYPE_CHECKING:
     from tron_cli.batches import Batch
     from tron_cli.negatives import Negatives
 
 # Scores, or elements of gathered rows, held at once: on a CPU few enough for its cache.
-_ELEMENTS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 28}
+_ELEMENTS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 28}
 # Multiplying with a row of a matrix costs about this share of gathering a row.
 _PRODUCTS_A_GATHER = 32
+# Parts of so many events, or a multiple: matrix products like round numbers.
+_EVENTS = 64
 # How many columns top-k first looks at as one.
 _GROUP = 16
 
@@ -62,10 +65,9 @@ def sampled_logits(
             torch.cat([logits_nk for logits_nk, _ in parts]), candidates.some_do_not_count
         )
         ids_N1k = torch.cat([target_N1, torch.cat([ids_nk for _, ids_nk in parts])], dim=1)
-        known_N1k = None
-        if top_Nk.dtype == hidden_ND.dtype:
-            # The first pass was in the precision of the second: its values are the second's.
-            known_N1k = torch.cat([dot_products(hidden_ND, table_VD, target_N1), top_Nk], dim=1)
+        # What the first pass found are the values of the second, which adds the gradients.
+        logit_N1 = dot_products(hidden_ND, table_VD, target_N1)
+        known_N1k = torch.cat([logit_N1, top_Nk.to(logit_N1.dtype)], dim=1)
     logits_N1k = dot_products(hidden_ND, table_VD, ids_N1k, known_N1k)
     return logits_N1k[:, 0], logits_N1k[:, 1:], keep_Nk
 
@@ -106,7 +108,7 @@ class _Candidates:
             self.uniform_K = negatives.uniform.sort().values
             self.uniform_KD = F.embedding(self.uniform_K, table_VD).to(self.dtype)
         if self.num_in_batch:
-            self.inputs_ND = F.embedding(batch.inputs_N, table_VD).to(self.dtype)
+            self.inputs_ND = rounded_up(F.embedding(batch.inputs_N, table_VD).to(self.dtype))
 
     def of(self, part: slice) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Logits [n, C] and ids [n, C] or [C], of each kind of negatives."""
@@ -155,9 +157,10 @@ class _Candidates:
         # Ids that are shared are ascending: finding the few equal ones beats comparing all.
         first_n = torch.searchsorted(ids, targets_n1)[:, 0]
         copies_n = torch.searchsorted(ids, targets_n1, right=True)[:, 0] - first_n
-        for copy in range(int(copies_n.max())):
-            has_copy = copies_n > copy
-            logits_nC[has_copy, first_n[has_copy] + copy] = -torch.inf
+        event_P = torch.repeat_interleave(copies_n)
+        nth_P = torch.arange(len(event_P)) - (copies_n.cumsum(0) - copies_n)[event_P]
+        place_P = event_P * logits_nC.shape[1] + first_n[event_P] + nth_P
+        logits_nC.view(-1).index_fill_(0, place_P, -torch.inf)
 
     def _of_events(self, values: torch.Tensor, part: slice) -> torch.Tensor:
         """Values by event or by session, for the events of a part."""
@@ -177,6 +180,8 @@ def _finite(
 
 def _parts(num_events: int, width: int, device: torch.device) -> Iterator[slice]:
     step = max(1, _ELEMENTS_AT_ONCE[device.type] // max(1, width))
+    if step > _EVENTS:
+        step -= step % _EVENTS
     return (slice(low, low + step) for low in range(0, num_events, step))
 
 
@@ -194,30 +199,42 @@ def _highest(
     logits_nC, ids_nC = torch.cat(logits, dim=1), torch.cat(ids, dim=1)
     if logits_nC.shape[1] <= topk:
         return logits_nC, ids_nC
-    logits_nk, column_nk = logits_nC.topk(topk, dim=1, sorted=False)
-    return logits_nk, ids_nC.gather(1, column_nk)
+    column_nk = _topk(logits_nC, topk)
+    return logits_nC.gather(1, column_nk), ids_nC.gather(1, column_nk)
 
 
 def _top_columns(logits_nC: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Like torch.topk, unsorted, but first among the maxima of groups of columns.
 
+    Shapes: G groups.
     The topk highest lie in the topk groups of the highest maxima: a group that is not among them
     has topk others that each hold something at least as high.
     """
     num_groups = logits_nC.shape[1] // _GROUP
     if num_groups <= topk:
-        return logits_nC.topk(topk, dim=1, sorted=False)
+        column_nk = _topk(logits_nC, topk)
+        return logits_nC.gather(1, column_nk), column_nk
     grouped = num_groups * _GROUP
     # Column c is in group c % num_groups, so that maxima are taken over whole vectors.
     maxima_nG = logits_nC[:, :grouped].unflatten(1, (_GROUP, num_groups)).amax(dim=1)
-    group_nk = maxima_nG.topk(topk, dim=1, sorted=False).indices
+    group_nk = _topk(maxima_nG, topk)
     offset = torch.arange(0, grouped, num_groups, device=logits_nC.device)
     rest = torch.arange(grouped, logits_nC.shape[1], device=logits_nC.device)
     column_nC = torch.cat(
         [(group_nk[:, :, None] + offset).flatten(1), rest.expand(len(logits_nC), -1)], dim=1
     )
-    logits_nk, chosen_nk = logits_nC.gather(1, column_nC).topk(topk, dim=1, sorted=False)
-    return logits_nk, column_nC.gather(1, chosen_nk)
+    candidate_nC = logits_nC.gather(1, column_nC)
+    chosen_nk = _topk(candidate_nC, topk)
+    return candidate_nC.gather(1, chosen_nk), column_nC.gather(1, chosen_nk)
+
+
+def _topk(values_nC: torch.Tensor, topk: int) -> torch.Tensor:
+    """int64 [n, k]: places of the highest values, in no order."""
+    if values_nC.is_cuda:
+        return values_nC.topk(topk, dim=1, sorted=False).indices
+    # NumPy partitions with vector instructions, several times as fast as torch.topk.
+    first = values_nC.shape[1] - topk
+    return torch.from_numpy(np.argpartition(values_nC.float().numpy(), first, axis=1)[:, first:])
 
 
 def dot_products(

@@ -10,6 +10,7 @@ Shapes: V rows of a table, U rows that a step touches, D width.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,12 +53,10 @@ class Optimizer:
             if not gradient.is_sparse:
                 dense.append((weights, gradient, state))
                 continue
-            gradient = gradient.coalesce()
+            ids_U, gradient_UD = _touched_rows(gradient)
             size = _ROWS_AT_ONCE[weights.device.type]
-            for ids_U, gradient_UD in zip(
-                gradient.indices()[0].split(size), gradient.values().split(size), strict=True
-            ):
-                self._step_rows(weights, state, ids_U, gradient_UD)
+            for ids, part in zip(ids_U.split(size), gradient_UD.split(size), strict=True):
+                self._step_rows(weights, state, ids, part)
         if dense:
             self._step_dense(*(list(column) for column in zip(*dense, strict=True)))
 
@@ -98,7 +97,7 @@ class Optimizer:
 class Adam(Optimizer):
     """Kingma and Ba (2015), with torch.optim.Adam's defaults.
 
-    A row that a step does not touch sleeps: it stays where it is. When it is next touched, its
+    A row that has no gradient in a step sleeps: it stays where it is. When it is next touched, its
     moments have decayed by all the steps since, as those of dense Adam have; only the moves that
     dense Adam makes meanwhile, along the old moments, are left out.
     """
@@ -106,7 +105,7 @@ class Adam(Optimizer):
     beta1, beta2, eps = 0.9, 0.999, 1e-8
 
     def _fresh_state(self, weights: nn.Parameter) -> dict[str, torch.Tensor]:
-        state = {"mean": torch.zeros_like(weights), "square": torch.zeros_like(weights)}
+        state = {"mean": _zeros_like(weights), "square": _zeros_like(weights)}
         # When a row was last touched.
         state["touched"] = torch.zeros(len(weights), device=weights.device)
         return state
@@ -152,7 +151,7 @@ class Adam(Optimizer):
         scale = (1 - self.beta2**self.steps).sqrt()
         rate = self._lr / (1 - self.beta1**self.steps)
         move_UD = mean_UD.mul_(-rate).div_(square_UD.sqrt_().div_(scale).add_(self.eps))
-        weights_VD.index_add_(0, ids_U, move_UD)
+        weights_VD.index_copy_(0, ids_U, weights_VD.index_select(0, ids_U) + move_UD)
 
 
 class Adagrad(Optimizer):
@@ -161,7 +160,7 @@ class Adagrad(Optimizer):
     eps = 1e-10
 
     def _fresh_state(self, weights: nn.Parameter) -> dict[str, torch.Tensor]:
-        return {"square": torch.zeros_like(weights)}
+        return {"square": _zeros_like(weights)}
 
     def _step_dense(
         self,
@@ -183,7 +182,27 @@ class Adagrad(Optimizer):
         square_UD = state["square"].index_select(0, ids_U).addcmul_(gradient_UD, gradient_UD)
         state["square"].index_copy_(0, ids_U, square_UD)
         move_UD = (gradient_UD * -self._lr).div_(square_UD.sqrt_().add_(self.eps))
-        weights_VD.index_add_(0, ids_U, move_UD)
+        weights_VD.index_copy_(0, ids_U, weights_VD.index_select(0, ids_U) + move_UD)
+
+
+def _zeros_like(weights: torch.Tensor) -> torch.Tensor:
+    """On the CPU memory that the system zeroes page by page, when it is first touched."""
+    if weights.device.type != "cpu":
+        return torch.zeros_like(weights)
+    memory = mmap.mmap(-1, weights.nbytes)
+    return torch.frombuffer(memory, dtype=weights.dtype).view(weights.shape)
+
+
+def _touched_rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and values of a sparse gradient, each row once, without those that are all zero."""
+    ids_U = gradient._indices()[0]
+    # Gradients of lookups have each row once, but autograd drops the mark that says it.
+    if bool((ids_U[1:] <= ids_U[:-1]).any()):
+        gradient = gradient.coalesce()
+    ids_U, values_UD = gradient._indices()[0], gradient._values()
+    # Most negatives that were looked up are not among the top-k.
+    touched = (values_UD.norm(dim=1) != 0).nonzero()[:, 0]
+    return ids_U[touched], values_UD.index_select(0, touched)
 
 
 def build_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:

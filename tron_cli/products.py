@@ -13,6 +13,7 @@ import functools
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 # oneDNN compiles code for each new shape, so the many shapes of packed batches are rounded up.
@@ -24,24 +25,24 @@ def row_products(a_ND: torch.Tensor, table_VD: torch.Tensor) -> torch.Tensor:
     if not (a_ND.dtype == torch.float32 and a_ND.device.type == "cpu" and _one_dnn()):
         return a_ND @ table_VD.T
     if torch.is_grad_enabled() and (a_ND.requires_grad or table_VD.requires_grad):
-        return _OneDNNLinear.apply(_rounded_up(a_ND), table_VD, None)[: len(a_ND)]
-    return _one_dnn_linear(a_ND, table_VD, None)
+        return _OneDNNLinear.apply(rounded_up(a_ND), table_VD, None)[: len(a_ND)]
+    return _one_dnn_linear(rounded_up(a_ND), table_VD, None)[: len(a_ND)]
 
 
-def linear(x_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor) -> torch.Tensor:
-    """F.linear for packed rows, [N, V], under autocast too."""
-    device = x_ND.device.type
-    if (
-        x_ND.dtype == torch.float32
-        and device == "cpu"
-        and not torch.is_autocast_enabled(device)
-        and _one_dnn()
-    ):
-        return _OneDNNLinear.apply(_rounded_up(x_ND), weight_VD, bias_V)[: len(x_ND)]
-    return F.linear(x_ND, weight_VD, bias_V)
+class Linear(nn.Linear):
+    """nn.Linear for packed rows."""
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        if x_ND.device.type != "cpu" or not _one_dnn():
+            return super().forward(x_ND)
+        padded_ND = rounded_up(x_ND)
+        if x_ND.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            return _OneDNNLinear.apply(padded_ND, self.weight, self.bias)[: len(x_ND)]
+        return super().forward(padded_ND)[: len(x_ND)]
 
 
-def _rounded_up(x_ND: torch.Tensor) -> torch.Tensor:
+def rounded_up(x_ND: torch.Tensor) -> torch.Tensor:
+    """With rows of zeros up to a round number of rows."""
     missing = -len(x_ND) % _ROWS
     return F.pad(x_ND, (0, 0, 0, missing)) if missing else x_ND
 
