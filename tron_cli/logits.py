@@ -315,8 +315,15 @@ class _PickedProducts(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_table_VD = torch.zeros_like(table_VD)
         for part in _parts(len(hidden_ND), len(table_VD), hidden_ND.device):
-            grad_nV = hidden_ND.new_zeros(len(ids_NK[part]), len(table_VD))
-            grad_nV.scatter_add_(1, ids_NK[part], grads[0][part])
+            ids_nK = ids_NK[part]
+            grad_nV = hidden_ND.new_zeros(len(ids_nK), len(table_VD))
+            first_n1 = torch.arange(0, grad_nV.numel(), len(table_VD), device=ids_NK.device)[
+                :, None
+            ]
+            # Flat, which is several times as fast.
+            grad_nV.view(-1).scatter_add_(
+                0, (ids_nK + first_n1).flatten(), grads[0][part].flatten()
+            )
             grad_hidden_ND[part] = row_products(grad_nV, table_VD.T)
             grad_table_VD += row_products(grad_nV.T, hidden_ND[part].T)
         return grad_hidden_ND, grad_table_VD, None, None

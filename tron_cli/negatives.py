@@ -122,6 +122,8 @@ def _draw_in_batch(
     rows_N = batch.rows_N
     num_sessions, num_events = len(batch.lengths_B), len(rows_N)
     device = rows_N.device
+    if not num_batch:
+        return torch.zeros((num_sessions, 0), dtype=torch.int64, device=device), None
     # The num_batch largest of independent random keys are a draw without replacement.
     keys_BN = torch.rand((num_sessions, num_events), device=device)
     if other_sessions_only:

@@ -10,11 +10,15 @@ Shapes: N packed events, D embedding_dim, R rows of a group, W their padded widt
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from tron_cli.models.dropout import Dropout, drop
+from tron_cli.models.initialize import standard_normal, xavier_uniform
+from tron_cli.products import Linear
 
 if TYPE_CHECKING:
     from tron_cli.batches import AttentionGroup, Batch
@@ -44,16 +48,20 @@ class SASRec(nn.Module):
         # The bias of an item is one more column of its output embedding, met by a constant 1.
         output_dim = embedding_dim + int(output_bias)
         input_dim = output_dim if reuse_item_embeddings else embedding_dim
-        self.item_embedding = nn.Embedding(num_items + 1, input_dim)
-        self.position_embedding = nn.Embedding(sequence_length, embedding_dim)
-        nn.init.xavier_uniform_(self.item_embedding.weight)
-        nn.init.xavier_uniform_(self.position_embedding.weight)
+        self.item_embedding = nn.Embedding.from_pretrained(
+            xavier_uniform(num_items + 1, input_dim), freeze=False
+        )
+        self.position_embedding = nn.Embedding.from_pretrained(
+            xavier_uniform(sequence_length, embedding_dim), freeze=False
+        )
         self.output_embedding = (
             self.item_embedding
             if reuse_item_embeddings
-            else nn.Embedding(num_items + 1, output_dim)
+            else nn.Embedding.from_pretrained(
+                standard_normal(num_items + 1, output_dim), freeze=False
+            )
         )
-        self.dropout = nn.Dropout(dropout_rate)
+        self.dropout = Dropout(dropout_rate)
         self.blocks = nn.ModuleList(
             Block(embedding_dim, num_heads, dropout_rate) for _ in range(num_blocks)
         )
@@ -95,13 +103,13 @@ class Block(nn.Module):
         self.num_heads = num_heads
         self.dropout_rate = dropout_rate
         self.attention_norm = nn.LayerNorm(dim)
-        self.query_key_value = nn.Linear(dim, 3 * dim)
-        self.attention_output = nn.Linear(dim, dim)
+        self.query_key_value = Linear(dim, 3 * dim)
+        self.attention_output = Linear(dim, dim)
         self.feed_forward_norm = nn.LayerNorm(dim)
         self.feed_forward = nn.Sequential(
-            nn.Linear(dim, dim), nn.ReLU(), nn.Dropout(dropout_rate), nn.Linear(dim, dim)
+            Linear(dim, dim), nn.ReLU(), Dropout(dropout_rate), Linear(dim, dim)
         )
-        self.dropout = nn.Dropout(dropout_rate)
+        self.dropout = Dropout(dropout_rate)
         nn.init.xavier_uniform_(self.query_key_value.weight)
         nn.init.zeros_(self.query_key_value.bias)
         nn.init.zeros_(self.attention_output.bias)
@@ -121,13 +129,44 @@ class Block(nn.Module):
             if group.keep is None:
                 qkv = qkv_N3D[group.start : group.end]
             else:
-                qkv = qkv_N3D[group.gather_RW.flatten()]
+                qkv = _Padded.apply(qkv_N3D, group.gather_RW.flatten(), group.keep)
             q_RHWD, k_RHWD, v_RHWD = qkv.view(rows, width, 3, self.num_heads, -1).permute(
                 2, 0, 3, 1, 4
             )
-            out_RHWD = F.scaled_dot_product_attention(
-                q_RHWD, k_RHWD, v_RHWD, dropout_p=dropout_rate, is_causal=True
-            )
+            out_RHWD = causal_attention(q_RHWD, k_RHWD, v_RHWD, dropout_rate)
             out_ND = out_RHWD.transpose(1, 2).reshape(rows * width, -1)
-            attended.append(out_ND if group.keep is None else out_ND[group.keep])
+            attended.append(out_ND if group.keep is None else out_ND.index_select(0, group.keep))
         return torch.cat(attended)
+
+
+def causal_attention(
+    q_RHWD: torch.Tensor, k_RHWD: torch.Tensor, v_RHWD: torch.Tensor, dropout_rate: float
+) -> torch.Tensor:
+    """F.scaled_dot_product_attention, which has no fast way for dropout on the CPU."""
+    if not dropout_rate or q_RHWD.is_cuda:
+        return F.scaled_dot_product_attention(
+            q_RHWD, k_RHWD, v_RHWD, dropout_p=dropout_rate, is_causal=True
+        )
+    width, dim = q_RHWD.shape[2:]
+    future_WW = q_RHWD.new_full((width, width), -torch.inf).triu_(1)
+    scores_RHWW = q_RHWD @ (k_RHWD / math.sqrt(dim)).transpose(2, 3) + future_WW
+    return drop(scores_RHWW.softmax(dim=3), dropout_rate) @ v_RHWD
+
+
+class _Padded(torch.autograd.Function):
+    """Events at the places of padded rows. What attention computes at padding is dropped, so only
+    the events themselves have gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: torch.Tensor, gather: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(gather[keep], keep)
+        ctx.num_events = len(x_ND)
+        return x_ND.index_select(0, gather)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        event, keep = ctx.saved_tensors
+        grad_ND = grads[0].new_zeros(ctx.num_events, grads[0].shape[1])
+        return grad_ND.index_copy_(0, event, grads[0].index_select(0, keep)), None, None
