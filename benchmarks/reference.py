@@ -130,7 +130,9 @@ class PlainTron(nn.Module):
         self.optimizer.step()
 
     @torch.no_grad()
-    def validate(self, batch: PaddedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def validate(
+        self, batch: PaddedBatch, first_step: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sums of hits and reciprocal ranks at CUTOFFS, from the top 20 of every time step; loss.
 
         As in the originals the loss on sampled negatives is part of validation.
@@ -138,7 +140,7 @@ class PlainTron(nn.Module):
         self.eval()
         hidden_BLD = self(batch)
         recall, mrr = torch.zeros(len(CUTOFFS)), torch.zeros(len(CUTOFFS))
-        for step in range(self.length):
+        for step in range(first_step, self.length):
             score_BI = hidden_BLD[:, step] @ self.items.weight.T
             score_BI[:, 0] = -torch.inf
             top_Bk = score_BI.topk(min(max(CUTOFFS), self.num_items), dim=-1).indices
