@@ -84,9 +84,7 @@ def test_loss_and_gradients_are_those_of_a_dense_embedding(
         ours, theirs, batch, negatives = step_of_both(config, num_items)
         assert ours.keys() == theirs.keys()
         for name, gradient in ours.items():
-            torch.testing.assert_close(
-                gradient.to_dense(), theirs[name], rtol=0, atol=1e-9, msg=lambda text, n=name: n + text
-            )  # fmt: skip
+            torch.testing.assert_close(gradient.to_dense(), theirs[name], rtol=0, atol=1e-9)
             assert gradient.is_sparse == (name in TABLES and optimizer != "adam"), name
         check_rows(ours, batch, negatives, reuse=reuse)
 

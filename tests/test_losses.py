@@ -2,14 +2,19 @@
 
 import math
 from functools import partial
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from tron_cli import logits, losses
+from tron_cli import logits, losses, products
+from tron_cli.batches import pack
 from tron_cli.logits import dot_products
+from tron_cli.negatives import Negatives
 
 LOSSES = {
     "bce": losses.bce,
@@ -226,3 +231,305 @@ def test_dot_products_keep_their_precision_under_autocast():
         found = dot_products(hidden, table, ids)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, (hidden[:, None] * table[ids]).sum(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_picked_and_gathered_products_are_the_same(monkeypatch, dtype):
+    """Values and gradients, with ids that repeat, in parts and whole, known before or not."""
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(150, 6, dtype=torch.float64, generator=generator)
+    table = torch.randn(40, 6, dtype=torch.float64, generator=generator)
+    ids = torch.randint(40, (150, 9), generator=generator)
+    weight = torch.randn(150, 9, dtype=torch.float64, generator=generator)
+    expected = torch.einsum("nd,nkd->nk", hidden, table[ids])
+    expected_hidden = torch.einsum("nk,nkd->nd", weight, table[ids])
+    expected_table = torch.zeros_like(table)
+    expected_table.index_add_(
+        0, ids.flatten(), (weight[:, :, None] * hidden[:, None]).flatten(0, 1)
+    )
+    tolerance = {torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
+    for limit in (1, 40 * 70, 1 << 20):
+        monkeypatch.setitem(logits._ELEMENTS_AT_ONCE, "cpu", limit)
+        for share in (0, 1000):
+            monkeypatch.setattr(logits, "_PRODUCTS_A_GATHER", share)
+            for known in (None, expected.to(dtype)):
+                hidden_ND = hidden.to(dtype, copy=True).requires_grad_()
+                table_VD = table.to(dtype, copy=True).requires_grad_()
+                found = dot_products(hidden_ND, table_VD, ids, known)
+                way = "_PickedProducts" if share else "_GatheredProducts"
+                assert way in type(found.grad_fn).__name__
+                (found * weight.to(dtype)).sum().backward()
+                for ours, exact in (
+                    (found, expected),
+                    (hidden_ND.grad, expected_hidden),
+                    (table_VD.grad, expected_table),
+                ):
+                    assert ours.dtype == dtype
+                    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=tolerance)
+
+
+# --- top-k and sampled logits ---------------------------------------------------------------------
+
+# Small whole numbers: float32 and bf16 compute with them exactly, and they tie.
+ties = st.one_of(st.integers(-3, 3).map(float), st.just(-math.inf))
+
+
+@given(
+    rows=st.integers(1, 70).flatmap(
+        lambda columns: st.lists(
+            st.lists(ties, min_size=columns, max_size=columns), min_size=1, max_size=4
+        )
+    ),
+    data=st.data(),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_top_columns_are_those_of_a_sorted_list(rows, data):
+    topk = data.draw(st.integers(1, len(rows[0])))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+    with mock.patch.object(logits, "_GROUP", data.draw(st.sampled_from([2, 3, 16]))):
+        found_nk, column_nk = logits._top_columns(torch.tensor(rows, dtype=dtype), topk)
+    assert found_nk.dtype == dtype
+    for row, found, columns in zip(rows, found_nk.tolist(), column_nk.tolist(), strict=True):
+        assert sorted(found, reverse=True) == sorted(row, reverse=True)[:topk]
+        assert [row[column] for column in columns] == found
+        assert len(set(columns)) == topk
+
+
+def brute_force(hidden, table, batch, negatives, mask_collisions):
+    """The logit of each position's target, and of each of its negatives that count."""
+    inputs, targets = batch.inputs_N.tolist(), batch.targets_N.tolist()
+    num_events, num_sessions = len(inputs), len(batch.lengths_B)
+    found = []
+    for event, row in enumerate(batch.rows_N.tolist()):
+        uniform, keep = negatives.uniform.tolist(), negatives.uniform_keep
+        if negatives.uniform.dim() == 1:
+            kept = keep is None or bool(keep[0])
+        else:
+            by_event = len(uniform) == num_events != num_sessions
+            kept = keep is None or bool(keep[event if by_event else row])
+            uniform = uniform[event if by_event else row]
+        items = list(uniform) if kept else []
+        for column, other in enumerate(negatives.in_batch_BM[row].tolist()):
+            if negatives.in_batch_keep_BM is None or negatives.in_batch_keep_BM[row, column]:
+                items.append(inputs[other])
+        if mask_collisions:
+            items = [item for item in items if item != targets[event]]
+        score = [table[item] @ hidden[event] for item in items]
+        found.append((table[targets[event]] @ hidden[event], score))
+    return found
+
+
+@st.composite
+def sampled(draw):
+    """A batch, its negatives, hidden states and a table, all small enough to collide and tie."""
+    lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(sorted))
+    num_events, num_sessions = sum(lengths), len(lengths)
+    num_items = draw(st.sampled_from([1, 3, 12]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+
+    def integers(high, *shape, low=0):
+        return torch.randint(low, high, shape, generator=generator)
+
+    items = integers(num_items + 1, num_events + num_sessions, low=1).numpy().astype(np.int32)
+    starts = np.cumsum([0, *(length + 1 for length in lengths[:-1])])
+    batch = pack(items, starts, np.array(lengths), with_targets=True)
+    sets = draw(st.sampled_from([None, num_sessions, num_events]))
+    num_in_batch = draw(st.integers(0, num_events))
+    num_uniform = draw(st.integers(0 if num_in_batch else 1, 40))
+    shape = (num_uniform,) if sets is None else (sets, num_uniform)
+    uniform_keep = in_batch_keep_BM = None
+    if draw(st.booleans()):
+        uniform_keep = integers(2, sets or 1).bool()
+    if draw(st.booleans()):
+        in_batch_keep_BM = integers(2, num_sessions, num_in_batch).bool()
+    negatives = Negatives(
+        uniform=integers(num_items + 1, *shape, low=1),
+        uniform_keep=uniform_keep,
+        in_batch_BM=torch.rand(num_sessions, num_events, generator=generator).argsort()[
+            :, :num_in_batch
+        ],
+        in_batch_keep_BM=in_batch_keep_BM,
+    )
+    if draw(st.booleans()):
+        hidden, table = integers(4, num_events, 3, low=-3), integers(4, num_items + 1, 3, low=-3)
+    else:
+        hidden = torch.randn(num_events, 3, generator=generator)
+        table = torch.randn(num_items + 1, 3, generator=generator)
+    return batch, negatives, hidden.double(), table.double()
+
+
+@given(
+    case=sampled(),
+    topk=st.one_of(st.none(), st.integers(1, 60)),
+    mask=st.booleans(),
+    limit=st.sampled_from([1, 30, 1 << 20]),
+    group=st.sampled_from([2, 3, 16]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=300, deadline=None)
+def test_sampled_logits_are_those_of_lists(case, topk, mask, limit, group, dtype):
+    """Which negatives count and how high they are; gradients; what top-k leaves away."""
+    batch, negatives, hidden, table = case
+    hidden_ND, table_VD = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, table))
+    with (
+        mock.patch.dict(logits._ELEMENTS_AT_ONCE, {"cpu": limit}),
+        mock.patch.object(logits, "_GROUP", group),
+    ):
+        positive_N, negative_NK, keep_NK = logits.sampled_logits(
+            hidden_ND, table_VD, batch, negatives, topk=topk, mask_collisions=mask
+        )
+    width = negatives.uniform.shape[-1] + negatives.in_batch_BM.shape[1]
+    assert negative_NK.shape == (len(hidden), min(topk or width, width))
+    assert positive_N.dtype == negative_NK.dtype == dtype
+    assert negative_NK.isfinite().all()
+    if keep_NK is None:
+        assert not mask
+        keep_NK = torch.ones_like(negative_NK, dtype=torch.bool)
+
+    exact_hidden, exact_table = hidden.requires_grad_(), table.requires_grad_()
+    total = exact_hidden.new_zeros(())
+    tolerance = {torch.float32: 2e-5, torch.float64: 1e-12}[dtype]
+    for event, (positive, scores_K) in enumerate(
+        brute_force(exact_hidden, exact_table, batch, negatives, mask)
+    ):
+        assert positive_N[event].item() == pytest.approx(positive.item(), abs=tolerance)
+        scores_K = sorted(scores_K, key=torch.Tensor.item, reverse=True)[: topk or width]
+        kept = negative_NK[event][keep_NK[event]].tolist()
+        assert sorted(kept, reverse=True) == pytest.approx(
+            [score.item() for score in scores_K], abs=tolerance
+        )
+        total = total + 0.5 * positive**2 + sum(score**3 / 3 for score in scores_K)
+    # Weights that do not depend on the order. Of items that tie at the k-th place either may stay,
+    # so gradients are compared where nothing but copies of one item can tie.
+    ours = 0.5 * positive_N.square().sum() + (negative_NK**3 / 3)[keep_NK].sum()
+    ours.backward()
+    total.backward()
+    if hidden.frac().any():
+        torch.testing.assert_close(
+            hidden_ND.grad.double(), exact_hidden.grad, rtol=1e-4, atol=10 * tolerance
+        )
+        torch.testing.assert_close(
+            table_VD.grad.double(), exact_table.grad, rtol=1e-4, atol=10 * tolerance
+        )
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_top_k_under_autocast_picks_by_what_it_returns(enabled):
+    """Each kept logit is the highest left, and its gradient is the row of an item so high."""
+    torch.manual_seed(3)
+    items, starts, lengths = np.arange(1, 32, dtype=np.int32), np.array([0, 11]), np.array([10, 19])
+    batch = pack(items, starts, lengths, with_targets=True)
+    negatives = Negatives(
+        torch.randint(1, 400, (300,)), None, torch.arange(20).view(2, 10) + 9, None
+    )
+    hidden_ND, table_VD = torch.randn(29, 16, requires_grad=True), torch.randn(400, 16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        positive_N, negative_NK, keep_NK = logits.sampled_logits(
+            hidden_ND, table_VD, batch, negatives, topk=5, mask_collisions=True
+        )
+    assert keep_NK.all()
+    assert positive_N.dtype == negative_NK.dtype == torch.float32
+    exact = brute_force(hidden_ND.detach().double(), table_VD.double(), batch, negatives, True)
+    for event, (positive, scores_K) in enumerate(exact):
+        assert positive_N[event].item() == pytest.approx(float(positive), rel=1e-5, abs=1e-5)
+        best = sorted(map(float, scores_K), reverse=True)[:5]
+        rounding = 0.02 * max(map(abs, best)) if enabled else 1e-4
+        found = sorted(negative_NK[event].tolist(), reverse=True)
+        assert found == pytest.approx(best, abs=rounding)
+        for column in range(5):
+            (row_ND,) = torch.autograd.grad(
+                negative_NK[event, column], hidden_ND, retain_graph=True
+            )
+            logit = float(row_ND[event] @ hidden_ND[event].detach())
+            assert logit == pytest.approx(negative_NK[event, column].item(), abs=rounding)
+
+
+# --- products of rows -----------------------------------------------------------------------------
+
+ROUND = (1, 2, 63, 64, 65, 127, 128, 129)
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "plain"])
+def one_dnn(request, monkeypatch):
+    if request.param and not products._one_dnn():
+        pytest.skip("this processor or build has no AVX-512 oneDNN")
+    monkeypatch.setattr(products, "_one_dnn", lambda: request.param)
+    return request.param
+
+
+def _check_gradients(function, exact, tensors):
+    """Value and gradients in float32 against float64, under weights and under a plain sum."""
+    for weigh in (True, False):
+        ours = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+        theirs = [tensor.detach().double().requires_grad_() for tensor in tensors]
+        found, expected = function(*ours), exact(*theirs)
+        assert found.dtype == torch.float32
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+        weight = torch.randn(found.shape) if weigh else torch.ones(())
+        # A sum hands back a gradient that is one number, expanded.
+        (found * weight if weigh else found).sum().backward()
+        (expected * weight).sum().backward()
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", ROUND)
+def test_products_of_rows_have_the_gradients_of_float64(rows, one_dnn):
+    torch.manual_seed(rows)
+    a_ND, table_VD = torch.randn(rows, 20), torch.randn(33, 20)
+    _check_gradients(products.row_products, lambda a, b: a @ b.T, [a_ND, table_VD])
+    # Either one alone, and views: rows of every second place, columns of a wider table.
+    _check_gradients(
+        lambda a: products.row_products(a, table_VD), lambda a: a @ table_VD.double().T, [a_ND]
+    )
+    _check_gradients(
+        lambda b: products.row_products(a_ND, b), lambda b: a_ND.double() @ b.T, [table_VD]
+    )
+    wide_ND = torch.randn(2 * rows, 23)
+    _check_gradients(
+        lambda a, b: products.row_products(a[::2, 3:], b[1:]),
+        lambda a, b: a[::2, 3:] @ b[1:].T,
+        [wide_ND, table_VD],
+    )
+
+
+@pytest.mark.parametrize("rows", ROUND)
+def test_linear_layers_have_the_gradients_of_float64(rows, one_dnn):
+    torch.manual_seed(rows)
+    layer, exact = products.Linear(20, 33), torch.nn.Linear(20, 33).double()
+    exact.load_state_dict(layer.state_dict())
+    _check_gradients(layer, exact, [torch.randn(rows, 20)])
+    for ours, theirs in zip(layer.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=2e-4)
+    with torch.no_grad():
+        x_ND = torch.randn(rows, 20)
+        torch.testing.assert_close(layer(x_ND).double(), exact(x_ND.double()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65])
+def test_linear_layers_under_autocast_are_torchs(rows, one_dnn):
+    torch.manual_seed(rows)
+    layer = products.Linear(20, 33)
+    x_ND = torch.randn(rows, 20)
+    outcomes = []
+    for function in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
+        leaf_ND = x_ND.clone().requires_grad_()
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out_NV = function(leaf_ND)
+        assert out_NV.dtype == torch.bfloat16
+        out_NV.float().square().sum().backward()
+        outcomes.append([out_NV, leaf_ND.grad, layer.weight.grad, layer.bias.grad])
+    for ours, theirs in zip(*outcomes, strict=True):
+        # The same arithmetic on more rows: at most sums in another order before rounding to bf16.
+        torch.testing.assert_close(
+            ours.float(), theirs.float(), rtol=0.01, atol=0.01 * theirs.abs().max().item()
+        )
+
+
+def test_float64_layers_stay_in_float64(one_dnn):
+    layer = products.Linear(5, 3).double()
+    x_ND = torch.randn(70, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x_ND[:3],))
+    torch.testing.assert_close(layer(x_ND), x_ND @ layer.weight.T + layer.bias)
