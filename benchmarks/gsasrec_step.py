@@ -33,7 +33,7 @@ def settings(**changes: Any) -> ExperimentConfig:
         "num_blocks": 2,
         "dropout_rate": 0.5,
         "reuse_item_embeddings": False,
-        "loss": "bce",
+        "loss": "gbce",
         "num_uniform_negatives": 256,
         "num_batch_negatives": 0,
         "sampling_style": "eventwise",

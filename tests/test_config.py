@@ -35,6 +35,8 @@ OUT_OF_RANGE = [
     ("dropout_rate", 1.0),
     ("dropout_rate", float("nan")),
     ("bpr_penalty", -1.0),
+    ("gbce_t", -0.1),
+    ("gbce_t", 1.1),
     ("num_uniform_negatives", -1),
     ("num_batch_negatives", -5),
     ("topk_sampling_k", 0),
@@ -377,3 +379,29 @@ def test_config_does_not_load_torch():
     code = "import sys, tron_cli.config; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+PLAIN_UNIFORM = {
+    "loss": "gbce",
+    "topk_sampling": False,
+    "num_batch_negatives": 0,
+    "sampling_style": "eventwise",
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"topk_sampling": True},
+        {"num_batch_negatives": 3},
+        {"reject_uniform_session_items": True},
+        {"sampling_style": "sessionwise", "reject_uniform_session_items": True},
+        {"sampling_style": "batchwise"},  # reject_in_batch_items is the default
+    ],
+)
+def test_gbce_refuses_negatives_for_which_its_beta_does_not_hold(change):
+    ExperimentConfig(dataset_name="shop", **PLAIN_UNIFORM)
+    with pytest.raises(InputError, match="loss=gbce needs plain uniform negatives"):
+        ExperimentConfig(dataset_name="shop", **{**PLAIN_UNIFORM, **change})
+    plain = {"sampling_style": "batchwise", "reject_in_batch_items": False}
+    ExperimentConfig(dataset_name="shop", **{**PLAIN_UNIFORM, **plain})

@@ -18,6 +18,7 @@ from tron_cli.negatives import Negatives
 
 LOSSES = {
     "bce": losses.bce,
+    "gbce": partial(losses.gbce, beta=0.3),
     "ssm": losses.ssm,
     "bpr-max": partial(losses.bpr_max, penalty=0.0),
     "bpr-max with penalty": partial(losses.bpr_max, penalty=0.7),
@@ -34,6 +35,9 @@ def closed_form(name: str, positive: float, negatives: list[float]) -> float:
     if name == "bce":
         mean = sum(map(_softplus, negatives)) / len(negatives) if negatives else 0.0
         return _softplus(-positive) + mean
+    if name == "gbce":
+        terms = [0.3 * _softplus(-positive), *map(_softplus, negatives)]
+        return sum(terms) / len(terms)
     if not negatives:
         return 0.0
     if name == "ssm":
@@ -110,7 +114,7 @@ def test_no_negative_left_gives_no_pull_on_negatives_and_no_nan(name):
     assert loss_N.tolist() == pytest.approx(expected, abs=1e-6)
     assert not negative_NK.grad.any()
     assert positive_N.grad.isfinite().all()
-    assert positive_N.grad.any() == (name == "bce")
+    assert positive_N.grad.any() == (name in ("bce", "gbce"))
 
 
 @every_loss
@@ -533,3 +537,27 @@ def test_float64_layers_stay_in_float64(one_dnn):
     x_ND = torch.randn(70, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (x_ND[:3],))
     torch.testing.assert_close(layer(x_ND), x_ND @ layer.weight.T + layer.bias)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize(("num_negatives", "num_items"), [(1, 3416), (256, 3416), (99, 100)])
+def test_gbce_is_bce_of_the_published_transformation(t, num_negatives, num_items):
+    """log(1 / (sigmoid(p) ^ -beta - 1)) as the positive's logit, in float64, mean over k + 1."""
+    generator = torch.Generator().manual_seed(3)
+    positive_N = torch.rand(50, dtype=torch.float64, generator=generator) * 12 - 6
+    negative_NK = torch.randn(50, num_negatives, dtype=torch.float64, generator=generator) * 3
+    alpha = num_negatives / (num_items - 1)
+    beta = alpha * ((1 - 1 / alpha) * t + 1 / alpha)
+    transformed_N = (1 / (torch.sigmoid(positive_N) ** -beta - 1)).log()
+    logits_N1K = torch.cat([transformed_N[:, None], negative_NK], dim=1)
+    labels_N1K = torch.zeros_like(logits_N1K)
+    labels_N1K[:, 0] = 1
+    expected = F.binary_cross_entropy_with_logits(logits_N1K, labels_N1K, reduction="none").mean(1)
+    found_beta = losses.gbce_beta(t, num_negatives, num_items)
+    assert found_beta == pytest.approx(beta, rel=1e-12)
+    found = losses.gbce(positive_N, negative_NK, None, beta=found_beta)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    # In float32 too, where the transformation is lost in its clamps.
+    single = losses.gbce(positive_N.float() * 20, negative_NK.float(), None, beta=found_beta)
+    exact = losses.gbce(positive_N * 20, negative_NK, None, beta=found_beta)
+    torch.testing.assert_close(single.double(), exact, rtol=1e-5, atol=1e-6)

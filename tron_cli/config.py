@@ -28,14 +28,16 @@ def _setting(
     doc: str,
     *,
     low: float | None = None,
+    high: float | None = None,
     above: float | None = None,
     below: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """A field with its meaning, unit and range; low is in the range, above and below are not."""
+    """A field with its meaning, unit and range; low and high belong to it, above and below not."""
     metadata = {
         "doc": doc,
         "low": low,
+        "high": high,
         "above": above,
         "below": below,
         "choices": choices,
@@ -70,7 +72,13 @@ class ExperimentConfig:
     output_bias: bool = _setting(False, "one learned bias an item, added to its score")
 
     # Loss and negatives
-    loss: str = _setting("ssm", "training loss", choices=("bce", "bpr-max", "ssm"))
+    loss: str = _setting("ssm", "training loss", choices=("bce", "bpr-max", "gbce", "ssm"))
+    gbce_t: float = _setting(
+        0.75,
+        "how far gbce undoes the overconfidence of sampling: 0 not at all, 1 fully",
+        low=0,
+        high=1,
+    )
     bpr_penalty: float = _setting(0.0, "weight of bpr-max's score penalty", low=0)
     num_uniform_negatives: int = _setting(
         16384, "uniformly drawn negatives an event, session or batch", low=0
@@ -173,6 +181,8 @@ class ExperimentConfig:
                 f"embedding_dim={self.embedding_dim} is not a multiple of "
                 f"num_heads={self.num_heads}; change one of them"
             )
+        if self.loss == "gbce":
+            self._check_gbce()
         negatives = self.num_uniform_negatives + self.num_batch_negatives
         if negatives == 0:
             raise InputError(
@@ -190,6 +200,30 @@ class ExperimentConfig:
                     f"metrics and val_metric need a measure with a cutoff such as nDCG@10, "
                     f"not {measure!r}"
                 )
+
+    def _check_gbce(self) -> None:
+        """Its beta holds for negatives that are drawn uniformly from all items, and all used."""
+        wrong = [
+            name
+            for name, value in (
+                ("topk_sampling=True", self.topk_sampling),
+                (f"num_batch_negatives={self.num_batch_negatives}", self.num_batch_negatives),
+                (
+                    "reject_uniform_session_items=True",
+                    self.reject_uniform_session_items and self.sampling_style != "batchwise",
+                ),
+                (
+                    "reject_in_batch_items=True",
+                    self.reject_in_batch_items and self.sampling_style == "batchwise",
+                ),
+            )
+            if value
+        ]
+        if wrong:
+            raise InputError(
+                f"loss=gbce needs plain uniform negatives, but got {' and '.join(wrong)}; set "
+                "these to False or 0, or take another loss"
+            )
 
     @property
     def method(self) -> str:
@@ -394,6 +428,7 @@ def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
         return
     bounds = (
         ("at least", limits.get("low"), lambda v, b: v >= b),
+        ("at most", limits.get("high"), lambda v, b: v <= b),
         ("above", limits.get("above"), lambda v, b: v > b),
         ("below", limits.get("below"), lambda v, b: v < b),
     )

@@ -25,6 +25,32 @@ def bce(
     return negative_N - F.logsigmoid(positive_N)
 
 
+def gbce(
+    positive_N: torch.Tensor,
+    negative_NK: torch.Tensor,
+    keep_NK: torch.Tensor | None,
+    *,
+    beta: float,
+) -> torch.Tensor:
+    """Generalized binary cross-entropy: (beta softplus(-p) + sum_j softplus(n_j)) / (1 + K).
+
+    Petrov and Macdonald, gSASRec (RecSys 2023), in closed form instead of a transformed logit. The
+    mean is over the kept negatives and the positive. See `gbce_beta`.
+    """
+    terms_NK = -F.logsigmoid(-negative_NK)
+    kept_N: torch.Tensor | int = negative_NK.shape[1]
+    if keep_NK is not None:
+        terms_NK = terms_NK * keep_NK
+        kept_N = keep_NK.sum(dim=1)
+    return (terms_NK.sum(dim=1) - beta * F.logsigmoid(positive_N)) / (kept_N + 1)
+
+
+def gbce_beta(t: float, num_negatives: int, num_items: int) -> float:
+    """The power that undoes the overconfidence of sampling: none at t = 0, all of it at t = 1."""
+    sampled = num_negatives / max(1, num_items - 1)
+    return sampled * (t * (1 - 1 / sampled) + 1 / sampled)
+
+
 def ssm(
     positive_N: torch.Tensor, negative_NK: torch.Tensor, keep_NK: torch.Tensor | None
 ) -> torch.Tensor:
