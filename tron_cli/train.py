@@ -231,6 +231,9 @@ def training_loss(
     with phase("loss"):
         if config.loss == "bce":
             loss_N = losses.bce(positive_N, negative_NK, keep_NK)
+        elif config.loss == "gbce":
+            beta = losses.gbce_beta(config.gbce_t, config.num_uniform_negatives, num_items)
+            loss_N = losses.gbce(positive_N, negative_NK, keep_NK, beta=beta)
         elif config.loss == "ssm":
             loss_N = losses.ssm(positive_N, negative_NK, keep_NK)
         else:
