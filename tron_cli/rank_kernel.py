@@ -109,6 +109,7 @@ class CoarseTable:
             BLOCK_K=_BLOCK_K,
             num_warps=8,
             num_stages=4,
+            maxnreg=128,  # two programs at a time on a multiprocessor: one computes, one compares
         )
         return Comparison(ahead_E.long(), in_doubt_E.long(), in_doubt_EN)
 
@@ -198,28 +199,33 @@ if triton is not None:
         below_E = tl.load(below_ptr + event_E, mask=is_event_E, other=float("inf"))
         k_K = tl.arange(0, BLOCK_K)
         # Rows past the end are read from the last one, and left out of the comparison.
-        row_E = tl.minimum(event_E, num_events - 1).to(tl.int64) * WIDTH
+        row_E = tl.minimum(event_E, num_events - 1) * WIDTH
         ahead_E = tl.zeros([BLOCK_E], dtype=tl.int32)
         for low in range(first, end, BLOCK_I):
             item_I = low + tl.arange(0, BLOCK_I)
-            row_I = tl.minimum(item_I, end - 1).to(tl.int64) * WIDTH
+            row_I = (tl.minimum(item_I, end - 1) - low) * WIDTH
+            tile_ptr = table_ptr + tl.cast(low, tl.int64) * WIDTH
             score_EI = tl.zeros([BLOCK_E, BLOCK_I], dtype=tl.float32)
             for k in range(0, WIDTH, BLOCK_K):
                 h_EK = tl.load(hidden_ptr + row_E[:, None] + (k + k_K)[None, :])
-                e_KI = tl.load(table_ptr + row_I[None, :] + (k + k_K)[:, None])
+                e_KI = tl.load(tile_ptr + row_I[None, :] + (k + k_K)[:, None])
                 score_EI = tl.dot(h_EK, e_KI, score_EI)
             is_item_I = (item_I < end)[None, :]
             higher_EI = (score_EI > above_E[:, None]) & is_item_I
             ahead_E += tl.sum(higher_EI.to(tl.int32), axis=1)
             near_EI = (score_EI >= below_E[:, None]) & (score_EI <= above_E[:, None]) & is_item_I
-            if tl.max(tl.max(near_EI.to(tl.int32), axis=1), axis=0) > 0:
-                pointer_EI = tl.broadcast_to((in_doubt_ptr + event_E)[:, None], near_EI.shape)
-                place_EI = tl.atomic_add(pointer_EI, 1, mask=near_EI, sem="relaxed")
+            near_E = tl.sum(near_EI.to(tl.int32), axis=1)
+            while tl.max(near_E, axis=0) > 0:
+                # The last of each row. One place a row keeps the registers of two programs free.
+                last_E = tl.max(tl.where(near_EI, item_I[None, :], 0), axis=1)
+                place_E = tl.atomic_add(in_doubt_ptr + event_E, 1, mask=near_E > 0, sem="relaxed")
                 tl.store(
-                    listed_ptr + event_E.to(tl.int64)[:, None] * CAPACITY + place_EI,
-                    tl.broadcast_to(item_I[None, :], near_EI.shape),
-                    mask=near_EI & (place_EI < CAPACITY),
+                    listed_ptr + event_E.to(tl.int64) * CAPACITY + place_E,
+                    last_E,
+                    mask=(near_E > 0) & (place_E < CAPACITY),
                 )
+                near_EI = near_EI & (item_I[None, :] != last_E[:, None])
+                near_E -= 1
         tl.atomic_add(ahead_ptr + event_E, ahead_E, mask=is_event_E)
 
     @triton.jit

@@ -26,7 +26,7 @@ from tron_cli.errors import RunError
 from tron_cli.products import row_products
 
 _EVENTS_AT_ONCE = 1 << 12
-_CHUNK_ELEMENTS = 1 << 21  # scores held at once: 8 MB, so that comparing finds them in the cache
+_CHUNK_ELEMENTS = 1 << 20  # scores held at once: 4 MB, so that comparing finds them in the cache
 _CHUNK_ELEMENTS_CUDA = 1 << 26
 _LIST_ELEMENTS = 1 << 24  # scores held at once for lists of the best items, of whole rows
 _PAIRS_AT_ONCE = 1 << 10
