@@ -6,12 +6,15 @@ Shapes: N events of a batch, B rows (sessions, or prefixes of sessions), L seque
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from tron_cli.dataset import Sessions
+
+# The events of a padded batch are a multiple of this.
+_EVENTS = 128
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class AttentionGroup:
     start, end: the rows' events in the packed order. gather_RW: int64, packed event at each place
     of the padded rows (places past a row's end repeat its last event: causal attention never looks
     there). keep: int64 [end - start], places of the padded rows that are events; None when the rows
-    have one length and nothing is padded.
+    have one length and nothing is padded. In a padded batch its padding has the first place.
     """
 
     start: int
@@ -37,6 +40,9 @@ class Batch:
     inputs_N: int64 item ids. targets_N: int64, the item that follows each input, or None where only
     hidden states are wanted. lengths_B: int64. rows_N: int64, the row of each event.
     places_N: int64, place of each event in its row, from 0. groups: how attention splits the rows.
+    padded: whether shapes are rounded up, for a device that computes the same shapes again and
+    again: the last events may be padding, with item 0, target 0, row 0 and place 0, and all rows
+    are one group. memory: int64, of which all the tensors are views, where they are.
     """
 
     inputs_N: torch.Tensor
@@ -45,30 +51,58 @@ class Batch:
     rows_N: torch.Tensor
     places_N: torch.Tensor
     groups: tuple[AttentionGroup, ...]
+    padded: bool = False
+    memory: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; copies do not block where the memory is pinned."""
+        """The same batch on `device`, to which it goes in one copy that nothing waits for."""
         if device.type == "cpu":
             return self
 
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
+        whole = self if self.memory is not None else self.in_one_piece(pinned=True)
+        assert whole.memory is not None
+        return whole._over(whole.memory.to(device, non_blocking=True))
 
+    def in_one_piece(self, *, pinned: bool) -> Batch:
+        """The same batch with all of its tensors in one stretch of memory, for one copy."""
+        tensors = self._tensors()
+        size = sum(tensor.numel() for tensor in tensors)
+        memory = torch.empty(size, dtype=torch.int64, pin_memory=pinned)
+        torch.cat([tensor.flatten() for tensor in tensors], out=memory)
+        return self._over(memory)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        tensors = [self.inputs_N, self.lengths_B, self.rows_N, self.places_N]
+        if self.targets_N is not None:
+            tensors.append(self.targets_N)
+        for group in self.groups:
+            tensors.append(group.gather_RW)
+            if group.keep is not None:
+                tensors.append(group.keep)
+        return tensors
+
+    def _over(self, memory: torch.Tensor) -> Batch:
+        """A batch of these shapes whose tensors are views of `memory`."""
+        tensors = self._tensors()
+        parts = memory.split([tensor.numel() for tensor in tensors])
+        views = (part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
+        inputs_N, lengths_B, rows_N, places_N = (next(views) for _ in range(4))
         return Batch(
-            inputs_N=move(self.inputs_N),
-            targets_N=None if self.targets_N is None else move(self.targets_N),
-            lengths_B=move(self.lengths_B),
-            rows_N=move(self.rows_N),
-            places_N=move(self.places_N),
+            inputs_N=inputs_N,
+            targets_N=None if self.targets_N is None else next(views),
+            lengths_B=lengths_B,
+            rows_N=rows_N,
+            places_N=places_N,
             groups=tuple(
-                AttentionGroup(
-                    start=group.start,
-                    end=group.end,
-                    gather_RW=move(group.gather_RW),
-                    keep=None if group.keep is None else move(group.keep),
+                replace(
+                    group,
+                    gather_RW=next(views),
+                    keep=None if group.keep is None else next(views),
                 )
                 for group in self.groups
             ),
+            padded=self.padded,
+            memory=memory,
         )
 
 
@@ -78,25 +112,49 @@ def pack(
     lengths_B: np.ndarray,
     *,
     with_targets: bool,
+    padded_width: int | None = None,
 ) -> Batch:
     """Pack the slices items[start : start + length], each of at least one event.
 
     items: int32 [E]; starts_B, lengths_B: int64, lengths ascending. with_targets: whether
-    items[start + 1 : start + length + 1] are the targets.
+    items[start + 1 : start + length + 1] are the targets. padded_width: pad the batch, with rows of
+    this width in attention, that of the longest or more.
     """
     total = int(lengths_B.sum())
     first_B = np.cumsum(lengths_B) - lengths_B
     rows_N = np.repeat(np.arange(len(lengths_B)), lengths_B)
     places_N = np.arange(total) - first_B[rows_N]
     source_N = starts_B[rows_N] + places_N
+    inputs_N = items[source_N].astype(np.int64)
+    targets_N = items[source_N + 1].astype(np.int64) if with_targets else None
+    if padded_width is not None:
+        padding = (0, -total % _EVENTS)
+        rows_N, places_N, inputs_N = (np.pad(a, padding) for a in (rows_N, places_N, inputs_N))
+        targets_N = None if targets_N is None else np.pad(targets_N, padding)
+        groups = (_whole_group(lengths_B, first_B, rows_N, places_N, padded_width),)
+    else:
+        groups = tuple(_attention_groups(lengths_B, first_B))
     return Batch(
-        inputs_N=torch.from_numpy(items[source_N].astype(np.int64)),
-        targets_N=torch.from_numpy(items[source_N + 1].astype(np.int64)) if with_targets else None,
+        inputs_N=torch.from_numpy(inputs_N),
+        targets_N=None if targets_N is None else torch.from_numpy(targets_N),
         lengths_B=torch.from_numpy(lengths_B),
         rows_N=torch.from_numpy(rows_N),
         places_N=torch.from_numpy(places_N),
-        groups=tuple(_attention_groups(lengths_B, first_B)),
+        groups=groups,
+        padded=padded_width is not None,
     )
+
+
+def _whole_group(
+    lengths_B: np.ndarray,
+    first_B: np.ndarray,
+    rows_N: np.ndarray,
+    places_N: np.ndarray,
+    width: int,
+) -> AttentionGroup:
+    gather = first_B[:, None] + np.minimum(np.arange(width), lengths_B[:, None] - 1)
+    keep = rows_N * width + places_N
+    return AttentionGroup(0, len(rows_N), torch.from_numpy(gather), torch.from_numpy(keep))
 
 
 def _attention_groups(lengths_B: np.ndarray, first_B: np.ndarray) -> Iterator[AttentionGroup]:
@@ -120,15 +178,23 @@ def _attention_groups(lengths_B: np.ndarray, first_B: np.ndarray) -> Iterator[At
         low = high
 
 
-def training_batch(sessions: Sessions, chosen: np.ndarray, sequence_length: int) -> Batch:
+def training_batch(
+    sessions: Sessions, chosen: np.ndarray, sequence_length: int, *, padded: bool = False
+) -> Batch:
     """The last sequence_length + 1 events of each chosen session: inputs, and what follows each.
 
-    chosen: int64 [B], sessions of at least two events.
+    chosen: int64 [B], sessions of at least two events. padded: see `Batch`.
     """
     ends = sessions.offsets[chosen + 1]
     lengths = np.minimum(ends - sessions.offsets[chosen] - 1, sequence_length)
     order = np.argsort(lengths, kind="stable")
-    return pack(sessions.items, (ends - lengths - 1)[order], lengths[order], with_targets=True)
+    return pack(
+        sessions.items,
+        (ends - lengths - 1)[order],
+        lengths[order],
+        with_targets=True,
+        padded_width=sequence_length if padded else None,
+    )
 
 
 def session_order(num_sessions: int, style: str, *, seed: int, epoch: int) -> np.ndarray:

@@ -42,7 +42,7 @@ def look_up(table_VD: torch.Tensor, batch: Batch, negatives: Negatives, *, spars
     ids = torch.cat([batch.inputs_N, batch.targets_N, negatives.uniform.flatten()])
     if not sparse and len(ids) >= len(table_VD):
         return Looked(table_VD, batch, negatives)
-    ids_U, place = ids.unique(return_inverse=True)
+    ids_U, place = _distinct(ids, same_shape=batch.padded)
     return Looked(
         _Rows.apply(table_VD, ids_U, sparse),
         dataclasses.replace(
@@ -60,8 +60,24 @@ def look_up_inputs(
     table_VD: torch.Tensor, batch: Batch, *, sparse: bool
 ) -> tuple[Batch, torch.Tensor]:
     """The batch and the rows of its inputs, for a model that scores with another table."""
-    ids_U, place_N = batch.inputs_N.unique(return_inverse=True)
+    ids_U, place_N = _distinct(batch.inputs_N, same_shape=batch.padded)
     return dataclasses.replace(batch, inputs_N=place_N), _Rows.apply(table_VD, ids_U, sparse)
+
+
+def _distinct(ids: torch.Tensor, *, same_shape: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distinct ids, ascending, and the place of each id among them.
+
+    same_shape: as many as there are ids, so that nobody waits for a device to say how many are
+    distinct; what is too much is 0, the row of no item, which has no gradient.
+    """
+    if not same_shape:
+        return ids.unique(return_inverse=True)
+    ascending, order = ids.sort()
+    is_new = torch.ones_like(ids)
+    is_new[1:] = ascending[1:] != ascending[:-1]
+    place_ascending = is_new.cumsum(0) - 1
+    place = torch.empty_like(ids).scatter_(0, order, place_ascending)
+    return torch.zeros_like(ids).scatter_(0, place_ascending, ascending), place
 
 
 class _Rows(torch.autograd.Function):
@@ -77,7 +93,7 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (ids_U,) = ctx.saved_tensors
         if ctx.sparse:
-            # The ids are distinct and ascending: nothing is left to sum.
+            # Nothing is left to sum: the ids are distinct, or have a gradient of zero.
             return (
                 torch.sparse_coo_tensor(
                     ids_U[None], grads[0], ctx.shape, is_coalesced=True, check_invariants=False

@@ -51,14 +51,18 @@ def sample_negatives(
 
     In-batch negatives are occurrences among the inputs of the other sessions (of all sessions
     without reject_in_batch_items), without replacement; all of them where there are fewer than
-    num_batch, and the rest is marked as not kept.
+    num_batch, and the rest is marked as not kept. Padding of a batch is no candidate and rejects
+    nothing.
     """
     inputs_N = batch.inputs_N
     gaps = None
     if sampling_style == "batchwise":
         shape = torch.Size([num_uniform])
         if reject_in_batch_items:
-            gaps = _Gaps.of(inputs_N[None], num_items)
+            rejected_N = inputs_N
+            if batch.padded:
+                rejected_N = inputs_N.masked_fill(inputs_N == 0, num_items + 1)
+            gaps = _Gaps.of(rejected_N[None], num_items)
     else:
         if reject_uniform_session_items:
             gaps = _Gaps.of(_padded_rows(batch, num_items + 1), num_items)
@@ -129,14 +133,21 @@ def _draw_in_batch(
     if other_sessions_only:
         own_BN = rows_N == torch.arange(num_sessions, device=device)[:, None]
         keys_BN = keys_BN.masked_fill(own_BN, -1.0)
+    if batch.padded:
+        keys_BN = keys_BN.masked_fill(batch.inputs_N == 0, -1.0)
     key_BM, index_BM = keys_BN.topk(min(num_batch, num_events), dim=1)
+    if batch.padded:
+        # How many events there are is known on the device only.
+        return index_BM, key_BM >= 0
     longest = max(group.gather_RW.shape[1] for group in batch.groups)
     enough = num_events - (longest if other_sessions_only else 0) >= num_batch
     return index_BM, None if enough else key_BM >= 0
 
 
 def _padded_rows(batch: Batch, padding: int) -> torch.Tensor:
-    """int64 [B, longest]: the inputs of each session."""
+    """int64 [B, longest]: the inputs of each session, in a padded batch the last one repeated."""
+    if batch.padded:
+        return batch.inputs_N[batch.groups[0].gather_RW]
     longest = max(group.gather_RW.shape[1] for group in batch.groups)
     shape = (len(batch.lengths_B), longest)
     rows = torch.full(shape, padding, dtype=torch.int64, device=batch.inputs_N.device)

@@ -25,7 +25,9 @@ class Optimizer:
     """What the training loop and torch's GradScaler need of an optimizer.
 
     param_groups: one group, whose "lr" is the rate of the next step. state: tensors of each
-    parameter, in their order.
+    parameter, in their order. leaves_out_rows: whether rows of a sparse gradient that are all zero
+    are left out, or else written back as they were: a GPU would have to be waited for to say how
+    many they are. Rows must then be distinct, but for those that are zero.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
@@ -38,12 +40,20 @@ class Optimizer:
         # On the device, so that a step waits for nothing; torch's CUDA kernel wants them narrow.
         dtype = torch.float64 if device.type == "cpu" else torch.float32
         self.steps = torch.zeros((), dtype=dtype, device=device)
-        self._lr = torch.zeros((), dtype=dtype, device=device)
+        self._lr = torch.full((), lr, dtype=dtype, device=device)
+        self._loaded_lr = lr
+        self.leaves_out_rows = device.type == "cpu"
+
+    def load_lr(self) -> None:
+        """Put the rate of the next step on the device: what a recorded `step` has to find there."""
+        if self.param_groups[0]["lr"] != self._loaded_lr:
+            self._loaded_lr = self.param_groups[0]["lr"]
+            self._lr.fill_(self._loaded_lr)
 
     @torch.no_grad()
     def step(self) -> None:
         """Step along the gradients; a parameter without one stays as it is."""
-        self._lr.fill_(self.param_groups[0]["lr"])
+        self.load_lr()
         self.steps += 1
         dense = []
         for weights, state in zip(self.parameters, self.state, strict=True):
@@ -53,7 +63,10 @@ class Optimizer:
             if not gradient.is_sparse:
                 dense.append((weights, gradient, state))
                 continue
-            ids_U, gradient_UD = _touched_rows(gradient)
+            if self.leaves_out_rows:
+                ids_U, gradient_UD = _touched_rows(gradient)
+            else:
+                ids_U, gradient_UD = gradient._indices()[0], gradient._values()
             size = _ROWS_AT_ONCE[weights.device.type]
             for ids, part in zip(ids_U.split(size), gradient_UD.split(size), strict=True):
                 self._step_rows(weights, state, ids, part)
@@ -92,6 +105,19 @@ class Optimizer:
         gradient_UD: torch.Tensor,
     ) -> None:
         raise NotImplementedError
+
+    def _write(
+        self,
+        table: torch.Tensor,
+        ids_U: torch.Tensor,
+        values: torch.Tensor,
+        gradient_UD: torch.Tensor,
+    ) -> None:
+        """Put values into rows of a table of weights or state, but for rows that sleep."""
+        if not self.leaves_out_rows:
+            awake = (gradient_UD.norm(dim=1) != 0).view(-1, *[1] * (values.dim() - 1))
+            values = values.where(awake, table.index_select(0, ids_U))
+        table.index_copy_(0, ids_U, values)
 
 
 class Adam(Optimizer):
@@ -145,13 +171,13 @@ class Adam(Optimizer):
         square_UD = state["square"].index_select(0, ids_U).mul_(self.beta2**age_U1)
         square_UD.addcmul_(gradient_UD, gradient_UD, value=1 - self.beta2)
         now_U = self.steps.to(state["touched"].dtype).expand(len(ids_U))
-        state["touched"].index_copy_(0, ids_U, now_U)
-        state["mean"].index_copy_(0, ids_U, mean_UD)
-        state["square"].index_copy_(0, ids_U, square_UD)
+        self._write(state["touched"], ids_U, now_U, gradient_UD)
+        self._write(state["mean"], ids_U, mean_UD, gradient_UD)
+        self._write(state["square"], ids_U, square_UD, gradient_UD)
         scale = (1 - self.beta2**self.steps).sqrt()
         rate = self._lr / (1 - self.beta1**self.steps)
         move_UD = mean_UD.mul_(-rate).div_(square_UD.sqrt_().div_(scale).add_(self.eps))
-        weights_VD.index_copy_(0, ids_U, weights_VD.index_select(0, ids_U) + move_UD)
+        self._write(weights_VD, ids_U, weights_VD.index_select(0, ids_U) + move_UD, gradient_UD)
 
 
 class Adagrad(Optimizer):
@@ -180,9 +206,9 @@ class Adagrad(Optimizer):
         gradient_UD: torch.Tensor,
     ) -> None:
         square_UD = state["square"].index_select(0, ids_U).addcmul_(gradient_UD, gradient_UD)
-        state["square"].index_copy_(0, ids_U, square_UD)
+        self._write(state["square"], ids_U, square_UD, gradient_UD)
         move_UD = (gradient_UD * -self._lr).div_(square_UD.sqrt_().add_(self.eps))
-        weights_VD.index_copy_(0, ids_U, weights_VD.index_select(0, ids_U) + move_UD)
+        self._write(weights_VD, ids_U, weights_VD.index_select(0, ids_U) + move_UD, gradient_UD)
 
 
 def _zeros_like(weights: torch.Tensor) -> torch.Tensor:
