@@ -5,7 +5,7 @@ Shapes: R rows (histories given to the model), E predicted events, N packed even
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from tron_cli.models import SASRec
 from tron_cli.ranking import Catalogue, SeenItems
 
 _SESSIONS_AT_ONCE = 1 << 14
+_EVENTS_AT_ONCE = 1 << 12  # ranked together: the more, the less often the table is read
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,15 @@ class _Rows:
         )
 
 
+@dataclass(frozen=True)
+class _Events:
+    """Events to predict. position_E: int64, place of the target among all items of the split."""
+
+    session_E: np.ndarray
+    position_E: np.ndarray
+    hidden_ED: torch.Tensor
+
+
 @torch.inference_mode()
 def predict(
     model: SASRec,
@@ -79,7 +89,11 @@ def predict(
     among them is a miss. top_items: also return that many best items of each event.
     Sessions of fewer than two events predict nothing. Raises RunError where scores are not finite.
     """
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+    # The smallest and the largest value are NaN where any is.
+    if not all(
+        bool(torch.isfinite(torch.stack(parameter.aminmax())).all())
+        for parameter in model.parameters()
+    ):
         # Not left to the scores: fused attention can turn NaN into zeros.
         raise RunError(
             "the model's weights hold NaN or infinite values; no rank can be given; train again "
@@ -98,16 +112,10 @@ def predict(
             unit_scale=True,
             disable=None if progress else True,
         )
-        for low in range(0, len(sessions), _SESSIONS_AT_ONCE):
-            block = np.arange(low, min(low + _SESSIONS_AT_ONCE, len(sessions)))
-            rows = _rows(sessions, block, model, protocol, full_sessions, one_pass)
-            order = np.argsort(rows.length_R, kind="stable")
-            for first in range(0, len(order), batch_size):
-                chunk = rows[order[first : first + batch_size]]
-                parts.append(
-                    _predict_rows(model, catalogue, sessions, chunk, filter_rated, top_items)
-                )
-                bar.update(len(parts[-1][0]))
+        batches = _batches(sessions, model, protocol, full_sessions, one_pass, batch_size)
+        for events in _gathered(_hidden_states(model, sessions, rows) for rows in batches):
+            parts.append(_rank(catalogue, sessions, events, filter_rated, top_items))
+            bar.update(len(events.session_E))
         bar.close()
     model.train(was_training)
     return _in_order(parts, top_items)
@@ -116,6 +124,23 @@ def predict(
 def _count_events(sessions: Sessions, model: SASRec, protocol: str, full_sessions: bool) -> int:
     most = 1 if protocol == "last-item" else None if full_sessions else model.sequence_length
     return int(np.clip(sessions.lengths - 1, 0, most).sum())
+
+
+def _batches(
+    sessions: Sessions,
+    model: SASRec,
+    protocol: str,
+    full_sessions: bool,
+    one_pass: bool,
+    batch_size: int,
+) -> Iterator[_Rows]:
+    """All histories, up to batch_size at a time, of like lengths."""
+    for low in range(0, len(sessions), _SESSIONS_AT_ONCE):
+        block = np.arange(low, min(low + _SESSIONS_AT_ONCE, len(sessions)))
+        rows = _rows(sessions, block, model, protocol, full_sessions, one_pass)
+        order = np.argsort(rows.length_R, kind="stable")
+        for first in range(0, len(order), batch_size):
+            yield rows[order[first : first + batch_size]]
 
 
 def _rows(
@@ -164,28 +189,52 @@ def _rows(
     )
 
 
-def _predict_rows(
-    model: SASRec,
-    catalogue: Catalogue,
-    sessions: Sessions,
-    rows: _Rows,
-    filter_rated: bool,
-    top_items: int,
-) -> tuple[np.ndarray, ...]:
-    device = catalogue.table.device
+def _hidden_states(model: SASRec, sessions: Sessions, rows: _Rows) -> _Events:
+    """The predicting events of a batch of rows, in ascending order of length."""
+    device = model.item_table.device
     batch = pack(sessions.items, rows.start_R, rows.length_R, with_targets=False)
     row_N, place_N = batch.rows_N.numpy(), batch.places_N.numpy()
     chosen = np.flatnonzero(place_N >= rows.first_place_R[row_N])
     row_E = row_N[chosen]
-    session_E = rows.session_R[row_E]
-    position_E = rows.start_R[row_E] + place_N[chosen] + 1
-    event_E = position_E - sessions.offsets[session_E]
-    target_E = sessions.items[position_E].astype(np.int64)
-    hidden_ED = model(batch.to(device))[torch.from_numpy(chosen).to(device)]
+    return _Events(
+        session_E=rows.session_R[row_E],
+        position_E=rows.start_R[row_E] + place_N[chosen] + 1,
+        hidden_ED=model(batch.to(device))[torch.from_numpy(chosen).to(device)],
+    )
+
+
+def _gathered(batches: Iterable[_Events]) -> Iterator[_Events]:
+    """The same events, _EVENTS_AT_ONCE or a batch more at a time."""
+    waiting: list[_Events] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(len(events.session_E) for events in waiting) >= _EVENTS_AT_ONCE:
+            yield _joined(waiting)
+            waiting = []
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(parts: list[_Events]) -> _Events:
+    return _Events(
+        np.concatenate([part.session_E for part in parts]),
+        np.concatenate([part.position_E for part in parts]),
+        torch.cat([part.hidden_ED for part in parts]),
+    )
+
+
+def _rank(
+    catalogue: Catalogue, sessions: Sessions, events: _Events, filter_rated: bool, top_items: int
+) -> tuple[np.ndarray, ...]:
+    """Session, event, target, rank and, if asked for, the best items of each event."""
+    device, hidden_ED = events.hidden_ED.device, events.hidden_ED
+    session_E = events.session_E
+    event_E = events.position_E - sessions.offsets[session_E]
+    target_E = sessions.items[events.position_E].astype(np.int64)
     targets = torch.from_numpy(target_E).to(device)
     seen, missed_E = None, np.zeros(len(target_E), dtype=bool)
     if filter_rated:
-        seen, missed_E = _seen(sessions, position_E - event_E, event_E, target_E, device)
+        seen, missed_E = _seen(sessions, events.position_E - event_E, event_E, target_E, device)
     rank_E = catalogue.ranks(hidden_ED, targets, seen).cpu().numpy()
     rank_E[missed_E] = 0
     if not top_items:

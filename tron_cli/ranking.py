@@ -149,9 +149,11 @@ class Catalogue:
         The target is in doubt with itself.
         """
         compare = self._compare_in_chunks if self._kernel is None else self._compare_in_kernel
+        pieces = max(1, math.ceil(len(events.target_E) / _EVENTS_AT_ONCE))
+        size = max(1, math.ceil(len(events.target_E) / pieces))
         ahead, event, item = [], [], []
-        for low in range(0, len(events.target_E), _EVENTS_AT_ONCE):
-            ahead_e, event_P, item_P = compare(events[low : low + _EVENTS_AT_ONCE])
+        for low in range(0, size * pieces, size):
+            ahead_e, event_P, item_P = compare(events[low : low + size])
             ahead.append(ahead_e)
             event.append(event_P + low)
             item.append(item_P)
