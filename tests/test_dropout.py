@@ -54,3 +54,4 @@ def test_a_seed_decides_and_evaluation_drops_nothing() -> None:
     assert torch.equal(layer.eval()(x), x)
     assert torch.equal(Dropout(0.0)(x), x)
     assert drop(torch.ones(0, 3), 0.5).shape == (0, 3)
+    assert drop(torch.ones(4000), 1 - 1e-9).isfinite().all()

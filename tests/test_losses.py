@@ -561,3 +561,18 @@ def test_gbce_is_bce_of_the_published_transformation(t, num_negatives, num_items
     single = losses.gbce(positive_N.float() * 20, negative_NK.float(), None, beta=found_beta)
     exact = losses.gbce(positive_N * 20, negative_NK, None, beta=found_beta)
     torch.testing.assert_close(single.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_nan_in_a_negative_shows_in_the_loss():
+    """With and without negatives that do not count."""
+    batch = pack(np.array([1, 2, 3, 4], np.int32), np.array([0]), np.array([3]), with_targets=True)
+    negatives = Negatives(torch.tensor([5, 6, 7]), None, torch.zeros(1, 0, dtype=torch.int64), None)
+    table_VD = torch.randn(8, 4)
+    table_VD[6] = torch.nan
+    for topk in (None, 2):
+        for mask_collisions in (False, True):
+            positive_N, negative_NK, keep_NK = logits.sampled_logits(
+                torch.randn(3, 4), table_VD, batch, negatives, topk=topk,
+                mask_collisions=mask_collisions,
+            )  # fmt: skip
+            assert losses.ssm(positive_N, negative_NK, keep_NK).isnan().all()

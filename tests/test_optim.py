@@ -20,6 +20,7 @@ from test_resume import check_same_run, interrupt_at, resume, start, write_confi
 from torch import nn
 
 from tron_cli import optim
+from tron_cli.errors import InputError
 from tron_cli.optim import build_optimizer, clip_gradients
 from tron_cli.train import InterruptedRunError
 
@@ -425,3 +426,12 @@ def test_gradients_below_the_limit_keep_their_bits() -> None:
     weights.grad = sparse_gradient([2, 0], np.array([0.3, 0.4]), weights.shape)
     clip_gradients([weights], 0.51)
     assert torch.equal(weights.grad.to_dense(), torch.tensor([[0.4], [0.0], [0.3], [0.0]]))
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    weights = torch.nn.Parameter(torch.zeros(3, 2))
+    adagrad = build_optimizer("adagrad", [weights], lr=0.1).state_dict()
+    optimizer = build_optimizer("adam", [weights], lr=0.1)
+    for saved in (adagrad, {"state": {}, "param_groups": []}):
+        with pytest.raises(InputError, match="that of another optimizer"):
+            optimizer.load_state_dict(saved)

@@ -356,7 +356,7 @@ def cyclic_sessions(count: int, seed: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("loss", (*LOSSES, "gbce"))
+@pytest.mark.parametrize("loss", [*LOSSES, "gbce"])
 def test_every_loss_and_sampling_style_learns_a_cycle(tmp_path, loss, style):
     """The contract of all models: next = item % I + 1 is found, on sessions never seen."""
     dataset = write_dataset(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from tron_cli.products import rounded_up, row_products
+from tron_cli.products import row_products
 
 if TYPE_CHECKING:
     from tron_cli.batches import Batch
@@ -59,7 +59,7 @@ def sampled_logits(
     with torch.no_grad():
         parts = [
             _highest(candidates.of(part), topk)
-            for part in _parts(len(hidden_ND), candidates.width, hidden_ND.device)
+            for part in _parts(len(hidden_ND), candidates.num_uniform, hidden_ND.device)
         ]
         top_Nk, keep_Nk = _finite(
             torch.cat([logits_nk for logits_nk, _ in parts]), candidates.some_do_not_count
@@ -95,8 +95,6 @@ class _Candidates:
         )
         self.num_uniform = negatives.uniform.shape[-1]
         self.num_in_batch = negatives.in_batch_BM.shape[1]
-        # Per position.
-        self.width = self.num_uniform + (len(hidden_ND) if self.num_in_batch else 0)
         # Matrix products are in autocast's precision, as those of layers are.
         device = hidden_ND.device.type
         self.dtype = (
@@ -108,7 +106,7 @@ class _Candidates:
             self.uniform_K = negatives.uniform.sort().values
             self.uniform_KD = F.embedding(self.uniform_K, table_VD).to(self.dtype)
         if self.num_in_batch:
-            self.inputs_ND = rounded_up(F.embedding(batch.inputs_N, table_VD).to(self.dtype))
+            self.in_batch_NM, self.in_batch_ids_NM = self._in_batch()
 
     def of(self, part: slice) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Logits [n, C] and ids [n, C] or [C], of each kind of negatives."""
@@ -116,7 +114,7 @@ class _Candidates:
         if self.num_uniform:
             blocks.append(self._uniform(part))
         if self.num_in_batch:
-            blocks.append(self._in_batch(part))
+            blocks.append((self.in_batch_NM[part], self.in_batch_ids_NM[part]))
         return blocks
 
     def _uniform(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,18 +133,24 @@ class _Candidates:
             logits_nK.masked_fill_(~keep_n[:, None], -torch.inf)
         return logits_nK, ids
 
-    def _in_batch(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        # Each input of the batch is a candidate of many positions: score all, then pick.
-        rows_n = self.batch.rows_N[part]
-        event_nM = self.negatives.in_batch_BM[rows_n]
-        ids_nM = self.batch.inputs_N[event_nM]
-        logits_nN = row_products(self.hidden_ND[part].to(self.dtype), self.inputs_ND)
-        logits_nM = logits_nN.gather(1, event_nM)
+    def _in_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and ids [N, M]; the events of a session share its candidates."""
+        batch, negatives = self.batch, self.negatives
+        ids_BM = batch.inputs_N[negatives.in_batch_BM]
+        rows_BMD = F.embedding(ids_BM, self.table_VD).to(self.dtype)
+        logits, row = [], 0
+        for group in batch.groups:
+            hidden_RWD = F.embedding(group.gather_RW, self.hidden_ND).to(self.dtype)
+            rows_RMD = rows_BMD[row : row + len(hidden_RWD)]
+            logits_NM = (hidden_RWD @ rows_RMD.transpose(1, 2)).flatten(0, 1)
+            logits.append(logits_NM if group.keep is None else logits_NM[group.keep])
+            row += len(hidden_RWD)
+        logits_NM, ids_NM = torch.cat(logits), ids_BM[batch.rows_N]
         if self.mask_collisions:
-            self._drop_targets(logits_nM, ids_nM, part)
-        if self.negatives.in_batch_keep_BM is not None:
-            logits_nM.masked_fill_(~self.negatives.in_batch_keep_BM[rows_n], -torch.inf)
-        return logits_nM, ids_nM
+            self._drop_targets(logits_NM, ids_NM, slice(None))
+        if negatives.in_batch_keep_BM is not None:
+            logits_NM.masked_fill_(~negatives.in_batch_keep_BM[batch.rows_N], -torch.inf)
+        return logits_NM, ids_NM
 
     def _drop_targets(self, logits_nC: torch.Tensor, ids: torch.Tensor, part: slice) -> None:
         assert self.batch.targets_N is not None
@@ -174,7 +178,7 @@ def _finite(
     """Logits that a loss can compute with, and which of them count."""
     if not some_do_not_count:
         return logits_NK, None
-    keep_NK = logits_NK > -torch.inf
+    keep_NK = logits_NK != -torch.inf  # NaN counts, so that it shows in the loss
     return logits_NK.masked_fill(~keep_NK, 0.0), keep_NK
 
 
@@ -233,8 +237,10 @@ def _topk(values_nC: torch.Tensor, topk: int) -> torch.Tensor:
     if values_nC.is_cuda:
         return values_nC.topk(topk, dim=1, sorted=False).indices
     # NumPy partitions with vector instructions, several times as fast as torch.topk.
+    if values_nC.dtype == torch.bfloat16:
+        values_nC = values_nC.float()
     first = values_nC.shape[1] - topk
-    return torch.from_numpy(np.argpartition(values_nC.float().numpy(), first, axis=1)[:, first:])
+    return torch.from_numpy(np.argpartition(values_nC.numpy(), first, axis=1)[:, first:])
 
 
 def dot_products(

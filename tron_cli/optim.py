@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tron_cli.errors import InputError
+
 # Rows updated at once: few enough for a CPU's cache to hold what belongs to them.
 _ROWS_AT_ONCE = {"cpu": 1024, "cuda": 1 << 22}
 
@@ -81,6 +83,13 @@ class Optimizer:
         return {"steps": self.steps, "state": self.state}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Raises InputError where the state is that of another optimizer."""
+        kinds = [set(state) for state in self.state]
+        if "steps" not in saved or [set(values) for values in saved["state"]] != kinds:
+            raise InputError(
+                "the saved state of the optimizer is that of another optimizer or of another "
+                "version of tron; start a new run"
+            )
         self.steps.copy_(saved["steps"])
         for state, values in zip(self.state, saved["state"], strict=True):
             for name, value in values.items():
@@ -215,7 +224,8 @@ def _zeros_like(weights: torch.Tensor) -> torch.Tensor:
     """On the CPU memory that the system zeroes page by page, when it is first touched."""
     if weights.device.type != "cpu":
         return torch.zeros_like(weights)
-    memory = mmap.mmap(-1, weights.nbytes)
+    # A private mapping: what is only read, as saving does, takes no memory.
+    memory = mmap.mmap(-1, weights.nbytes, access=mmap.ACCESS_COPY)
     return torch.frombuffer(memory, dtype=weights.dtype).view(weights.shape)
 
 

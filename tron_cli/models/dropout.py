@@ -21,7 +21,7 @@ class Dropout(nn.Dropout):
 
 def drop(x: torch.Tensor, rate: float) -> torch.Tensor:
     """x with elements dropped at `rate`, in [0, 1), and the rest scaled up to keep the mean."""
-    dropped = round(rate * 65536)
+    dropped = min(round(rate * 65536), 65535)
     if not dropped:
         return x
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
