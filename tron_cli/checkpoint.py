@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from tron_cli.config import ExperimentConfig, config_from_dict
 from tron_cli.dataset import Dataset
@@ -26,7 +29,11 @@ LAST = "last.pt"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds. `training` is what resuming needs; empty in a best checkpoint."""
+    """What a file holds. `training` is what resuming needs; empty in a best checkpoint.
+
+    The tensors are mapped: they are read when they are used, and while they live the file takes
+    its room on the disk, also deleted.
+    """
 
     path: Path
     config: ExperimentConfig
@@ -40,9 +47,11 @@ class Checkpoint:
 
     def build_model(self, device: torch.device) -> SASRec:
         """The model with its weights, in evaluation mode."""
-        model = build_model(self.config, self.dataset["num_items"])
+        with torch.device("meta"):  # no random weights, only to be replaced
+            model = build_model(self.config, self.dataset["num_items"])
+        model.to_empty(device=device)
         model.load_state_dict(self.weights)
-        return model.to(device).eval()
+        return model.eval()
 
     def decoded_item_ids(self) -> np.ndarray:
         """Original ids, entry i - 1 for item i: int64, or str objects."""
@@ -120,12 +129,27 @@ def save_checkpoint(
     }
     try:
         with written_aside(path, "wb") as file:
-            torch.save(content, file)
+            with _zip_checksums(wanted=not training):
+                torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a disk is full
         reason = str(error).splitlines()[0]
         raise RunError(f"cannot write {path} ({reason}); make room on the disk") from error
+
+
+@contextmanager
+def _zip_checksums(wanted: bool) -> Iterator[None]:
+    """Whether torch.save adds the checksums that zip programs look at, and torch.load does not.
+
+    They take twice as long as the writing, which a file for resuming is spared.
+    """
+    before = get_crc32_options()
+    set_crc32_options(wanted)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 def _on_cpu(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -145,7 +169,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}: expected a .pt file or a run folder")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch's own words advise to load without care
         raise InputError(
             f"{path} is truncated or no tron checkpoint ({type(error).__name__}); name another "

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from tron_cli.assess import EvaluationOptions
     from tron_cli.config import ExperimentConfig
+    from tron_cli.dataset import Dataset
     from tron_cli.profile import StepProfiler
 
 app = typer.Typer(
@@ -175,8 +176,7 @@ def run_training(
     profiler: StepProfiler | None = None,
 ) -> Path:
     """What `tron train` does; returns the best checkpoint, after profiling the last."""
-    from tron_cli.checkpoint import LAST, dataset_identity, load_checkpoint
-    from tron_cli.config import load_config, parse_overrides
+    from tron_cli.config import load_config
     from tron_cli.dataset import Dataset
     from tron_cli.train import train as train_model
 
@@ -186,33 +186,44 @@ def run_training(
         )
     if resume is not None and (name is not None or output_dir is not None):
         raise InputError("a resumed run stays in its folder; leave out --name and --output-dir")
-    checkpoint = None
     if resume is not None:
-        if not (resume / LAST).is_file():
-            raise InputError(f"nothing to resume: expected {resume / LAST}, written by tron train")
-        checkpoint = load_checkpoint(resume / LAST)
-        changes = parse_overrides(overrides)
-        fixed = sorted(set(changes) - {"max_epochs", "early_stopping_patience"})
-        if fixed:
-            raise InputError(
-                f"a resumed run keeps its settings; only max_epochs and early_stopping_patience "
-                f"can change, not {', '.join(fixed)}"
-            )
-        experiment = dataclasses.replace(checkpoint.config, **changes)
+        experiment, dataset = _resumed(resume, overrides, data_dir)
     else:
         assert config_name is not None
         experiment, _ = load_config(config_name, overrides)
-    dataset = Dataset.open(data_dir / experiment.dataset_name)
-    if checkpoint is not None and checkpoint.dataset != dataset_identity(dataset):
-        raise InputError(
-            f"the run in {resume} was trained on another version of {dataset.path}; prepare the "
-            "dataset as it was, or start a new run"
-        )
+        dataset = Dataset.open(data_dir / experiment.dataset_name)
     device = _device(device_name)
     run_dir = resume or _run_dir(output_dir or Path("runs"), name, experiment)
     return train_model(
-        experiment, dataset, run_dir, device=device, resume=checkpoint, profiler=profiler
+        experiment, dataset, run_dir, device=device, resume=resume is not None, profiler=profiler
     )
+
+
+def _resumed(
+    run_dir: Path, overrides: list[str], data_dir: Path
+) -> tuple[ExperimentConfig, Dataset]:
+    """Configuration and dataset of a run to go on with."""
+    from tron_cli.checkpoint import LAST, dataset_identity, load_checkpoint
+    from tron_cli.config import parse_overrides
+    from tron_cli.dataset import Dataset
+
+    if not (run_dir / LAST).is_file():
+        raise InputError(f"nothing to resume: expected {run_dir / LAST}, written by tron train")
+    checkpoint = load_checkpoint(run_dir / LAST)
+    changes = parse_overrides(overrides)
+    fixed = sorted(set(changes) - {"max_epochs", "early_stopping_patience"})
+    if fixed:
+        raise InputError(
+            f"a resumed run keeps its settings; only max_epochs and early_stopping_patience "
+            f"can change, not {', '.join(fixed)}"
+        )
+    dataset = Dataset.open(data_dir / checkpoint.config.dataset_name)
+    if checkpoint.dataset != dataset_identity(dataset):
+        raise InputError(
+            f"the run in {run_dir} was trained on another version of {dataset.path}; prepare the "
+            "dataset as it was, or start a new run"
+        )
+    return dataclasses.replace(checkpoint.config, **changes), dataset
 
 
 @app.command()

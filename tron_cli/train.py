@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from tron_cli import losses
 from tron_cli.batches import Batch, session_order, training_batch
-from tron_cli.checkpoint import LAST, Checkpoint, encode_item_ids
+from tron_cli.checkpoint import LAST, encode_item_ids, load_checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError, RunError
@@ -34,6 +34,7 @@ from tron_cli.metrics import parse_measures, score
 from tron_cli.models import SASRec, build_model
 from tron_cli.negatives import sample_negatives
 from tron_cli.optim import (
+    Optimizer,
     build_optimizer,
     clip_gradients,
     gradients_are_sparse,
@@ -57,15 +58,15 @@ def train(
     run_dir: Path,
     *,
     device: torch.device,
-    resume: Checkpoint | None = None,
+    resume: bool = False,
     profiler: StepProfiler | None = None,
 ) -> Path:
     """Train, choose the best checkpoint on validation, and return its path.
 
-    run_dir is made if it is not there, once config and dataset have proved to fit. With a profiler
-    training ends when that has its steps, and the path is that of the saved run. Raises InputError
-    where config and dataset do not fit, RunError where the loss is not finite, InterruptedRunError
-    after Ctrl-C.
+    run_dir is made if it is not there, once config and dataset have proved to fit. resume: go on
+    with the run saved there. With a profiler training ends when that has its steps, and the path is
+    that of the saved run. Raises InputError where config and dataset do not fit, RunError where the
+    loss is not finite, InterruptedRunError after Ctrl-C.
     """
     sessions, validation = _splits(config, dataset)
     item_ids = encode_item_ids(dataset.item_ids)
@@ -77,16 +78,14 @@ def train(
     steps_per_epoch = min(steps_per_pass, config.max_batches_per_epoch or steps_per_pass)
     total_steps = config.max_epochs * steps_per_epoch
 
-    _seed(config.seed, step=0)
-    model = build_model(config, dataset.num_items).to(device)
-    optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    progress = Progress()
-    if resume is not None:
-        model.load_state_dict(resume.weights)
-        optimizer.load_state_dict(resume.training["optimizer"])
-        scaler.load_state_dict(resume.training["scaler"])
-        progress = Progress(**resume.training["progress"])
+    if resume:
+        model, optimizer, progress = _saved(run_dir / LAST, config, device, scaler)
+    else:
+        _seed(config.seed, step=0)
+        model = build_model(config, dataset.num_items).to(device)
+        optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
+        progress = Progress()
     if profiler is not None and total_steps - progress.step < profiler.steps_needed:
         raise InputError(
             f"profiling takes {profiler.steps_needed:,} steps, warm-up included, and this run has "
@@ -239,6 +238,18 @@ def training_loss(
         else:
             loss_N = losses.bpr_max(positive_N, negative_NK, keep_NK, penalty=config.bpr_penalty)
         return loss_N.mean()
+
+
+def _saved(
+    file: Path, config: ExperimentConfig, device: torch.device, scaler: torch.amp.GradScaler
+) -> tuple[SASRec, Optimizer, Progress]:
+    """What a run has come to; the scaler's state is put into `scaler`."""
+    checkpoint = load_checkpoint(file)
+    model = checkpoint.build_model(device)
+    optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
+    optimizer.load_state_dict(checkpoint.training["optimizer"])
+    scaler.load_state_dict(checkpoint.training["scaler"])
+    return model, optimizer, Progress(**checkpoint.training["progress"])
 
 
 def _splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Sessions, Sessions]:
