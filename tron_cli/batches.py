@@ -5,7 +5,8 @@ Shapes: N events of a batch, B rows (sessions, or prefixes of sessions), L seque
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -131,7 +132,8 @@ def pack(
         padding = (0, -total % _EVENTS)
         rows_N, places_N, inputs_N = (np.pad(a, padding) for a in (rows_N, places_N, inputs_N))
         targets_N = None if targets_N is None else np.pad(targets_N, padding)
-        groups = (_whole_group(lengths_B, first_B, rows_N, places_N, padded_width),)
+        group = _whole_group(lengths_B, first_B, rows_N, places_N, padded_width)
+        groups: tuple[AttentionGroup, ...] = (group,)
     else:
         groups = tuple(_attention_groups(lengths_B, first_B))
     return Batch(
@@ -195,6 +197,18 @@ def training_batch(
         with_targets=True,
         padded_width=sequence_length if padded else None,
     )
+
+
+def prepared_ahead(
+    prepare: Callable[[int], Batch], steps: range, thread: Executor
+) -> Iterator[Batch]:
+    """prepare(step) of each step, the next one meanwhile in a thread; what it raises is raised."""
+    waiting = [thread.submit(prepare, step) for step in steps[:1]]
+    for step in steps:
+        batch = waiting.pop().result()
+        if step != steps[-1]:
+            waiting.append(thread.submit(prepare, step + steps.step))
+        yield batch
 
 
 def session_order(num_sessions: int, style: str, *, seed: int, epoch: int) -> np.ndarray:

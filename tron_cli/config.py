@@ -133,6 +133,9 @@ class ExperimentConfig:
         "training arithmetic; auto: float32 on CPU, bf16 on CUDA where it exists, else fp16",
         choices=("auto", "float32", "bf16", "fp16"),
     )
+    cuda_graphs: bool = _setting(
+        True, "on CUDA, without fp16: record the step of each size of batch once, then replay it"
+    )
     seed: int = _setting(42, "seed of everything random", low=0)
 
     # Evaluation

@@ -13,6 +13,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -22,12 +23,13 @@ import torch
 from tqdm import tqdm
 
 from tron_cli import losses
-from tron_cli.batches import Batch, session_order, training_batch
+from tron_cli.batches import Batch, prepared_ahead, session_order, training_batch
 from tron_cli.checkpoint import LAST, encode_item_ids, load_checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError, RunError
 from tron_cli.evaluate import predict
+from tron_cli.graphs import CUDARecorder, GraphedSteps
 from tron_cli.logits import sampled_logits
 from tron_cli.lookup import look_up, look_up_inputs
 from tron_cli.metrics import parse_measures, score
@@ -94,8 +96,22 @@ def train(
     run = RunFolder(run_dir, config, dataset, item_ids, model, optimizer, scaler, progress)
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
+    def prepare(step: int) -> Batch:
+        chosen = _sessions_of_step(config, step, len(sessions))
+        on_gpu = device.type == "cuda"
+        batch = training_batch(sessions, chosen, config.sequence_length, padded=on_gpu)
+        return batch.in_one_piece(pinned=True) if on_gpu else batch
+
+    take_step = GraphedSteps(
+        lambda batch: training_step(
+            model, optimizer, scaler, batch, config, dataset.num_items, dtype
+        ),
+        device,
+        batch_size=config.train_batch_size,
+        recorder=_recorder(config, device, dtype, profiled=profiler is not None),
+    )
     profiling = nullcontext() if profiler is None else profiler.running(device, run_dir)
-    with run.logged(), _stop_signals() as stop, profiling:
+    with run.logged(), _stop_signals() as stop, profiling, ThreadPoolExecutor(1) as thread:
         log.info(
             "%s on %s: %s sessions, %s items, %s parameters, %s steps an epoch, %s in %s",
             config.method, dataset.name, f"{len(sessions):,}", f"{dataset.num_items:,}",
@@ -112,7 +128,9 @@ def train(
             steps_summed = events = 0
             clock = time.perf_counter()
             model.train()
-            for step in range(progress.step, (epoch + 1) * steps_per_epoch):
+            steps = range(progress.step, (epoch + 1) * steps_per_epoch)
+            batches = prepared_ahead(prepare, steps, thread)
+            for step in steps:
                 # Set the learning rate, and the seed of everything random in this step.
                 _seed(config.seed, step=step + 1)
                 rate = learning_rate(
@@ -122,32 +140,21 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
 
-                # Forward and backward.
-                with phase("batch"):
-                    chosen = _sessions_of_step(config, step, len(sessions))
-                    batch = training_batch(sessions, chosen, config.sequence_length).to(device)
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss = training_loss(model, batch, config, dataset.num_items)
-                with phase("backward"):
-                    optimizer.zero_grad()
-                    scaler.scale(loss).backward()
+                optimizer.load_lr()
 
-                # Clip and step.
-                with phase("optimizer"):
-                    if config.clip_norm:
-                        scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
-                        clip_gradients(model.parameters(), config.clip_norm)
-                    scaler.step(cast(torch.optim.Optimizer, optimizer))
-                    scaler.update()
+                # Forward, backward, clip and step.
+                with phase("batch"):
+                    batch = next(batches)
+                loss = take_step(batch)
                 progress.step = step + 1
                 if profiler is not None:
                     profiler.step()
                 ends = bool(stop) or (profiler is not None and profiler.result is not None)
 
                 # Log.
-                loss_sum += loss.detach()
+                loss_sum += loss
                 steps_summed += 1
-                events += len(batch.inputs_N)
+                events += int(batch.lengths_B.sum())
                 bar.update()
                 due_to_save = config.save_every and progress.step % config.save_every == 0
                 epoch_ends = progress.step == (epoch + 1) * steps_per_epoch
@@ -196,6 +203,30 @@ def train(
     return best
 
 
+def training_step(
+    model: SASRec,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    batch: Batch,
+    config: ExperimentConfig,
+    num_items: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Forward, backward, clip and step; the loss, without gradients."""
+    with torch.autocast(batch.inputs_N.device.type, dtype, enabled=dtype != torch.float32):
+        loss = training_loss(model, batch, config, num_items)
+    with phase("backward"):
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+    with phase("optimizer"):
+        if config.clip_norm:
+            scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
+            clip_gradients(model.parameters(), config.clip_norm)
+        scaler.step(cast(torch.optim.Optimizer, optimizer))
+        scaler.update()
+    return loss.detach()
+
+
 def training_loss(
     model: SASRec, batch: Batch, config: ExperimentConfig, num_items: int
 ) -> torch.Tensor:
@@ -237,7 +268,18 @@ def training_loss(
             loss_N = losses.ssm(positive_N, negative_NK, keep_NK)
         else:
             loss_N = losses.bpr_max(positive_N, negative_NK, keep_NK, penalty=config.bpr_penalty)
-        return loss_N.mean()
+        if not batch.padded:
+            return loss_N.mean()
+        padding_N = batch.inputs_N == 0
+        return loss_N.masked_fill(padding_N, 0.0).sum() / (~padding_N).sum()
+
+
+def _recorder(
+    config: ExperimentConfig, device: torch.device, dtype: torch.dtype, *, profiled: bool
+) -> CUDARecorder | None:
+    """What records steps, where they do not wait for the device: a scaler and a profiler do."""
+    records = config.cuda_graphs and device.type == "cuda" and dtype != torch.float16
+    return CUDARecorder(device) if records and not profiled else None
 
 
 def _saved(

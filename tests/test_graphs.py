@@ -1,0 +1,444 @@
+"""Steps of fixed shapes, which a GPU can replay, against the steps that they stand for; the
+bookkeeping of replays with a recorder that needs no GPU; batches prepared ahead.
+
+Nothing here needs CUDA. What does is in test_cuda.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import pack_sessions, random_sessions, tiny_settings
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+from tron_cli import logits, products
+from tron_cli import train as training
+from tron_cli.batches import Batch, prepared_ahead, training_batch
+from tron_cli.config import ExperimentConfig
+from tron_cli.dataset import Sessions
+from tron_cli.graphs import GraphedSteps
+from tron_cli.models import SASRec, build_model
+from tron_cli.negatives import Negatives, sample_negatives
+from tron_cli.optim import Optimizer, build_optimizer
+from tron_cli.train import training_step
+
+CPU = torch.device("cpu")
+ITEMS = 300
+
+
+def settings(**changes: Any) -> ExperimentConfig:
+    return ExperimentConfig(**tiny_settings(dropout_rate=0.0, **changes))
+
+
+def some_sessions(count: int = 40, seed: int = 3, **lengths: int) -> Sessions:
+    return pack_sessions(random_sessions(np.random.default_rng(seed), count, ITEMS, **lengths))
+
+
+def draw(batch: Batch, config: ExperimentConfig, num_items: int = ITEMS) -> Negatives:
+    return sample_negatives(
+        batch,
+        num_items,
+        num_uniform=config.num_uniform_negatives,
+        num_batch=config.num_batch_negatives,
+        sampling_style=config.sampling_style,
+        reject_uniform_session_items=config.reject_uniform_session_items,
+        reject_in_batch_items=config.reject_in_batch_items,
+    )
+
+
+def padded_negatives(negatives: Negatives, events: int, padding: int) -> Negatives:
+    """Those of events also for padding, which takes those of the first event."""
+
+    def pad(values: torch.Tensor | None) -> torch.Tensor | None:
+        if values is None or len(values) != events:
+            return values
+        return torch.cat([values, values[:1].repeat(padding, *[1] * (values.dim() - 1))])
+
+    uniform = pad(negatives.uniform)
+    assert uniform is not None
+    return dataclasses.replace(negatives, uniform=uniform, uniform_keep=pad(negatives.uniform_keep))
+
+
+def build(config: ExperimentConfig, dtype: torch.dtype = torch.float64) -> tuple[SASRec, Optimizer]:
+    torch.manual_seed(1)
+    model = build_model(config, ITEMS).to(dtype)
+    return model, build_optimizer(config.optimizer, model.parameters(), config.lr)
+
+
+def take(
+    model: SASRec, optimizer: Optimizer, batch: Batch, config: ExperimentConfig
+) -> torch.Tensor:
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return training_step(model, optimizer, scaler, batch, config, ITEMS, torch.float32)
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def test_a_padded_batch_holds_the_same_events_and_padding_of_item_zero() -> None:
+    sessions = some_sessions()
+    chosen = np.array([4, 0, 7, 7, 30])
+    plain = training_batch(sessions, chosen, 6)
+    padded = training_batch(sessions, chosen, 6, padded=True)
+    events = len(plain.inputs_N)
+    assert len(padded.inputs_N) == 128
+    for name in ("inputs_N", "targets_N", "rows_N", "places_N"):
+        values = getattr(padded, name)
+        assert values[:events].tolist() == getattr(plain, name).tolist()
+        assert values[events:].tolist() == [0] * (128 - events)
+    assert padded.lengths_B.tolist() == plain.lengths_B.tolist()
+    (group,) = padded.groups
+    assert group.gather_RW.shape == (5, 6)
+    assert group.keep is not None
+    # Each event is found again at its place of the rows, and padding at the first.
+    gathered = padded.inputs_N[group.gather_RW].flatten()[group.keep]
+    assert gathered[:events].tolist() == padded.inputs_N[:events].tolist()
+    assert group.keep[events:].tolist() == [0] * (128 - events)
+
+
+def test_events_are_rounded_up_to_a_multiple_of_128() -> None:
+    sessions = pack_sessions([[1] * 5] * 64)  # four inputs each
+    assert len(training_batch(sessions, np.arange(32), 9, padded=True).inputs_N) == 128
+    assert len(training_batch(sessions, np.arange(33), 9, padded=True).inputs_N) == 256
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_piece_of_memory_holds_the_whole_batch(padded: bool) -> None:
+    batch = training_batch(some_sessions(), np.arange(9), 6, padded=padded)
+    whole = batch.in_one_piece(pinned=False)
+    assert whole.memory is not None
+    start = whole.memory.data_ptr()
+    stop = start + whole.memory.nbytes
+    pairs = [(getattr(batch, name), getattr(whole, name)) for name in (
+        "inputs_N", "targets_N", "lengths_B", "rows_N", "places_N")]  # fmt: skip
+    for group, other in zip(batch.groups, whole.groups, strict=True):
+        assert (group.start, group.end) == (other.start, other.end)
+        assert (group.keep is None) == (other.keep is None)
+        pairs += [(group.gather_RW, other.gather_RW)]
+        pairs += [] if group.keep is None else [(group.keep, other.keep)]
+    for one, two in pairs:
+        assert one.shape == two.shape
+        assert one.tolist() == two.tolist()
+        assert start <= two.data_ptr() < stop
+    assert whole.padded is padded
+
+
+# --- steps of fixed shapes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "row_adam", "adagrad"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss": "bpr-max", "bpr_penalty": 0.5, "clip_norm": 0.1, "positions": "start"},
+        {"loss": "bce", "sampling_style": "eventwise", "topk_sampling": False,
+         "reuse_item_embeddings": False, "reject_uniform_session_items": True},
+        {"sampling_style": "sessionwise", "output_bias": True, "num_heads": 2,
+         "mask_collisions": False, "num_batch_negatives": 0},
+        {"num_uniform_negatives": 400},  # more ids than the table has rows
+        {"num_uniform_negatives": 0, "num_batch_negatives": 30, "topk_sampling_k": 9},
+    ],
+    ids=["tron", "bpr-max", "eventwise", "sessionwise", "many", "in-batch"],
+)  # fmt: skip
+def test_a_padded_step_is_the_step(
+    monkeypatch: pytest.MonkeyPatch, optimizer: str, changes: dict[str, Any]
+) -> None:
+    """The same loss and, after three steps, the same weights, with the same negatives."""
+    config = settings(optimizer=optimizer, **changes)
+    plain, padded = build(config), build(config)
+    padded[1].leaves_out_rows = False
+    sessions = some_sessions()
+    given: list[Negatives] = []
+    monkeypatch.setattr(training, "sample_negatives", lambda *a, **k: given.pop())
+    for step in range(3):
+        chosen = np.arange(step, step + 8)
+        batch = training_batch(sessions, chosen, config.sequence_length)
+        events = len(batch.inputs_N)
+        torch.manual_seed(step)
+        negatives = draw(batch, config)
+        other = training_batch(sessions, chosen, config.sequence_length, padded=True)
+        assert events % 128
+        given.append(negatives)
+        loss = take(*plain, batch, config)
+        given.append(padded_negatives(negatives, events, len(other.inputs_N) - events))
+        padded_loss = take(*padded, other, config)
+        torch.testing.assert_close(padded_loss, loss, rtol=1e-12, atol=0)
+    theirs = dict(plain[0].named_parameters())
+    for name, weights in padded[0].named_parameters():
+        # Adagrad makes moves of gradients that are zero but for rounding (those of key biases).
+        torch.testing.assert_close(weights, theirs[name], rtol=0, atol=1e-7)
+    for one, two in zip(padded[1].state, plain[1].state, strict=True):
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", ["row_adam", "adagrad"])
+def test_rows_that_sleep_are_written_back_as_they_were(optimizer: str) -> None:
+    """Row 0 several times and row 5 once, all without a gradient."""
+    weights = torch.nn.Parameter(torch.arange(12.0).view(6, 2).double())
+    stepper = build_optimizer(optimizer, [weights], lr=0.5)
+    stepper.leaves_out_rows = False
+    for values in stepper.state[0].values():
+        values += 0.25
+    before = [weights.detach().clone(), *(v.clone() for v in stepper.state[0].values())]
+    rows = torch.tensor([[2, 5, 0, 0, 0]])
+    gradient = torch.zeros(5, 2, dtype=torch.float64)
+    gradient[0, 1] = 1e-3
+    weights.grad = torch.sparse_coo_tensor(rows, gradient, weights.shape, check_invariants=True)
+    stepper.step()
+    sleeping = [0, 1, 3, 4, 5]
+    for now, then in zip([weights, *stepper.state[0].values()], before, strict=True):
+        assert now[sleeping].tolist() == then[sleeping].tolist()
+    assert weights[2, 1] < before[0][2, 1]
+
+
+@pytest.mark.parametrize("style", ["batchwise", "sessionwise", "eventwise"])
+def test_padding_is_no_negative_and_rejects_nothing(style: str) -> None:
+    config = settings(sampling_style=style, reject_uniform_session_items=True,
+                      num_uniform_negatives=2000, num_batch_negatives=60)  # fmt: skip
+    num_items = 12
+    sessions = pack_sessions([[1, 2, 3, 4], [5, 6, 7], [8, 9, 8, 9, 10]])
+    batch = training_batch(sessions, np.arange(3), 6, padded=True)
+    torch.manual_seed(0)
+    negatives = draw(batch, config, num_items)
+    rows = {0: {5, 6}, 1: {1, 2, 3}, 2: {8, 9}}
+    every = set(range(1, num_items + 1))
+    assert negatives.uniform_keep is None or negatives.uniform_keep.all()
+    if style == "batchwise":
+        assert set(negatives.uniform.tolist()) == every - set().union(*rows.values())
+    elif style == "sessionwise":
+        for row, rejected in rows.items():
+            assert set(negatives.uniform[row].tolist()) == every - rejected
+    else:
+        for event, row in enumerate(batch.rows_N.tolist()[:9]):
+            assert set(negatives.uniform[event].tolist()) == every - rows[row]
+    # All occurrences of the other sessions, each once, and nothing else is kept.
+    assert negatives.in_batch_keep_BM is not None
+    occurrences = {0: [5, 6], 1: [1, 2, 3], 2: [8, 9, 8, 9]}
+    for row in range(3):
+        kept = negatives.in_batch_BM[row][negatives.in_batch_keep_BM[row]]
+        others = [item for other in occurrences if other != row for item in occurrences[other]]
+        assert sorted(batch.inputs_N[kept].tolist()) == sorted(others)
+
+
+# --- nothing waits for the device -----------------------------------------------------------------
+
+CHANGES_OF_SHAPES = [
+    {"optimizer": "row_adam"},
+    {"optimizer": "adam", "clip_norm": 1.0},
+    {"optimizer": "adagrad", "reuse_item_embeddings": False, "loss": "bpr-max"},
+    {"optimizer": "row_adam", "sampling_style": "eventwise", "reject_uniform_session_items": True,
+     "loss": "bce", "topk_sampling": False},
+    {"optimizer": "row_adam", "sampling_style": "sessionwise", "reject_in_batch_items": False},
+]  # fmt: skip
+
+
+@pytest.fixture
+def gpu_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the arithmetic does for tensors on CUDA, for tensors of the CPU."""
+
+    def drop_targets(self: Any, logits_nC: torch.Tensor, ids: torch.Tensor, part: slice) -> None:
+        logits_nC.masked_fill_(ids == self.batch.targets_N[part, None], -torch.inf)
+
+    monkeypatch.setattr(logits._Candidates, "_drop_targets", drop_targets)
+    monkeypatch.setattr(logits, "_topk", lambda values, k: values.topk(k, dim=1).indices)
+    monkeypatch.setattr(products, "_one_dnn", lambda: False)
+
+
+@pytest.mark.parametrize("changes", CHANGES_OF_SHAPES, ids=str)
+def test_no_shape_of_a_step_depends_on_data(gpu_branches: None, changes: dict[str, Any]) -> None:
+    """Fake tensors have shapes and no values: an operation that needs a value raises."""
+    config = settings(**changes)
+    model, optimizer = build(config)
+    optimizer.leaves_out_rows = False
+    batch = training_batch(some_sessions(), np.arange(8), config.sequence_length, padded=True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        as_fake = {tensor: fake.from_tensor(tensor) for tensor in batch._tensors()}
+        fake_batch = batch._over(torch.cat([as_fake[t].flatten() for t in batch._tensors()]))
+        take(model, optimizer, fake_batch, config)
+
+
+def test_the_check_of_shapes_finds_a_step_that_waits(gpu_branches: None) -> None:
+    """As those of the CPU do: their lookups ask how many ids are distinct."""
+    config = settings(optimizer="row_adam")
+    model, optimizer = build(config)
+    batch = training_batch(some_sessions(), np.arange(8), config.sequence_length)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        memory = fake.from_tensor(batch.in_one_piece(pinned=False).memory)
+        with pytest.raises(DynamicOutputShapeException):
+            take(model, optimizer, batch._over(memory), config)
+
+
+# --- bookkeeping ----------------------------------------------------------------------------------
+
+
+class FakeRecorder:
+    """Records by remembering; `events` says what happened."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+        self.events: list[str] = []
+
+    def run(self, work: Callable[[], object]) -> None:
+        self.events.append("run")
+        work()
+
+    def record(self, work: Callable[[], object]) -> Callable[[], object]:
+        self.events.append("record")
+        if self.fails:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+        def replay() -> None:
+            self.events.append("replay")
+            work()
+
+        return replay
+
+
+def sized_sessions() -> Sessions:
+    """Sessions 0 to 7 have 16 inputs each, sessions 8 to 15 have 32."""
+    rng = np.random.default_rng(0)
+    return pack_sessions(
+        [rng.integers(1, ITEMS + 1, 17).tolist() for _ in range(8)]
+        + [rng.integers(1, ITEMS + 1, 33).tolist() for _ in range(8)]
+    )
+
+
+BATCHES = [range(8), range(8, 16), range(8), range(8), range(8, 16), range(3), range(8, 16)]
+
+
+def run_steps(
+    config: ExperimentConfig, recorder: FakeRecorder | None
+) -> tuple[list[float], SASRec]:
+    model, optimizer = build(config, torch.float32)
+    sessions = sized_sessions()
+    steps = GraphedSteps(
+        lambda batch: take(model, optimizer, batch, config),
+        CPU,
+        batch_size=8,
+        recorder=recorder,
+    )
+    losses = []
+    for number, chosen in enumerate(BATCHES):
+        torch.manual_seed(number)
+        optimizer.param_groups[0]["lr"] = 0.01 / (number + 1)
+        optimizer.load_lr()
+        batch = training_batch(sessions, np.array(chosen), config.sequence_length, padded=True)
+        losses.append(float(steps(batch.in_one_piece(pinned=False))))
+    return losses, model
+
+
+@pytest.fixture
+def config() -> ExperimentConfig:
+    return settings(sequence_length=40, optimizer="row_adam")
+
+
+def check_same(one: tuple[list[float], SASRec], two: tuple[list[float], SASRec]) -> None:
+    assert one[0] == two[0]
+    for weights, others in zip(one[1].parameters(), two[1].parameters(), strict=True):
+        assert torch.equal(weights, others)
+
+
+def test_steps_are_recorded_once_for_each_size_and_replayed(config: ExperimentConfig) -> None:
+    recorder = FakeRecorder()
+    check_same(run_steps(config, recorder), run_steps(config, None))
+    assert recorder.events == [
+        "run",  # 128 events
+        "run",  # 256 events
+        "record", "replay",  # 128 again
+        "replay",
+        "record", "replay",  # 256 again
+        # three sessions only: neither
+        "replay",
+    ]  # fmt: skip
+
+
+def test_training_goes_on_where_nothing_can_be_recorded(
+    config: ExperimentConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = FakeRecorder(fails=True)
+    with caplog.at_level(logging.WARNING, "tron"):
+        found = run_steps(config, recorder)
+    check_same(found, run_steps(config, None))
+    assert recorder.events == ["run", "run", "record"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "training goes on without CUDA graphs: operation not permitted"
+    ]
+
+
+def test_a_failing_step_is_no_failing_recording() -> None:
+    def step(batch: Batch) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    steps = GraphedSteps(step, CPU, batch_size=8, recorder=FakeRecorder())
+    batch = training_batch(sized_sessions(), np.arange(8), 40, padded=True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        steps(batch.in_one_piece(pinned=False))
+
+
+def test_what_is_recorded_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "CUDARecorder", lambda device: "a recorder")
+    cuda = torch.device("cuda")
+
+    def recorder(
+        device: torch.device = cuda,
+        dtype: torch.dtype = torch.bfloat16,
+        profiled: bool = False,
+        **changes: Any,
+    ) -> Any:
+        return training._recorder(settings(**changes), device, dtype, profiled=profiled)
+
+    assert recorder() == recorder(dtype=torch.float32) == "a recorder"
+    assert recorder(cuda_graphs=False) is None
+    assert recorder(device=CPU) is None
+    assert recorder(dtype=torch.float16) is None
+    assert recorder(profiled=True) is None
+
+
+# --- batches prepared ahead -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def thread() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+def test_batches_come_in_order_and_the_next_is_prepared_meanwhile(
+    thread: ThreadPoolExecutor,
+) -> None:
+    prepared = {step: threading.Event() for step in range(3, 8)}
+
+    def prepare(step: int) -> Any:
+        prepared[step].set()
+        return (step, threading.current_thread() is threading.main_thread())
+
+    batches = prepared_ahead(prepare, range(3, 8), thread)
+    for step in range(3, 8):
+        assert next(batches) == (step, False)
+        if step < 7:
+            assert prepared[step + 1].wait(10)  # without asking for it
+            assert step + 2 not in prepared or not prepared[step + 2].is_set()
+    assert list(batches) == []
+    assert list(prepared_ahead(prepare, range(0), thread)) == []
+
+
+def test_what_preparing_raises_is_raised_in_its_turn(thread: ThreadPoolExecutor) -> None:
+    def prepare(step: int) -> Any:
+        if step == 2:
+            raise OSError("the disk is gone")
+        return step
+
+    batches = prepared_ahead(prepare, range(5), thread)
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
