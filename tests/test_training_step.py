@@ -435,9 +435,9 @@ def seen_sessions(monkeypatch):
     """The first item of each session that a step trains on; each session has its own."""
     seen: list[list[int]] = []
 
-    def record(sessions, chosen, sequence_length):
+    def record(sessions, chosen, sequence_length, **options):
         seen.append([int(sessions[session][0]) for session in chosen])
-        return training_batch(sessions, chosen, sequence_length)
+        return training_batch(sessions, chosen, sequence_length, **options)
 
     monkeypatch.setattr("tron_cli.train.training_batch", record)
     return seen
