@@ -31,9 +31,9 @@ def sorted_list(scores: list[Fraction], target: int, seen: set[int]) -> list[int
     return sorted(eligible, key=lambda item: (-scores[item], item == target, item))
 
 
-def as_seen(seen: list[set[int]], targets: list[int]) -> SeenItems:
+def as_seen(seen: list[set[int]], targets: list[int], device: torch.device) -> SeenItems:
     pairs = [(e, i) for e, items in enumerate(seen) for i in sorted(items - {targets[e]})]
-    columns = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    columns = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2)
     return SeenItems(columns[:, 0], columns[:, 1])
 
 
@@ -47,8 +47,8 @@ def check(
     """`ranks` and `top_items` against the sorted list."""
     scores = exact_scores(hidden, table)
     catalogue = Catalogue(table)
-    seen_items = as_seen(seen, targets) if seen is not None else None
-    target_E = torch.tensor(targets, dtype=torch.int64)
+    seen_items = as_seen(seen, targets, hidden.device) if seen is not None else None
+    target_E = torch.tensor(targets, dtype=torch.int64, device=hidden.device)
     ranks = catalogue.ranks(hidden, target_E, seen_items).tolist()
     top = catalogue.top_items(hidden, target_E, limit, seen_items).tolist()
     for event, target in enumerate(targets):
@@ -142,6 +142,77 @@ def test_a_catalogue_larger_than_a_chunk_of_the_true_size() -> None:
     )
     own = scores[np.arange(32), targets][:, None]
     assert found.tolist() == (scores[:, 1:] >= own).sum(axis=1).tolist()  # the target counts as 1
+
+
+def test_near_ties_that_float64_cannot_tell_apart() -> None:
+    """Sums that cancel: float64 loses the small terms, or adds them in an order that matters."""
+    big, one, small = 2.0**40, 1.0, 2.0**-20
+    rows = [
+        [big, one, -big, small],
+        [big, one, -big, -small],
+        [big, one, -big, 0.0],
+        [-big, one, big, small],
+        [one, big, -big, small],
+        [small, -big, one, big],
+        [0.0, 0.0, 0.0, one],
+        [big, 0.0, -big, 0.0],
+    ]
+    table = torch.tensor([[0.0] * 4, *rows])
+    hidden = torch.tensor([[big, big, big, big], [1.0, 1.0, 1.0, 1.0], [1.0, small, 1.0, big]])
+    for target in range(1, len(table)):
+        check(hidden, table, [target] * 3, limit=8)
+        check(hidden, table, [target] * 3, [{1, 5, 7}] * 3, limit=8)
+
+
+@pytest.mark.parametrize("dim", [5, 64])
+def test_equal_sums_of_reordered_terms_tie(dim: int) -> None:
+    """A permuted embedding and a constant hidden state: equal in truth, in no floating point."""
+    rng = np.random.default_rng(dim)
+    row = rng.standard_normal(dim) * 10.0 ** rng.integers(-6, 6, dim)
+    table = np.stack([rng.permutation(row) for _ in range(30)]).astype(np.float32)
+    hidden = np.full((3, dim), 0.1, np.float32)
+    check(torch.from_numpy(hidden), torch.from_numpy(table), [4, 11, 29], limit=29)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_norms_from_subnormal_to_huge_in_one_table(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scale = 10.0 ** rng.integers(-44, 17, (40, 1))
+    table = (rng.standard_normal((40, 6)) * scale).astype(np.float32)
+    table[20:30] = table[10:20]
+    hidden = rng.standard_normal((12, 6)) * 10.0 ** rng.integers(-44, 17, (12, 1))
+    check(
+        torch.from_numpy(hidden.astype(np.float32)),
+        torch.from_numpy(table),
+        rng.integers(1, 40, 12).tolist(),
+        limit=39,
+    )
+
+
+def test_a_shared_offset_larger_than_the_differences() -> None:
+    """All scores agree in their first digits, as when embeddings hardly left their mean."""
+    rng = np.random.default_rng(0)
+    table = (100 + rng.standard_normal((200, 200)) * 1e-5).astype(np.float32)
+    hidden = (1 + rng.standard_normal((3, 200)) * 1e-5).astype(np.float32)
+    check(torch.from_numpy(hidden), torch.from_numpy(table), [3, 77, 199], limit=20)
+
+
+def test_hidden_states_of_zeros_tie_with_everything() -> None:
+    table = torch.randn(3000, 8)
+    assert Catalogue(table).ranks(torch.zeros(2, 8), torch.tensor([5, 9])).tolist() == [2999] * 2
+
+
+def test_no_events() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    assert Catalogue(torch.ones(4, 2)).ranks(torch.zeros(0, 2), none).tolist() == []
+
+
+def test_more_events_than_are_compared_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking, "_EVENTS_AT_ONCE", 7)
+    rng = np.random.default_rng(1)
+    table = with_ties(rng, 50, 3)
+    hidden = torch.from_numpy(rng.standard_normal((45, 3)).astype(np.float32))
+    check(hidden, table, rng.integers(1, 51, 45).tolist())
 
 
 def test_padding_row_is_no_item() -> None:

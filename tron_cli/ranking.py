@@ -23,7 +23,7 @@ import torch
 
 from tron_cli import rank_kernel
 from tron_cli.errors import RunError
-from tron_cli.products import row_products
+from tron_cli.products import rounded_up, row_products
 
 _EVENTS_AT_ONCE = 1 << 12
 _CHUNK_ELEMENTS = 1 << 20  # scores held at once: 4 MB, so that comparing finds them in the cache
@@ -182,18 +182,18 @@ class Catalogue:
         self, events: _Events
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Float32 scores of a few items at a time."""
-        hidden_ED = events.hidden_ED
+        num_events, hidden_ED = len(events.hidden_ED), rounded_up(events.hidden_ED)
         bound_E = self._float32_bound(events.largest_E)
         above_E1 = (events.score_E + bound_E).float()[:, None]
         below_E1 = (events.score_E - bound_E).float()[:, None]
         elements = _CHUNK_ELEMENTS if hidden_ED.device.type == "cpu" else _CHUNK_ELEMENTS_CUDA
-        columns = min(max(1, elements // max(1, len(hidden_ED))), max(1, self.num_items))
+        columns = min(max(1, elements // max(1, num_events)), max(1, self.num_items))
         # Comparing into float32 and adding that up is several times as fast as with booleans.
-        is_so_EC = hidden_ED.new_empty(len(hidden_ED), columns)
+        is_so_EC = hidden_ED.new_empty(num_events, columns)
         ahead_E = torch.zeros_like(events.target_E)
         in_doubt: list[torch.Tensor] = []
         for low in range(1, self.num_items + 1, columns):
-            score_EC = row_products(hidden_ED, self.table[low : low + columns])
+            score_EC = row_products(hidden_ED, self.table[low : low + columns])[:num_events]
             out_EC = is_so_EC[:, : score_EC.shape[1]]
             higher_E = torch.gt(score_EC, above_E1, out=out_EC).sum(dim=1)
             not_lower_E = torch.ge(score_EC, below_E1, out=out_EC).sum(dim=1)
