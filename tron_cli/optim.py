@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -226,6 +227,9 @@ def _zeros_like(weights: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(weights)
     # A private mapping: what is only read, as saving does, takes no memory.
     memory = mmap.mmap(-1, weights.nbytes, access=mmap.ACCESS_COPY)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux, which may be built without
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=weights.dtype).view(weights.shape)
 
 
