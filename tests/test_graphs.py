@@ -7,10 +7,12 @@ Nothing here needs CUDA. What does is in test_cuda.py.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ import torch
 from conftest import pack_sessions, random_sessions, tiny_settings
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
+from benchmarks import cuda
 from tron_cli import logits, products
 from tron_cli import train as training
 from tron_cli.batches import Batch, prepared_ahead, training_batch
@@ -442,3 +445,54 @@ def test_what_preparing_raises_is_raised_in_its_turn(thread: ThreadPoolExecutor)
     assert [next(batches), next(batches)] == [0, 1]
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
+
+
+# --- the benchmark that needs CUDA ----------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_the_cuda_benchmark_says_that_there_is_no_cuda_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cuda.main(["--output", str(tmp_path / "cuda.json")])
+    assert end.value.code == 1
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "cuda.json").exists()
+
+
+def test_every_part_of_the_cuda_benchmark_runs(tmp_path: Path) -> None:
+    """On the CPU and tiny, so that the one run on a GPU is not lost to a slip."""
+    config = settings(sequence_length=20, train_batch_size=16)
+    report = cuda.Report(tmp_path / "cuda.json", 5, {"machine": "none"})
+    cuda.measure_all(
+        report, config, CPU, num_items=ITEMS, num_sessions=200, steps=8, evaluated_sessions=70
+    )
+    written = json.loads((tmp_path / "cuda.json").read_text())
+    parts = {name: part for name, part in written.items() if isinstance(part, dict)}
+    assert not [name for name, part in parts.items() if "error" in part]
+    for graphs in ("graphs", "eager"):
+        found = written[f"{graphs}, float32, row_adam"]
+        assert found["step_ms"] > 0
+        hours = 12_900_000 / 16 * found["step_ms"] / 1e3 / 3600
+        assert found["epochs_an_hour"] == pytest.approx(1 / hours)
+    assert written["evaluation"]["ranks_differ"] == 0
+    ratio = written["summary"]["bf16: times as fast as the reference in float32"]
+    assert ratio == pytest.approx(
+        written["reference"]["step_float32_ms"] / written["graphs, bf16, row_adam"]["step_ms"]
+    )
+    assert written["summary"]["float32: largest difference of 4 losses"] == 0.0
+
+
+def test_a_part_that_fails_is_reported_and_none_begins_when_time_is_over(tmp_path: Path) -> None:
+    def fails() -> dict[str, Any]:
+        raise ValueError("no")
+
+    report = cuda.Report(tmp_path / "cuda.json", 5, {})
+    assert report.part("one", fails)["error"] == "ValueError: no"
+    assert report.part("two", lambda: {"figure": 3})["figure"] == 3
+    over = cuda.Report(tmp_path / "over.json", 0, {})
+    assert over.part("one", lambda: {"figure": 3})["error"] == "no time was left"
+    written = json.loads((tmp_path / "cuda.json").read_text())
+    assert written["one"]["error"] == "ValueError: no"
+    assert written["two"]["figure"] == 3
