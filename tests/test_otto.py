@@ -15,7 +15,7 @@ from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
 from tron_cli.prepare import otto, otto_lines
 from tron_cli.prepare.otto import prepare_otto
-from tron_cli.prepare.otto_lines import Block, Clicks, read_clicks
+from tron_cli.prepare.otto_lines import Clicks, read_clicks
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 TRAIN, TEST = "otto-recsys-train.jsonl", "otto-recsys-test.jsonl"
@@ -51,7 +51,7 @@ def expected_clicks(session: Session) -> Session:
 
 
 def read_text(text: bytes) -> Clicks:
-    return read_clicks(Block(Path("memory.jsonl"), 0, len(text), text))
+    return read_clicks(bytearray(text))
 
 
 def as_lists(clicks: Clicks) -> list[list[tuple[int, int]]]:

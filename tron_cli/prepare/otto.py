@@ -2,40 +2,45 @@
 
 TRON's protocol: clicks only, no filter by support, the data set's own training and test file; the
 catalogue is every item that is clicked in the training file. Two passes keep 11 GB out of memory:
-worker processes read the training file block by block and its clicks go to a spool on disk; then,
-the catalogue and the end of the period being known, they are split, indexed and written in the
-order of the file.
+the training file is read block by block and its clicks go to a spool on disk; then, the catalogue
+and the end of the period being known, they are split, indexed and written in the order of the file.
+In both passes threads do what takes time per event, and the results are collected in order.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import hashlib
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from tron_cli.dataset import Dataset, DatasetWriter, Sessions
-from tron_cli.errors import InputError, RunError
+from tron_cli.errors import InputError
 from tron_cli.prepare.columns import MAX_LINE_BYTES, BadLines, text_blocks
 from tron_cli.prepare.events import drop_events, first_times, take_where
 from tron_cli.prepare.filters import Steps, drop_short
-from tron_cli.prepare.otto_lines import Block, Clicks, read_clicks
+from tron_cli.prepare.otto_lines import Clicks, read_clicks
 from tron_cli.prepare.raw import SOURCES, describe, is_gzip, locate
 from tron_cli.prepare.split import DAY, sample_rows
 from tron_cli.prepare.write import dataset_path
 
-BLOCK_BYTES = 1 << 24
-SPOOL_SESSIONS = 1 << 17  # read back at a time
-MAX_WORKERS = 8  # with more, the process that collects is the limit
+BLOCK_BYTES = 1 << 23
+SPOOL_SESSIONS = 1 << 16  # read back at a time
+MAX_THREADS = 8  # with more, the one that collects is the limit
 MIN_CLICKS = 2
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 def prepare_otto(
@@ -60,24 +65,22 @@ def prepare_otto(
     """
     with DatasetWriter(dataset_path(data_dir, name, raw), force=force) as writer:
         files = locate("otto", raw, data_dir)
-        train_file, test_file = (files[file] for file in SOURCES["otto"].files)
+        train_file, test_file = (_RawFile(files[file]) for file in SOURCES["otto"].files)
         bad = BadLines(skip=skip_bad_lines)
         with (
             tempfile.TemporaryDirectory(prefix=f".{name}.spool-", dir=data_dir) as folder,
             _Spool(Path(folder)) as spool,
-            ThreadPoolExecutor(1) as beside,
+            _Threads() as threads,
         ):
             steps, test_steps = Steps(), Steps()
-            catalogue, end = _read_training(train_file, bad, spool, steps)
+            catalogue, end = _read_training(train_file, bad, spool, steps, threads)
             index = np.zeros(catalogue[-1] + 2, np.int32)  # the last entry: aids beyond
             index[catalogue] = np.arange(1, len(catalogue) + 1)
-            test, test_counts = _read_test(test_file, bad, index, test_steps)
-            # Checksums keep one core busy for some seconds, writing the other.
-            sources = beside.submit(lambda: [describe(file) for file in files.values()])
+            test, test_counts = _read_test(test_file, bad, index, test_steps, threads)
             writer.write_items(catalogue)
             boundary = end - val_days * DAY if val_days > 0 else np.inf
             left_out, unseen_in_train = _write_training(
-                writer, spool, index, boundary, max_val_sessions, seed
+                writer, spool, index, boundary, max_val_sessions, seed, threads
             )
             writer.write_split("test", test, **test_counts)
             return writer.finish(
@@ -91,7 +94,7 @@ def prepare_otto(
                     "seed": seed,
                     "skip_bad_lines": skip_bad_lines,
                 },
-                sources=sources.result(),
+                sources=[train_file.description(), test_file.description()],
                 bad_lines={"count": bad.count, "first": bad.first},
                 filters=steps.entries,
                 test_filters=test_steps.entries,
@@ -145,8 +148,8 @@ class _Spool:
         """int64 [S] ms, the first event of each session."""
         return np.concatenate(self._starts)
 
-    def blocks(self, wanted: np.ndarray | None = None) -> Iterator[tuple[slice, Sessions]]:
-        """(which rows, their sessions) by blocks; only blocks with a `wanted` row (bool [S])."""
+    def blocks(self, wanted: np.ndarray | None = None) -> Iterator[_SpoolBlock]:
+        """All of it, block by block; only the blocks with a `wanted` row (bool [S])."""
         self._aids.flush()
         self._times.flush()
         lengths = self.lengths
@@ -155,35 +158,52 @@ class _Spool:
             rows = slice(start, start + SPOOL_SESSIONS)
             offsets = np.append(0, np.cumsum(lengths[rows]))
             if wanted is None or wanted[rows].any():
-                aids, times = (
-                    np.fromfile(
-                        file.name, dtype, offsets[-1], offset=events_before * dtype.itemsize
-                    )
-                    for file, dtype in (
-                        (self._aids, np.dtype(np.int32)),
-                        (self._times, np.dtype(np.int64)),
-                    )
-                )
-                yield rows, Sessions(aids, offsets, times)
+                yield _SpoolBlock(rows, offsets, self._aids.name, self._times.name, events_before)
             events_before += int(offsets[-1])
+
+
+@dataclass(frozen=True)
+class _SpoolBlock:
+    """Some rows of a spool, to be read from it."""
+
+    rows: slice
+    offsets: np.ndarray
+    aids_file: str
+    times_file: str
+    events_before: int
+
+    def read(self) -> Sessions:
+        aids, times = (
+            np.fromfile(file, dtype, self.offsets[-1], offset=self.events_before * dtype.itemsize)
+            for file, dtype in (
+                (self.aids_file, np.dtype(np.int32)),
+                (self.times_file, np.dtype(np.int64)),
+            )
+        )
+        return Sessions(aids, self.offsets, times)
 
 
 class _Tally:
     """Sessions, events and distinct items of what is added."""
 
-    def __init__(self) -> None:
-        self.sessions = 0
-        self.events = 0
-        self._seen = np.zeros(1 << 20, bool)
+    def __init__(self, sessions: int = 0, events: int = 0, seen: np.ndarray | None = None) -> None:
+        self.sessions = sessions
+        self.events = events
+        self._seen = np.zeros(1 << 20, bool) if seen is None else seen
 
-    def add(self, sessions: int, *aids: np.ndarray) -> None:
+    def add(self, sessions: int, aids: np.ndarray) -> None:
         self.sessions += sessions
-        for part in aids:
-            self.events += len(part)
-            largest = int(part.max(initial=0))
-            if largest >= len(self._seen):
-                self._seen = np.concatenate((self._seen, np.zeros(largest + 1, bool)))
-            self._seen[part] = True
+        self.events += len(aids)
+        largest = int(aids.max(initial=0))
+        if largest >= len(self._seen):
+            self._seen = np.concatenate((self._seen, np.zeros(largest + 1, bool)))
+        self._seen[aids] = True
+
+    def __add__(self, other: _Tally) -> _Tally:
+        shorter, longer = sorted((self._seen, other._seen), key=len)
+        seen = longer.copy()
+        seen[: len(shorter)] |= shorter
+        return _Tally(self.sessions + other.sessions, self.events + other.events, seen)
 
     @property
     def items(self) -> np.ndarray:
@@ -197,22 +217,23 @@ def _record(steps: Steps, tallies: dict[str, tuple[_Tally, str]]) -> None:
 
 
 def _read_training(
-    file: Path, bad: BadLines, spool: _Spool, steps: Steps
+    file: _RawFile, bad: BadLines, spool: _Spool, steps: Steps, threads: _Threads
 ) -> tuple[np.ndarray, int]:
     """Spool the sessions of at least two clicks; (all clicked aids ascending, last click in ms)."""
-    read, clicked, kept = _Tally(), _Tally(), _Tally()
+    kept, short, others = _Tally(), _Tally(), _Tally()
     end = 0
-    for clicks in _clicks(file, bad):
-        sessions = _sessions(clicks)
-        long_enough = drop_short(sessions, MIN_CLICKS)
-        read.add(len(sessions), clicks.aids, clicks.other_aids)
-        clicked.add(_count(clicks.lengths > 0), clicks.aids)
+    for clicks, (long_enough, short_aids) in _clicks(file, bad, _without_short, threads):
         kept.add(len(long_enough), long_enough.items)
+        short.add(_count(clicks.lengths > 0) - len(long_enough), short_aids)
+        others.add(_count(clicks.lengths == 0), clicks.other_aids)
         spool.append(long_enough)
         end = max(end, int(clicks.times.max(initial=0)))
+    clicked = kept + short
+    read = clicked + others
     if not kept.sessions:
         raise InputError(
-            f"{file} has no session with {MIN_CLICKS} clicks among its {read.sessions:,} sessions"
+            f"{file.path} has no session with {MIN_CLICKS} clicks among its {read.sessions:,} "
+            "sessions"
         )
     _record(
         steps,
@@ -225,27 +246,32 @@ def _read_training(
     return clicked.items, end
 
 
+def _without_short(clicks: Clicks) -> tuple[Sessions, np.ndarray]:
+    """(sessions of at least two clicks, the aids of the others)."""
+    is_short = np.repeat(clicks.lengths < MIN_CLICKS, clicks.lengths)
+    return drop_short(_sessions(clicks), MIN_CLICKS), clicks.aids[is_short]
+
+
 def _read_test(
-    file: Path, bad: BadLines, index: np.ndarray, steps: Steps
+    file: _RawFile, bad: BadLines, index: np.ndarray, steps: Steps, threads: _Threads
 ) -> tuple[list[Sessions], dict[str, int]]:
     """(test sessions, indexed, block by block; how much of test the catalogue does not cover)."""
-    read, clicked, known, kept = _Tally(), _Tally(), _Tally(), _Tally()
+    clicked, others, known, kept = _Tally(), _Tally(), _Tally(), _Tally()
     test = []
     predictions = 0
-    for clicks in _clicks(file, bad):
-        sessions = _sessions(clicks)
-        covered = drop_events(sessions, _positions(sessions, index) > 0)
+    for clicks, covered in _clicks(file, bad, partial(_covered, index=index), threads):
         long_enough = drop_short(covered, MIN_CLICKS)
-        read.add(len(sessions), clicks.aids, clicks.other_aids)
-        clicked.add(_count(sessions.lengths > 0), sessions.items)
+        clicked.add(_count(clicks.lengths > 0), clicks.aids)
+        others.add(_count(clicks.lengths == 0), clicks.other_aids)
         known.add(_count(covered.lengths > 0), covered.items)
         kept.add(len(long_enough), long_enough.items)
-        predictions += int(np.maximum(sessions.lengths - 1, 0).sum())
+        predictions += int(np.maximum(clicks.lengths - 1, 0).sum())
         test.append(_indexed(long_enough, index))
+    read = clicked + others
     if not kept.sessions:
         raise InputError(
-            f"{file} has no session with {MIN_CLICKS} clicks on items of the training file among "
-            f"its {read.sessions:,} sessions: do the two files belong together?"
+            f"{file.path} has no session with {MIN_CLICKS} clicks on items of the training file "
+            f"among its {read.sessions:,} sessions: do the two files belong together?"
         )
     _record(
         steps,
@@ -263,6 +289,12 @@ def _read_test(
     }
 
 
+def _covered(clicks: Clicks, index: np.ndarray) -> Sessions:
+    """The clicks on items that the catalogue has."""
+    sessions = _sessions(clicks)
+    return drop_events(sessions, _positions(sessions, index) > 0)
+
+
 def _write_training(
     writer: DatasetWriter,
     spool: _Spool,
@@ -270,6 +302,7 @@ def _write_training(
     boundary: float,
     max_val_sessions: int,
     seed: int,
+    threads: _Threads,
 ) -> tuple[dict[str, int], int]:
     """Write train and val, parted at `boundary` (ms); (what neither has, items train lacks)."""
     lengths = spool.lengths
@@ -285,18 +318,22 @@ def _write_training(
         "late_events": 0,
     }
 
+    def early(block: _SpoolBlock) -> tuple[int, Sessions, Sessions]:
+        sessions = block.read()
+        before = take_where(sessions, ~held_out[block.rows])
+        assert before.times is not None
+        cut = drop_short(drop_events(before, before.times < boundary), MIN_CLICKS)
+        indexed = _indexed(cut, index)
+        in_train[indexed.items] = True  # of several threads all write the same
+        return len(sessions), before, indexed
+
     def train() -> Iterator[Sessions]:
         with tqdm(total=len(lengths), desc="train", unit=" sessions", disable=None) as bar:
-            for rows, sessions in spool.blocks():
-                before = take_where(sessions, ~held_out[rows])
-                assert before.times is not None
-                cut = drop_short(drop_events(before, before.times < boundary), MIN_CLICKS)
-                left_out["late_sessions"] += len(before) - len(cut)
-                left_out["late_events"] += len(before.items) - len(cut.items)
-                indexed = _indexed(cut, index)
-                in_train[indexed.items] = True
-                bar.update(len(sessions))
-                yield indexed
+            for read, before, kept in threads.in_order(early, spool.blocks()):
+                left_out["late_sessions"] += len(before) - len(kept)
+                left_out["late_events"] += len(before.items) - len(kept.items)
+                bar.update(read)
+                yield kept
 
     writer.write_split("train", train())
     if _count(~held_out) == left_out["late_sessions"]:
@@ -305,8 +342,8 @@ def _write_training(
             "takes; pass a smaller --val-days"
         )
     val = [
-        _indexed(take_where(sessions, in_val[rows]), index)
-        for rows, sessions in spool.blocks(wanted=in_val)
+        _indexed(take_where(block.read(), in_val[block.rows]), index)
+        for block in spool.blocks(wanted=in_val)
     ]
     writer.write_split(
         "val",
@@ -335,60 +372,85 @@ def _positions(sessions: Sessions, index: np.ndarray) -> np.ndarray:
     return index.take(sessions.items, mode="clip")
 
 
-def _clicks(file: Path, bad: BadLines) -> Iterator[Clicks]:
-    """The clicks of a file, block by block in its order."""
+def _clicks(
+    file: _RawFile, bad: BadLines, further: Callable[[Clicks], _Out], threads: _Threads
+) -> Iterator[tuple[Clicks, _Out]]:
+    """The clicks of a file and what `further` makes of them, block by block in its order."""
+
+    def read(text: bytearray) -> tuple[Clicks, _Out]:
+        clicks = read_clicks(text)
+        return clicks, further(clicks)
+
     line = 0
-    for clicks in _read_blocks(_blocks(file)):
+    for clicks, result in threads.in_order(read, file.blocks()):
         for line_of_block, problem in clicks.bad:
-            bad.reject(file, line + line_of_block, problem)
+            bad.reject(file.path, line + line_of_block, problem)
         line += clicks.lines
-        yield clicks
+        yield clicks, result
 
 
-def _read_blocks(blocks: Iterator[Block]) -> Iterator[Clicks]:
-    """Read blocks on all cores; the results come in order."""
-    head = list(islice(blocks, 2))
-    if len(head) < 2:  # starting processes would take longer
-        yield from map(read_clicks, head)
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cores or 1, MAX_WORKERS)
-    pending: deque[Future[Clicks]] = deque()
-    try:
-        # Not forked: polars and tqdm have threads, which a fork does not survive.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            for block in chain(head, blocks):
-                pending.append(pool.submit(read_clicks, block))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
+class _Threads(ThreadPoolExecutor):
+    """A thread per core."""
+
+    def __init__(self) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._count = min(cores or 1, MAX_THREADS)
+        super().__init__(self._count)
+
+    def in_order(self, function: Callable[[_In], _Out], inputs: Iterable[_In]) -> Iterator[_Out]:
+        """function(input) of each input, in their order; some of them ahead of the reader."""
+        pending: deque[Future[_Out]] = deque()
+        for each in inputs:
+            pending.append(self.submit(function, each))
+            if len(pending) > 2 * self._count:
                 yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise RunError("a reading process was killed, perhaps for want of memory") from error
+        while pending:
+            yield pending.popleft().result()
 
 
-def _blocks(file: Path) -> Iterator[Block]:
-    """A file in blocks of whole lines; readers fetch those of a plain file themselves."""
-    if is_gzip(file):
-        for text, _ in text_blocks(file):
-            yield Block(file, 0, len(text), text)
-        return
-    size = file.stat().st_size
-    if not size:
-        raise InputError(f"{file} is empty")
-    start = 0
-    with (
-        file.open("rb") as content,
-        tqdm(total=size, desc=file.name, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        while start < size:
-            content.seek(start + BLOCK_BYTES - 1)
-            if len(content.readline(MAX_LINE_BYTES)) == MAX_LINE_BYTES:
-                raise InputError(
-                    f"{file} has no line end for {MAX_LINE_BYTES:,} bytes: is it jsonl?"
-                )
-            stop = min(content.tell(), size)
-            yield Block(file, start, stop)
-            bar.update(stop - start)
-            start = stop
+class _RawFile:
+    """A file of JSON lines, plain or gzip."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._digest = hashlib.sha256()
+
+    def blocks(self) -> Iterator[bytearray]:
+        """The file in blocks of whole lines, as `read_clicks` takes them."""
+        if is_gzip(self.path):
+            for text, _ in text_blocks(self.path):
+                yield bytearray(text)
+            return
+        size = self.path.stat().st_size
+        if not size:
+            raise InputError(f"{self.path} is empty")
+        mark = BYTE_ORDER_MARK
+        with (
+            self.path.open("rb") as content,
+            tqdm(total=size, desc=self.path.name, unit="B", unit_scale=True, disable=None) as bar,
+        ):
+            while True:
+                block = bytearray(BLOCK_BYTES)
+                del block[content.readinto(block) :]
+                if not block:
+                    return
+                line_end = content.readline(MAX_LINE_BYTES)
+                if len(line_end) == MAX_LINE_BYTES:
+                    raise InputError(
+                        f"{self.path} has no line end for {MAX_LINE_BYTES:,} bytes: is it jsonl?"
+                    )
+                block += line_end
+                self._digest.update(block)  # while its bytes are at hand
+                bar.update(len(block))
+                yield block.removeprefix(mark)
+                mark = b""
+
+    def description(self) -> dict[str, Any]:
+        """What dataset.json records of the file, all blocks of which were read."""
+        if is_gzip(self.path):
+            return describe(self.path)
+        return {
+            "file": self.path.name,
+            "bytes": self.path.stat().st_size,
+            "sha256": self._digest.hexdigest(),
+        }

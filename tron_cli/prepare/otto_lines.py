@@ -4,12 +4,12 @@ Lines written exactly as the published files are,
 
     {"session":42,"events":[{"aid":59625,"ts":1661724000278,"type":"clicks"},...]}
 
-with or without the spaces that json.dumps puts, are read without an object per event: the colons of
-a piece of text are found at once, every other byte has its place relative to a colon, and each is
+with or without the spaces that json.dumps puts, are read without an object per event: the braces of
+a piece of text are found at once, every other byte has its place relative to a brace, and each is
 compared with what it must be. A piece in which one byte is anything else goes through `json`, line
 by line: any valid JSON is read, and what is broken is reported with its line.
 
-Worker processes import this module, so it needs nothing but numpy.
+Operations on long arrays let go of the interpreter's lock: threads can read side by side.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,25 +24,7 @@ import numpy as np
 TYPES = ("clicks", "carts", "orders")
 MAX_AID = 10**8 - 1  # eight digits; bounds the tables that are indexed with an aid
 MAX_TIME = 2**53
-PIECE_BYTES = 1 << 20  # its arrays fit into a core's cache
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class Block:
-    """Whole lines of a file: the bytes from start to stop, or, where given, `text` itself."""
-
-    file: Path
-    start: int
-    stop: int
-    text: bytes | None = None
-
-    def read(self) -> bytes:
-        if self.text is not None:
-            return self.text
-        with self.file.open("rb") as source:
-            source.seek(self.start)
-            return source.read(self.stop - self.start)
+PIECE_BYTES = 1 << 21  # long arrays, which still fit into a core's cache
 
 
 @dataclass
@@ -63,14 +44,14 @@ class Clicks:
     bad: list[tuple[int, str]] = field(default_factory=list)
 
 
-def read_clicks(block: Block) -> Clicks:
-    """Read the lines of a block."""
-    text = block.read()
-    if block.start == 0:
-        text = text.removeprefix(BYTE_ORDER_MARK)
+def read_clicks(text: bytearray) -> Clicks:
+    """Read whole lines of a file, the last one perhaps without its line end; changes `text`."""
+    if not text.endswith(b"\n"):
+        text += b"\n"
+    text += _PADDING
     parts = []
-    for piece in _pieces(text or b"\n"):
-        parts.append(_read_canonical(piece) or _read_any(piece))
+    for start, stop in _pieces(text):
+        parts.append(_read_canonical(text, start, stop) or _read_any(bytes(text[start:stop])))
     lines = 0
     bad = []
     for part in parts:
@@ -83,16 +64,13 @@ def read_clicks(block: Block) -> Clicks:
     return Clicks(lengths, *_sorted_by_time(lengths, aids, times), others, lines, bad)
 
 
-def _pieces(text: bytes) -> Iterator[bytes]:
-    """The text in pieces of whole lines, each with its line end."""
-    start = 0
-    while start < len(text):
-        end = text.find(b"\n", min(start + PIECE_BYTES, len(text)) - 1) + 1
-        if not end:
-            yield text[start:] + b"\n"
-            return
-        yield text[start:end]
-        start = end
+def _pieces(text: bytearray) -> Iterator[tuple[int, int]]:
+    """Where pieces of whole lines start and stop in a padded text."""
+    start, size = 0, len(text) - len(_PADDING)
+    while start < size:
+        stop = text.find(b"\n", min(start + PIECE_BYTES, size) - 1) + 1
+        yield start, stop
+        start = stop
 
 
 def _sorted_by_time(
@@ -114,100 +92,129 @@ def _word(text: bytes) -> np.uint64:
     return np.uint64(int.from_bytes(text, "little"))
 
 
-_ONE_BYTE, _TWO_BYTES = np.uint64(8), np.uint64(16)
-_LOWEST_2, _LOWEST_3 = np.uint64(0xFFFF), np.uint64(0xFFFFFF)
-_LOWEST_4 = np.uint64(0xFFFFFFFF)
+# Behind the text, so that its last event is followed by what follows the last of any line, and
+# windows near the end stay within bounds.
+_PADDING = b'{"session":' + bytes(64)
+_BRACE, _COLON, _QUOTE, _ZERO = b'{:"0'
+_1_BYTE, _2_BYTES, _3_BYTES, _4_BYTES, _5_BYTES, _7_BYTES = (
+    np.uint64(8 * count) for count in (1, 2, 3, 4, 5, 7)
+)
+_LOWEST_3, _LOWEST_7 = np.uint64(2**24 - 1), np.uint64(2**56 - 1)
+_PLACES = _word(bytes(range(7, -1, -1)))  # times 256**p: p in the highest byte
+# What follows "clicks" and "orders", what follows "carts"}; the same two at the end of a line.
+_AFTER_TYPE = np.array([_word(b) for b in (b'},{"aid"', b',{"aid":', b'}]}\n{"se', b']}\n{"ses')])
 
 
-def _read_canonical(text: bytes) -> Clicks | None:
-    """Read lines exactly as published; None where a byte is not what it must be.
+def _read_canonical(text: bytearray, start: int, stop: int) -> Clicks | None:
+    """Read the lines from start to stop, exactly as published; None where a byte is not as it must.
 
-    Arrays of positions are called by what lies there: `aid` has the positions of the colons after
-    "aid", `comma` those of commas.
+    A brace opens every line and every event. From one to the next each byte is compared, so that
+    what is accepted is nothing else, whatever the search for braces found.
     """
     # Spaces after the colon of a key or after a comma may go: where the text is accepted without
     # them, they stood between tokens, and there JSON ignores them.
-    if b'": ' in text[:64]:
-        text = text.replace(b'": ', b'":').replace(b', "', b',"').replace(b", {", b",{")
-    size = len(text)
-    text += bytes(16)  # words near the end stay within bounds
-    # words[p] is the eight bytes from p on, the first one lowest.
-    words = np.ndarray((len(text) - 7,), "<u8", text, strides=(1,))
-    colon = np.flatnonzero(np.frombuffer(text, np.uint8, size) == ord(":"))
-    if not len(colon) or colon[0] != len('{"session"'):
-        return None
+    if text.find(b'": ', start, min(start + 64, stop)) >= 0:
+        lines = text[start:stop]
+        lines = lines.replace(b'": ', b'":').replace(b', "', b',"').replace(b", {", b",{")
+        text, start, stop = lines + _PADDING, 0, len(lines)
+    size = stop - start
+    data = np.frombuffer(text, np.uint8, offset=start)
+    # words[p] is the eight bytes from p on, the first one lowest; windows[p] are 64 bytes.
+    words = np.ndarray((size,), "<u8", text, start, strides=(1,))
+    windows = np.ndarray((size,), "V64", text, start, strides=(1,))
 
-    # Keys. The colons are those after "session" and "events" of a line, and after "aid", "ts" and
-    # "type" of an event. Five kinds, told apart by the word that ends there, as many as there are
-    # colons: so there is no other, and `number` (which colon it is) gives every event its line.
-    key = words[colon - 7]
-    is_aid = np.append(key >> _ONE_BYTE == _word(b'{"aid":'), False)
-    number = np.flatnonzero(is_aid)
-    first = np.flatnonzero(key == _word(b'ession":'))
-    if (
-        not len(first)
-        or first[0] != 0
-        or 3 * len(number) + 2 * len(first) != len(colon)
-        or first[-1] + 1 >= len(colon)
-        or (len(number) and number[-1] + 2 >= len(colon))
-        or (key[first + 1] != _word(b'events":')).any()
-        or (key[number + 1] >> _TWO_BYTES != _word(b',"ts":')).any()
-        or (key[number + 2] != _word(b',"type":')).any()
-    ):
+    # Braces. Eight bytes at a time, which hold one at most: an eighth of the places to look at.
+    is_brace = np.zeros(size // 8 * 8 + 8, bool)
+    np.equal(data[:size], _BRACE, out=is_brace[:size])
+    is_brace[size] = True  # of the padding
+    eights = is_brace.view("<u8")
+    brace = np.flatnonzero(eights != 0)
+    place = eights[brace]
+    place *= _PLACES
+    place >>= _7_BYTES
+    brace *= 8
+    brace += place.view(np.int64)
+    if brace[0] != 0 or brace[-1] != size:
         return None
-    session, events = colon[first], colon[first + 1]
-    aid, ts, kind = colon[number], colon[number + 1], colon[number + 2]
+    is_line = data[brace + 2] == ord("s")
+    first, event = np.flatnonzero(is_line)[:-1], np.flatnonzero(~is_line)
 
-    # Values.
-    aids = _integers(words, aid + 1, ts - 5)
-    sessions = _integers(words, session + 1, events - 9)
-    high, low = _last_digits(words[ts - 2], 5), _last_digits(words[ts + 6], 8)
-    value = words[kind + 1]
-    is_click, is_cart = value == _word(b'"clicks"'), value == _word(b'"carts"}')
+    # Sizes. Of a line's head all is fixed but the number of the session, of an event all but the
+    # article and the type. That they are what they can be also keeps all positions within bounds.
+    line = brace[first]
+    is_empty = is_line[first + 1]
+    opened = brace[first + 1] - 3 * is_empty  # behind the bracket of the list
+    session_digits = opened - line - len('{"session":,"events":[')
+    begin = brace[event]
+    is_last = is_line[event + 1]
+    ts_end = brace[event + 1]  # goes back from there
+    ts_end -= len('"clicks"},')
+    ts_end -= is_last
+    ts_end -= is_last
+    is_cart = data[ts_end] != _QUOTE  # "carts" is one byte shorter
+    ts_end += is_cart
+    ts_end -= len(',"type":')
+    aid_digits = ts_end - len('{"aid":,"ts":1661724000278')
+    aid_digits -= begin
+    for digits in (session_digits, aid_digits):
+        if digits.min(initial=1) < 1 or digits.max(initial=8) > 8:
+            return None
+
+    # Values, out of the 64 bytes around each time: the article ends at the 21st, the time at the
+    # 40th; then `,"type":` and the type are a word each.
+    _, aid_head, aid_tail, ts_head, ts_tail, key, kind, after = (
+        windows[ts_end - 40].view("<u8").reshape(-1, 8).T
+    )
+    aid = aid_head >> _5_BYTES
+    aid |= aid_tail << _3_BYTES
+    aids = _last_digits(aid, aid_digits)
+    sessions = _last_digits(words[opened - len('12345678,"events":[')], session_digits)
+    high, low = _last_digits(ts_head, 5), _last_digits(ts_tail, 8)
+    is_click, is_order = kind == _word(b'"clicks"'), kind == _word(b'"orders"')
     if (
         aids is None
         or sessions is None
         or high is None
         or low is None
-        or (high < 10**4).any()
-        or (kind - ts != len(':1661724000278,"type"')).any()
-        or not (is_click | is_cart | (value == _word(b'"orders"'))).all()
+        # JSON knows no leading zeros.
+        or ((data[begin + len('{"aid":')] == _ZERO) & (aid_digits > 1)).any()
+        or ((data[line + len('{"session":')] == _ZERO) & (session_digits > 1)).any()
+        or high.min(initial=10**4) < 10**4
+        or ((kind == _word(b'"carts"}')) != is_cart).any()
+        or not (is_click | is_order | is_cart).all()
     ):
         return None
 
-    # What lies between: every event is followed by the next one or by the end of its line, every
-    # line by the next one.
-    brace = kind + 9 - is_cart
-    after = words[brace]
-    is_last = ~is_aid[number + 3]
-    start = session - 10
-    is_empty = ~is_aid[first + 2]
-    opening = words[events + 1]
-    end = np.empty_like(start)
-    end[is_empty] = events[is_empty] + 5
-    end[~is_empty] = brace[is_last] + 4
+    # Keys and all that lies between. What follows an event begins the next one, or the next line.
+    unusual = np.flatnonzero(after != _AFTER_TYPE[0])
+    opening = words[opened]
     if (
-        (after[~is_last] & _LOWEST_3 != _word(b"},{")).any()
-        or (aid[1:] != brace[:-1] + 8)[~is_last[:-1]].any()
-        or (after[is_last] & _LOWEST_4 != _word(b"}]}\n")).any()
-        or (opening[~is_empty] != _word(b'[{"aid":')).any()
-        or (opening[is_empty] & _LOWEST_4 != _word(b"[]}\n")).any()
-        or (words[start] != _word(b'{"sessio')).any()
-        or (words[events - 9] & _LOWEST_2 != _word(b',"')).any()
-        or start[0] != 0
-        or end[-1] != size
-        or (start[1:] != end[:-1]).any()
+        (aid_tail >> _5_BYTES != _word(b',"t')).any()
+        or (ts_head & _LOWEST_3 != _word(b's":')).any()
+        or (key != _word(b',"type":')).any()
+        or (after[unusual] != _AFTER_TYPE[is_cart[unusual] + 2 * is_last[unusual]]).any()
+        or (data[begin + len('{"aid"')] != _COLON).any()
+        or (words[line] != _word(b'{"sessio')).any()
+        or (words[line + 8] & _LOWEST_3 != _word(b'n":')).any()
+        or (words[opened - 11] != _word(b',"events')).any()
+        or (words[opened - 8] != _word(b'vents":[')).any()
+        or (opening[~is_empty] & _LOWEST_7 != _word(b'{"aid":')).any()
+        or (opening[is_empty] & _LOWEST_3 != _word(b"]}\n")).any()
     ):
         return None
 
-    clicks_before = np.zeros(len(number) + 1, np.int64)
+    clicks_before = np.zeros(len(event) + 1, np.int64)
     np.cumsum(is_click, out=clicks_before[1:])
-    events_before = (np.append(first, len(colon)) - 2 * np.arange(len(first) + 1)) // 3
+    events_before = np.append(first - np.arange(len(first)), len(event))
+    high *= 10**8
+    high += low
+    aids = aids.astype(np.int32)
+    click, other = np.flatnonzero(is_click), np.flatnonzero(~is_click)
     return Clicks(
         lengths=np.diff(clicks_before[events_before]),
-        aids=aids[is_click].astype(np.int32),
-        times=(high * 10**8 + low)[is_click],
-        other_aids=aids[~is_click].astype(np.int32),
+        aids=aids[click],
+        times=high[click],
+        other_aids=aids[other],
         lines=len(first),
     )
 
@@ -216,29 +223,32 @@ _ZEROS = _word(b"00000000")
 _TO_HIGH_BIT, _HIGH_BITS = np.uint64(0x7676767676767676), np.uint64(0x8080808080808080)
 _PAIRS, _OUTER = np.uint64(10), np.uint64(0x000000FF000000FF)
 _WEIGHTS = np.uint64(10**6 << 32 | 100), np.uint64(10**4 << 32 | 1)
-_LEAST = np.array([0, 10, 100, 10**3, 10**4, 10**5, 10**6, 10**7])
+_JUNK = np.arange(64, -1, -8).astype(np.uint64)  # bits before the last so many bytes
 
 
-def _integers(words: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray | None:
-    """int64: the numbers spelled from start to stop; None unless all have one to eight digits."""
-    digits = stop - start
-    if len(digits) and not (digits.min() >= 1 and digits.max() <= 8):
-        return None
-    values = _last_digits(words[stop - 8], digits)
-    # JSON knows no leading zeros.
-    return None if values is None or (values < _LEAST[digits - 1]).any() else values
-
-
-def _last_digits(word: np.ndarray, digits: np.ndarray | int) -> np.ndarray | None:
-    """int64: the number that the last `digits` bytes of each word spell; None if one does not."""
-    junk = (8 * (8 - np.asarray(digits))).astype(np.uint64)  # bits before the first digit
-    word = (word ^ _ZEROS) >> junk << junk  # a byte per digit, the first one lowest
-    if (((word + _TO_HIGH_BIT) | word) & _HIGH_BITS).any():
+def _last_digits(text: np.ndarray, digits: np.ndarray | int) -> np.ndarray | None:
+    """int64: the number that the last `digits` (1 to 8) bytes of each word spell; None if one
+    does not."""
+    junk = _JUNK[digits]
+    word: np.ndarray = text ^ _ZEROS  # a byte per digit, the first one lowest
+    word >>= junk
+    word <<= junk
+    check = word + _TO_HIGH_BIT
+    check |= word
+    if np.bitwise_or.reduce(check) & _HIGH_BITS:
         return None
     # Neighbours into numbers of two digits, then of eight, all within the word.
-    word = word * _PAIRS + (word >> _ONE_BYTE)
-    word = (word & _OUTER) * _WEIGHTS[0] + (word >> _TWO_BYTES & _OUTER) * _WEIGHTS[1]
-    return (word >> np.uint64(32)).astype(np.int64)
+    seconds = word >> _1_BYTE
+    word *= _PAIRS
+    word += seconds
+    firsts = word & _OUTER
+    firsts *= _WEIGHTS[0]
+    word >>= _2_BYTES
+    word &= _OUTER
+    word *= _WEIGHTS[1]
+    word += firsts
+    word >>= _4_BYTES
+    return word.view(np.int64)
 
 
 # --- any other text ------------------------------------------------------------------------------
