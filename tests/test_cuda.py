@@ -162,6 +162,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_as_usual(
 
 
 def test_the_training_loop_gives_the_same_with_and_without_graphs(tmp_path: Path) -> None:
+    pytest.importorskip("ir_measures.measures")
     rows = [list(map(int, row)) for row in map(cyclic_sessions(200).__getitem__, range(200))]
     dataset = write_dataset(tmp_path, train=rows, val=rows[:50], num_items=ITEMS)
     figures = []
