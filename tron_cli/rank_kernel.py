@@ -122,8 +122,8 @@ class CoarseTable:
             _pair_score_kernel[(triton.cdiv(len(event_P), _BLOCK_P),)](
                 hidden_ED,
                 self.table,
-                event_P,
-                item_P,
+                event_P.contiguous(),
+                item_P.contiguous(),
                 score_P,
                 len(event_P),
                 WIDTH=self.table.shape[1],
