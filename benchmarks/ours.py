@@ -31,7 +31,7 @@ def training_step(
     def step(sessions: Sessions, chosen: np.ndarray) -> torch.Tensor:
         batch = training_batch(sessions, chosen, config.sequence_length)
         with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
-            loss = training_loss(model, batch, config, num_items)
+            loss = training_loss(model, batch, config, num_items, before_lookup=optimizer.catch_up)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -156,12 +156,12 @@ def die_in_step(step: int, config: Path, data_dir: Path, run_dir: Path) -> None:
 
     original, calls = module.training_loss, 0
 
-    def watched(*arguments: Any) -> torch.Tensor:
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     module.training_loss = watched
     start_or_resume(config, data_dir, run_dir)
@@ -244,12 +244,12 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> Non
 
     original, calls = module.training_loss, 0
 
-    def watched(*arguments: Any) -> torch.Tensor:
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == step:
             os.kill(os.getpid(), number)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(module, "training_loss", watched)
 

@@ -9,6 +9,7 @@ Shapes: N events, K negatives, V rows of the table, U distinct rows, D width.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,18 @@ class Looked:
     negatives: Negatives
 
 
-def look_up(table_VD: torch.Tensor, batch: Batch, negatives: Negatives, *, sparse: bool) -> Looked:
+# Told which rows of a table are about to be looked up.
+BeforeLookup = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+def look_up(
+    table_VD: torch.Tensor,
+    batch: Batch,
+    negatives: Negatives,
+    *,
+    sparse: bool,
+    before: BeforeLookup | None = None,
+) -> Looked:
     """The rows of the inputs, targets and uniform negatives.
 
     sparse: the table's gradient is a sparse tensor of the rows looked up, each once. Else it is
@@ -43,6 +55,8 @@ def look_up(table_VD: torch.Tensor, batch: Batch, negatives: Negatives, *, spars
     if not sparse and len(ids) >= len(table_VD):
         return Looked(table_VD, batch, negatives)
     ids_U, place = _distinct(ids, same_shape=batch.padded)
+    if before is not None:
+        before(table_VD, ids_U)
     return Looked(
         _Rows.apply(table_VD, ids_U, sparse),
         dataclasses.replace(
@@ -57,10 +71,12 @@ def look_up(table_VD: torch.Tensor, batch: Batch, negatives: Negatives, *, spars
 
 
 def look_up_inputs(
-    table_VD: torch.Tensor, batch: Batch, *, sparse: bool
+    table_VD: torch.Tensor, batch: Batch, *, sparse: bool, before: BeforeLookup | None = None
 ) -> tuple[Batch, torch.Tensor]:
     """The batch and the rows of its inputs, for a model that scores with another table."""
     ids_U, place_N = _distinct(batch.inputs_N, same_shape=batch.padded)
+    if before is not None:
+        before(table_VD, ids_U)
     return dataclasses.replace(batch, inputs_N=place_N), _Rows.apply(table_VD, ids_U, sparse)
 
 

@@ -22,6 +22,9 @@ from tron_cli.errors import InputError
 
 # Rows updated at once: few enough for a CPU's cache to hold what belongs to them.
 _ROWS_AT_ONCE = {"cpu": 1024, "cuda": 1 << 22}
+# Of RowAdam: the moves of a sleep that count, and how many sleeps are told apart.
+_MOVES = 256
+_SLEEPS = 1 << 16
 
 
 class Optimizer:
@@ -57,8 +60,7 @@ class Optimizer:
     def step(self) -> None:
         """Step along the gradients; a parameter without one stays as it is."""
         self.load_lr()
-        self.steps += 1
-        dense = []
+        dense, rows = [], []
         for weights, state in zip(self.parameters, self.state, strict=True):
             gradient = weights.grad
             if gradient is None:
@@ -70,11 +72,20 @@ class Optimizer:
                 ids_U, gradient_UD = _touched_rows(gradient)
             else:
                 ids_U, gradient_UD = gradient._indices()[0], gradient._values()
+            rows.append((weights, state, ids_U, gradient_UD))
+        for weights, _, ids_U, _ in rows:
+            self.catch_up(weights, ids_U)  # nothing is left to do where the rows were looked up
+        self.steps += 1
+        self._begin_step()
+        for weights, state, ids_U, gradient_UD in rows:
             size = _ROWS_AT_ONCE[weights.device.type]
             for ids, part in zip(ids_U.split(size), gradient_UD.split(size), strict=True):
                 self._step_rows(weights, state, ids, part)
         if dense:
             self._step_dense(*(list(column) for column in zip(*dense, strict=True)))
+
+    def catch_up(self, weights: torch.Tensor, ids_U: torch.Tensor | None = None) -> None:
+        """Bring rows of a table (None: all) to where the steps so far put them."""
 
     def zero_grad(self) -> None:
         for weights in self.parameters:
@@ -98,6 +109,9 @@ class Optimizer:
 
     def _fresh_state(self, weights: nn.Parameter) -> dict[str, torch.Tensor]:
         raise NotImplementedError
+
+    def _begin_step(self) -> None:
+        """What a step does before it looks at gradients."""
 
     def _step_dense(
         self,
@@ -131,20 +145,12 @@ class Optimizer:
 
 
 class Adam(Optimizer):
-    """Kingma and Ba (2015), with torch.optim.Adam's defaults.
-
-    A row that has no gradient in a step sleeps: it stays where it is. When it is next touched, its
-    moments have decayed by all the steps since, as those of dense Adam have; only the moves that
-    dense Adam makes meanwhile, along the old moments, are left out.
-    """
+    """Kingma and Ba (2015), with torch.optim.Adam's defaults, for dense gradients."""
 
     beta1, beta2, eps = 0.9, 0.999, 1e-8
 
     def _fresh_state(self, weights: nn.Parameter) -> dict[str, torch.Tensor]:
-        state = {"mean": _zeros_like(weights), "square": _zeros_like(weights)}
-        # When a row was last touched.
-        state["touched"] = torch.zeros(len(weights), device=weights.device)
-        return state
+        return {"mean": _zeros_like(weights), "square": _zeros_like(weights)}
 
     def _step_dense(
         self,
@@ -168,6 +174,83 @@ class Adam(Optimizer):
             maximize=False,
         )
 
+
+class RowAdam(Adam):
+    """Adam on sparse gradients of tables, with the weights of dense Adam at the cost of rows.
+
+    In dense Adam a row without a gradient goes on along its mean, which decays. Here it sleeps, and
+    `catch_up` makes all the moves that it missed when it is next looked at. After i steps of sleep
+    the ratio of mean and root of the square is r^i times what it was, r = beta1 / sqrt(beta2), so
+    the moves of one sleep differ by factors that all elements share: with rate lr_t in step t
+
+        sum over t of lr_t sqrt(1 - beta2^t) / (1 - beta1^t) r^(t - touched)
+
+    times mean / (sqrt(square) + eps'). That eps' stays what it was when the row fell asleep is the
+    one approximation; it matters where gradients are as small as eps. The sum of a sleep that began
+    in step t is kept in `_moves`, at t modulo its length, and grows for the _MOVES steps in which
+    r^i counts; a longer sleep than _SLEEPS steps takes the sum of a later one, which is the same
+    while the rate is.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, lr)
+        device = self.parameters[0].device
+        self._moves = torch.zeros(_SLEEPS, device=device)
+        self._ages = torch.arange(1, _MOVES + 1, device=device)
+        self._ratios = (self.beta1 / math.sqrt(self.beta2)) ** self._ages.double()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "moves": self._moves}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        super().load_state_dict(saved)
+        self._moves.copy_(saved["moves"])
+
+    def _fresh_state(self, weights: nn.Parameter) -> dict[str, torch.Tensor]:
+        state = super()._fresh_state(weights)
+        # The step of a row's last gradient, and how much of the moves since it has made.
+        for name in ("touched", "moved"):
+            state[name] = torch.zeros(len(weights), device=weights.device)
+        return state
+
+    def _begin_step(self) -> None:
+        """Add this step to the moves of all who sleep; a sleep may begin now."""
+        size = self._lr * (1 - self.beta2**self.steps).sqrt() / (1 - self.beta1**self.steps)
+        sleeps = (self.steps.long() - self._ages).remainder(_SLEEPS)
+        self._moves.index_add_(0, sleeps, (size * self._ratios).to(self._moves.dtype))
+        now = self.steps.long().remainder(_SLEEPS).view(1)
+        self._moves.index_fill_(0, now, 0.0)
+
+    @torch.no_grad()
+    def catch_up(self, weights: torch.Tensor, ids_U: torch.Tensor | None = None) -> None:
+        state = next(
+            state
+            for parameter, state in zip(self.parameters, self.state, strict=True)
+            if parameter is weights
+        )
+        if ids_U is None:
+            ids_U = torch.arange(len(weights), device=weights.device)
+        for ids in ids_U.split(_ROWS_AT_ONCE[weights.device.type] * 4):
+            touched_U = state["touched"].index_select(0, ids)
+            moved_U = state["moved"].index_select(0, ids)
+            moves_U = self._moves[touched_U.long().remainder(_SLEEPS)]
+            # Rows that never had a sparse gradient have nothing due.
+            moves_U = moves_U.where(touched_U > 0, moved_U)
+            due_U = moves_U - moved_U
+            if self.leaves_out_rows:
+                due = due_U.nonzero()[:, 0]
+                if not len(due):
+                    continue
+                ids, touched_U, moves_U, due_U = (
+                    values[due] for values in (ids, touched_U, moves_U, due_U)
+                )
+            eps_U = self.eps * (1 - self.beta2 ** touched_U.double().clamp(min=1)).sqrt()
+            root_UD = state["square"].index_select(0, ids).sqrt_()
+            root_UD.add_(eps_U.to(root_UD.dtype)[:, None])
+            move_UD = state["mean"].index_select(0, ids).div_(root_UD).mul_(due_U[:, None])
+            weights.index_copy_(0, ids, weights.index_select(0, ids).sub_(move_UD))
+            state["moved"].index_copy_(0, ids, moves_U)
+
     def _step_rows(
         self,
         weights_VD: torch.Tensor,
@@ -182,6 +265,7 @@ class Adam(Optimizer):
         square_UD.addcmul_(gradient_UD, gradient_UD, value=1 - self.beta2)
         now_U = self.steps.to(state["touched"].dtype).expand(len(ids_U))
         self._write(state["touched"], ids_U, now_U, gradient_UD)
+        self._write(state["moved"], ids_U, torch.zeros_like(now_U), gradient_UD)
         self._write(state["mean"], ids_U, mean_UD, gradient_UD)
         self._write(state["square"], ids_U, square_UD, gradient_UD)
         scale = (1 - self.beta2**self.steps).sqrt()
@@ -247,7 +331,7 @@ def _touched_rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def build_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
     """The optimizer of a config's `optimizer`."""
-    return {"adam": Adam, "row_adam": Adam, "adagrad": Adagrad}[name](parameters, lr)
+    return {"adam": Adam, "row_adam": RowAdam, "adagrad": Adagrad}[name](parameters, lr)
 
 
 def gradients_are_sparse(optimizer: str) -> bool:

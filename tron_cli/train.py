@@ -31,7 +31,7 @@ from tron_cli.errors import InputError, RunError
 from tron_cli.evaluate import predict
 from tron_cli.graphs import CUDARecorder, GraphedSteps
 from tron_cli.logits import sampled_logits
-from tron_cli.lookup import look_up, look_up_inputs
+from tron_cli.lookup import BeforeLookup, look_up, look_up_inputs
 from tron_cli.metrics import parse_measures, score
 from tron_cli.models import SASRec, build_model
 from tron_cli.negatives import sample_negatives
@@ -182,6 +182,8 @@ def train(
 
             # Validate, keep the best, save.
             if progress.step == (epoch + 1) * steps_per_epoch:
+                for table in {model.item_table, model.item_embedding.weight}:
+                    optimizer.catch_up(table)
                 with phase("validation"):
                     values = _validate(model, validation, dataset, config, measures)
                 with phase("save"):
@@ -214,7 +216,7 @@ def training_step(
 ) -> torch.Tensor:
     """Forward, backward, clip and step; the loss, without gradients."""
     with torch.autocast(batch.inputs_N.device.type, dtype, enabled=dtype != torch.float32):
-        loss = training_loss(model, batch, config, num_items)
+        loss = training_loss(model, batch, config, num_items, before_lookup=optimizer.catch_up)
     with phase("backward"):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -228,7 +230,12 @@ def training_step(
 
 
 def training_loss(
-    model: SASRec, batch: Batch, config: ExperimentConfig, num_items: int
+    model: SASRec,
+    batch: Batch,
+    config: ExperimentConfig,
+    num_items: int,
+    *,
+    before_lookup: BeforeLookup | None = None,
 ) -> torch.Tensor:
     """Mean loss over the positions of a batch, with freshly drawn negatives."""
     with phase("negatives"):
@@ -243,10 +250,13 @@ def training_loss(
         )
     with phase("lookup"):
         sparse = gradients_are_sparse(config.optimizer)
-        looked = look_up(model.item_table, batch, negatives, sparse=sparse)
+        before = before_lookup if sparse else None
+        looked = look_up(model.item_table, batch, negatives, sparse=sparse, before=before)
         inputs, rows_UD = looked.batch, looked.rows_UD
         if not config.reuse_item_embeddings:
-            inputs, rows_UD = look_up_inputs(model.item_embedding.weight, batch, sparse=sparse)
+            inputs, rows_UD = look_up_inputs(
+                model.item_embedding.weight, batch, sparse=sparse, before=before
+            )
     with phase("forward"):
         hidden_ND = model(inputs, rows_UD)
     with phase("logits"):
