@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from conftest import pack_sessions
 from test_model import PaddedReference, build_pair, make_config
 
 from benchmarks import __main__ as bench
-from benchmarks import startup
+from benchmarks import same_accuracy, startup
 from benchmarks.generated import LENGTHS, Lengths, draw_items, fill, generate_sessions
 from benchmarks.measure import Work, figure, in_turns, table
 from benchmarks.reference import CUTOFFS, PaddedBatch, PlainGSASRec, PlainTron
@@ -315,3 +316,20 @@ def test_an_unknown_benchmark_is_refused(capsys) -> None:
     with pytest.raises(SystemExit):
         bench.main(["trainig_step"])
     assert "no benchmark named trainig_step" in capsys.readouterr().err
+
+
+def test_means_over_seeds_are_compared_with_the_standard_error_of_their_difference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for side, values in (("before", [0.2, 0.4]), ("after", [0.1, 0.3, 0.5])):
+        for seed, value in enumerate(values):
+            report = {"metrics": {"R@20": {"value": value}}}
+            (tmp_path / f"{side}-shop-{seed}.eval.json").write_text(json.dumps(report))
+    output = tmp_path / "result.json"
+    words = [str(tmp_path), "--before=a", "--after=b", "--hardware=c", f"--output={output}"]
+    same_accuracy.main(words)
+    (figure,) = json.loads(output.read_text())["figures"]
+    # Variances 0.02 of two and 0.04 of three.
+    assert figure["standard_error"] == pytest.approx((0.02 / 2 + 0.04 / 3) ** 0.5)
+    assert figure["mean_before"] == figure["mean_after"] == pytest.approx(0.3)
+    assert "0.1528" in capsys.readouterr().out
