@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,37 @@ def test_it_holds_all_that_evaluation_needs(tmp_path: Path) -> None:
     assert not rebuilt.training
     for name, value in model.state_dict().items():
         assert torch.equal(rebuilt.state_dict()[name], value)
+
+
+def test_it_is_mapped_and_the_model_has_its_own_memory(tmp_path: Path) -> None:
+    """A checkpoint of 4 GB opens at once, and may be replaced while its weights are used."""
+    save(tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    found = load_checkpoint(tmp_path / "a.pt")
+    random_state = torch.get_rng_state()
+    rebuilt = found.build_model(torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), random_state), "weights drawn only to be replaced"
+    with torch.no_grad():
+        for weights in rebuilt.parameters():
+            weights.zero_()
+    assert any(bool(value.any()) for value in found.weights.values())
+    assert (tmp_path / "a.pt").read_bytes() == before
+    save(tmp_path / "a.pt", step=13)
+    assert any(bool(value.any()) for value in found.weights.values())
+    assert load_checkpoint(tmp_path / "a.pt").step == 13
+
+
+def test_a_best_checkpoint_is_a_sound_zip_file(tmp_path: Path) -> None:
+    """Such as scanners and converters read; for resuming alone the checksums are left out."""
+    save(tmp_path / "best.pt")
+    assert zipfile.ZipFile(tmp_path / "best.pt").testzip() is None
+    moments = torch.rand(1000)
+    save(tmp_path / "last.pt", training={"moments": moments})
+    assert torch.equal(load_checkpoint(tmp_path / "last.pt").training["moments"], moments)
+    assert torch.serialization.get_crc32_options(), "torch.save was left changed"
+    with pytest.raises(RunError):
+        save(tmp_path / "missing" / "last.pt", training={"moments": moments})
+    assert torch.serialization.get_crc32_options(), "torch.save was left changed"
 
 
 def test_it_loads_with_weights_only(tmp_path: Path) -> None:

@@ -159,6 +159,22 @@ def test_an_unknown_device_is_one_sentence(shop: list[str], command: Command) ->
         assert is_one_sentence(err)
 
 
+def test_training_does_without_torchs_compiler(shop: list[str]) -> None:
+    """Its import takes a second or more of a start, and torch.optim brings it along."""
+    script = (
+        "import sys; from tron_cli.cli import _run\n"
+        "for optimizer in ('adam', 'row_adam', 'adagrad'):\n"
+        "    words = ['--name', optimizer, f'optimizer={optimizer}', 'max_epochs=1']\n"
+        "    assert _run([*sys.argv[1:], *words], debug=True) == 0\n"
+        "print(sorted({'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "train", *shop], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_a_failed_run_exits_with_1(shop: list[str], command: Command) -> None:
     code, out, err = command("train", *shop, "lr=1e30")
     assert (code, out) == (1, "")

@@ -20,11 +20,14 @@ import torch
 from conftest import random_sessions, tiny_settings, write_dataset
 
 from tron_cli.assess import EvaluationOptions, assess
-from tron_cli.checkpoint import load_checkpoint
+from tron_cli.checkpoint import encode_item_ids, load_checkpoint
 from tron_cli.cli import run_training
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Dataset
 from tron_cli.errors import InputError, RunError
+from tron_cli.models import build_model
+from tron_cli.optim import build_optimizer
+from tron_cli.run import Progress, RunFolder
 from tron_cli.train import InterruptedRunError, train
 
 CPU = torch.device("cpu")
@@ -300,6 +303,50 @@ def test_a_resumed_run_can_go_on_for_more_epochs(data_dir: Path, tmp_path: Path)
     assert (a.step, b.step) == (18, 18)
     assert same_values(a.weights, b.weights)
     assert json.loads((short / "config.json").read_text())["max_epochs"] == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_a_resumed_run_lets_go_of_the_file_that_it_read(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapped file keeps its room on the disk, also when last.pt has long been replaced."""
+    import tron_cli.train as module
+
+    start(write_config(tmp_path, max_epochs=1), data_dir, tmp_path / "runs", "a")
+    mapped = []
+    original = module.training_loss
+
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
+        mapped.append(str(tmp_path / "runs") in Path("/proc/self/maps").read_text())
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, "training_loss", watched)
+    resume(data_dir, tmp_path / "runs" / "a", "max_epochs=2")
+    assert mapped == [False] * 6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [(0, 0), (17, 3), (-1, -1)])
+def test_weights_that_are_not_finite_are_not_saved(
+    bad: float, place: tuple[int, int], data_dir: Path, tmp_path: Path
+) -> None:
+    config = ExperimentConfig(**tiny_settings())
+    dataset = Dataset.open(data_dir / "tiny")
+    model = build_model(config, dataset.num_items)
+    optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
+    run = RunFolder(
+        tmp_path / "run", config, dataset, encode_item_ids(dataset.item_ids), model, optimizer,
+        torch.amp.GradScaler("cpu", enabled=False), Progress(),
+    )  # fmt: skip
+    run.save_last(0)
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    with torch.no_grad():
+        model.item_embedding.weight[place] = bad
+    for save in (run.save_last, lambda epoch: run.finish_epoch(epoch, {"R@5": 0.1})):
+        with pytest.raises(RunError, match="not finite"):
+            save(0)
+    assert [path.name for path in (tmp_path / "run").glob("*.pt*")] == ["last.pt"]
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
 def test_a_finished_run_resumed_changes_nothing(data_dir: Path, tmp_path: Path) -> None:
