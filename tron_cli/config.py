@@ -111,7 +111,7 @@ class ExperimentConfig:
     max_batches_per_epoch: int = _setting(0, "steps an epoch at most; 0: all sessions", low=0)
     optimizer: str = _setting(
         "adam",
-        "optimizer; row_adam updates only the rows of tables that a step touches",
+        "optimizer; row_adam is adam at the cost of the rows that a step touches: for large tables",
         choices=("adam", "row_adam", "adagrad"),
     )
     lr: float = _setting(5e-4, "learning rate at its highest", above=0)
