@@ -194,7 +194,10 @@ def kernels(steps: Steps, count: int = 5) -> dict[str, Any]:
     """Which kernels a step spends its time in, on the device."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+    on_gpu = steps.device.type == "cuda"
+    with profile(
+        activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+    ) as profiled:
         steps.run(count)
     lines = [
         (line.key[:120], line.self_device_time_total / count / 1e3, line.count / count)

@@ -298,7 +298,11 @@ class FakeRecorder:
     def record(self, work: Callable[[], object]) -> Callable[[], object]:
         self.events.append("record")
         if self.fails:
-            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+            # As torch does, which ends the recording of an operation that failed.
+            try:
+                raise RuntimeError("operation not permitted\nwhen stream is capturing")
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
 
         def replay() -> None:
             self.events.append("replay")

@@ -51,7 +51,8 @@ class CUDARecorder:
 
     def record(self, work: Callable[[], object]) -> Callable[[], object]:
         graph = torch.cuda.CUDAGraph()
-        numbers = torch.cuda.default_generators[self._stream.device_index]
+        device = self._stream.device
+        numbers = torch.cuda.default_generators[device.index]
         seed = numbers.initial_seed()
         # thread_local: another thread pins the memory of the next batch meanwhile.
         recording = torch.cuda.graph(
@@ -63,7 +64,7 @@ class CUDARecorder:
                 work()
         except RuntimeError:
             # A generator in a recording that failed serves nothing else: it gets another state.
-            fresh = torch.Generator(self._device).manual_seed(seed)
+            fresh = torch.Generator(device).manual_seed(seed)
             numbers.graphsafe_set_state(fresh.graphsafe_get_state())
             raise
         return graph.replay
@@ -133,5 +134,8 @@ class GraphedSteps:
         return lambda: self._loss.copy_(self._step(batch))
 
 
-def _first_line(error: RuntimeError) -> str:
+def _first_line(error: BaseException) -> str:
+    """Of what failed first: what a recording that was broken off says hides the reason."""
+    while error.__context__ is not None:
+        error = error.__context__
     return str(error).partition("\n")[0] or type(error).__name__
