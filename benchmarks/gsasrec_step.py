@@ -1,6 +1,6 @@
 """The training step of gSASRec's MovieLens-1M setting beside a plain one in its manner, in turns.
 
-    python -m benchmarks.gsasrec_step [--items 3416] [--steps 5] [--output FILE.json]
+    python -m benchmarks.gsasrec_step [--items 3416] [--steps 4] [--output FILE.json]
 
 128 histories of up to 200 items, two layers of width 128, 256 negatives an event, separate input
 and output tables. Both sides are binary cross-entropies of the positive and 256 negatives; the
@@ -78,7 +78,7 @@ def measure(config: ExperimentConfig, num_items: int, steps: int) -> dict[str, A
 def main(words: list[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--items", type=int, default=ML1M_ITEMS)
-    options.add_argument("--steps", type=int, default=5)
+    options.add_argument("--steps", type=int, default=4)
     arguments = options.parse_args(words)
     torch.manual_seed(0)
     report([measure(settings(), arguments.items, arguments.steps)], arguments.output)

@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 
 from benchmarks.ceilings import measure_ceilings
-from benchmarks.machine import circumstances
+from benchmarks.machine import circumstances, ordinary_pages
 from tron_cli.report import format_table
+
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,21 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of each side on each piece of work (its arguments); the first `warm_up` left out.
 
+    The side named REFERENCE has the originals' kind of memory, `ordinary_pages`.
     times: how often in a row a side does it, once by default. A quick side takes several turns at
     once, as it would in use, or it would always begin with the other's data in the caches.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for count, work in enumerate(works):
         for name, side in sides.items():
-            for _ in range((times or {}).get(name, 1)):
-                _wait()
-                clock = time.perf_counter()
-                side(*work)
-                _wait()
-                if count >= warm_up:
-                    seconds[name].append(time.perf_counter() - clock)
+            with ordinary_pages() if name == REFERENCE else nullcontext():
+                for _ in range((times or {}).get(name, 1)):
+                    _wait()
+                    clock = time.perf_counter()
+                    side(*work)
+                    _wait()
+                    if count >= warm_up:
+                        seconds[name].append(time.perf_counter() - clock)
     return seconds
 
 

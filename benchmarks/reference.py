@@ -195,7 +195,8 @@ class PlainGSASRec(nn.Module):
     def forward(self, inputs_BL: torch.Tensor) -> torch.Tensor:
         """Hidden states [B, L, D]."""
         mask_BL1 = (inputs_BL != self.num_items + 1).float()[..., None]
-        x_BLD = self.items(inputs_BL) + self.positions.weight
+        places_BL = torch.arange(self.length, device=inputs_BL.device).repeat(len(inputs_BL), 1)
+        x_BLD = self.items(inputs_BL) + self.positions(places_BL)
         x_BLD = self.dropout(x_BLD) * mask_BL1
         for block in self.blocks:
             x_BLD = block(x_BLD) * mask_BL1
@@ -219,9 +220,11 @@ class PlainGSASRec(nn.Module):
         changed_BL1 = odds.clamp(tiny, huge).log()
         logits_BL1K = torch.cat([changed_BL1, negative_BLK], dim=-1)
         loss_BL = F.binary_cross_entropy_with_logits(
-            logits_BL1K, labels_BL1K.double(), reduction="none"
+            logits_BL1K, labels_BL1K, reduction="none"
         ).mean(-1)
         mask_BL = (inputs_BL != self.num_items + 1).float()
+        # The variables of a script live until the next step assigns them.
+        self._alive = (rows_BL1KD, labels_BL1K, negative_BLK, logits_BL1K)
         return (loss_BL * mask_BL).sum() / mask_BL.sum()
 
     def step(self, sessions: Sessions, chosen: np.ndarray) -> None:
