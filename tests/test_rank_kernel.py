@@ -48,7 +48,7 @@ def random_normal(rng: np.random.Generator, *shape: int) -> torch.Tensor:
 def test_the_kernels_in_the_interpreter() -> None:
     """The tests below, in a process of their own: the interpreter is chosen at import."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[1],
         capture_output=True,
@@ -136,6 +136,20 @@ def test_near_ties_around_the_rounding_of_float16(spacing: float) -> None:
     hidden = torch.cat([random_normal(rng, 4, 40), row, -row])
     hidden[0, 0] = -(hidden[0, 1:] * row[0, 1:]).sum() / row[0, 0]  # cancels
     check(hidden, table, rng.integers(1, 81, 6).tolist())
+
+
+@needs_triton
+@runs_kernels
+@pytest.mark.parametrize("dim", [1, 3])
+def test_the_whole_bound_is_used(dim: int) -> None:
+    """All errors in one direction: of embeddings, of hidden states, and of both."""
+    steps = torch.arange(65, device=DEVICE)[:, None].expand(-1, dim)
+    in_float16, between = 1 + 2.0**-10 * (steps // 4), 1 + 2.0**-13 * steps
+    hidden = torch.tensor([1, 1 + 2.0**-11 + 2.0**-20, 1 + 2.0**-11 - 2.0**-20], device=DEVICE)
+    hidden = torch.cat([hidden, -hidden])[:, None].expand(-1, dim)
+    for target in (2, 17, 40):
+        check(hidden, in_float16, [target] * 6, limit=64)
+        check(hidden, between, [target] * 6, limit=64)
 
 
 @needs_triton
