@@ -2,17 +2,16 @@
 
     python benchmarks/prepare_otto.py [--sizes 100 400] [--repeats 3] [--output FILE.json]
 
-Two references read the smaller file line by line, in turns with `prepare`: `json.loads` alone, and
-TRON's preprocessing (loads, keep the clicks, count ids from 1, collect the items, dump). From the
-two sizes time and memory are extrapolated to the real 11 GB. The memory is an upper bound: the peak
-of the main process plus that of the largest worker times the number of workers.
+Two references read the smaller files line by line, in turns with `prepare`: `json.loads` alone, and
+TRON's preprocessing (loads, keep the clicks, count ids from 1, collect the items, dump). Every side
+finds its files in the page cache. From the two sizes time and memory are extrapolated to the real
+12 GB: beyond the blocks that are read at a time, memory holds a few numbers of every session.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import resource
 import statistics
@@ -25,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from tqdm import tqdm
 
-OTTO_MB, OTTO_ITEMS = 11_300, 1_855_603
+OTTO_MB, OTTO_ITEMS = 12_000, 1_855_603  # 11.3 GB of training, 0.7 GB of test
+TEST_SHARE = 0.064  # sessions of the test file for each of the training file: so many events
 MEAN_EVENTS, MEDIAN_EVENTS, MAX_EVENTS = 16.8, 6, 500
 KINDS = {"clicks": 0.9, "carts": 0.08, "orders": 0.02}
 START, PERIOD = 1_659_304_800_000, 28 * 86_400_000  # ms
@@ -37,9 +38,6 @@ BLOCK = 50_000  # sessions generated at a time
 
 def generate(file: Path, sessions: int, seed: int) -> None:
     """Write sessions with OTTO's lengths, catalogue, popularity, types and period, by start."""
-    # Not at the top: worker processes import this file, as they import the tron command.
-    import polars as pl
-
     rng = np.random.default_rng(seed)
     starts = np.sort(rng.integers(0, PERIOD, sessions))
     ids = rng.permutation(OTTO_ITEMS)
@@ -89,23 +87,32 @@ def generate(file: Path, sessions: int, seed: int) -> None:
             output.write(lines.item().encode())
 
 
-def json_loads(file: Path) -> None:
-    with file.open() as lines:
-        for line in lines:
-            json.loads(line)
+def json_loads(files: list[Path]) -> None:
+    for file in files:
+        with file.open() as lines:
+            for line in lines:
+                json.loads(line)
 
 
-def as_tron_does(file: Path) -> None:
+def as_tron_does(files: list[Path]) -> None:
     """The reference's whole work, with its choice of data structures."""
-    items: set[int] = set()
-    with file.open() as lines, file.with_suffix(".clicks").open("w") as output:
-        for line in lines:
-            session = json.loads(line)
-            session["events"] = [e for e in session["events"] if e["type"] == "clicks"]
-            for event in session["events"]:
-                event["aid"] += 1
-                items.add(event["aid"])
-            output.write(json.dumps(session, separators=(",", ":")) + "\n")
+    for file in files:
+        items: set[int] = set()
+        with file.open() as lines, file.with_suffix(".clicks").open("w") as output:
+            for line in lines:
+                session = json.loads(line)
+                session["events"] = [e for e in session["events"] if e["type"] == "clicks"]
+                for event in session["events"]:
+                    event["aid"] += 1
+                items.update([event["aid"] for event in session["events"]])
+                output.write(json.dumps(session, separators=(",", ":")) + "\n")
+
+
+def into_page_cache(files: list[Path]) -> None:
+    for file in files:
+        with file.open("rb") as content:
+            while content.read(1 << 22):
+                pass
 
 
 def timed(function: Callable[..., object], *arguments: object) -> dict[str, float]:
@@ -122,16 +129,20 @@ def _cpu() -> float:
 
 def measure_prepare(raw: Path, data_dir: Path) -> None:
     """Run prepare once in this process and print its figures (see `prepare_once`)."""
-    from tron_cli.prepare.otto import MAX_WORKERS, prepare_otto
+    from tron_cli.prepare.otto import prepare_otto
 
     taken = timed(prepare_otto, raw, data_dir)
+    print(json.dumps({**taken, "peak_memory_mb": _peak_memory_mb()}))
+
+
+def _peak_memory_mb() -> float:
+    # Not getrusage: on Linux its peak is also that of the process that started this one.
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
-    main, worker = (
-        resource.getrusage(who).ru_maxrss * unit / 1e6
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    workers = min(os.cpu_count() or 1, MAX_WORKERS)
-    print(json.dumps({**taken, "main_mb": main, "worker_mb": worker, "workers": workers}))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def prepare_once(raw: Path) -> dict[str, float]:
@@ -158,29 +169,28 @@ def main() -> None:
         for size in arguments.sizes:
             raw = Path(folder) / f"{size}"
             raw.mkdir()
-            train = raw / "otto-recsys-train.jsonl"
-            sessions = size * 1_000_000 // BYTES_PER_SESSION
-            # In a process of its own: on Linux a process starts with its parent's peak memory.
-            for job in ((train, sessions, 0), (raw / "otto-recsys-test.jsonl", 2_000, 1)):
-                process = multiprocessing.get_context("spawn").Process(target=generate, args=job)
-                process.start()
-                process.join()
-            raws.append((raw, train, train.stat().st_size / 1e6))
+            files = [raw / "otto-recsys-train.jsonl", raw / "otto-recsys-test.jsonl"]
+            sessions = round(size * 1_000_000 / BYTES_PER_SESSION / (1 + TEST_SHARE))
+            generate(files[0], sessions, seed=0)
+            generate(files[1], round(sessions * TEST_SHARE), seed=1)
+            raws.append((raw, files))
         small = raws[0][1]
         runs: dict[str, list[dict[str, float]]] = {"json_loads": [], "as_tron_does": []}
         prepared: list[list[dict[str, float]]] = [[], []]
         for _ in range(arguments.repeats):
+            into_page_cache(small)
             runs["json_loads"].append(timed(json_loads, small))
             runs["as_tron_does"].append(timed(as_tron_does, small))
-            for which, (raw, _, _) in enumerate(raws):
+            for which, (raw, files) in enumerate(raws):
+                into_page_cache(files)
                 prepared[which].append(prepare_once(raw))
+        sizes = [sum(file.stat().st_size for file in files) / 1e6 for _, files in raws]
 
-    sizes = [mb for _, _, mb in raws]
     references = {name: _speeds(sizes[0], taken) for name, taken in runs.items()}
     results: list[dict[str, Any]] = []
     for mb, measured in zip(sizes, prepared, strict=True):
         speeds = _speeds(mb, measured)
-        memory = max(run["main_mb"] + run["workers"] * run["worker_mb"] for run in measured)
+        memory = max(run["peak_memory_mb"] for run in measured)
         times = {
             f"times_{name}": {unit: speeds[unit] / reference[unit] for unit in speeds}
             for name, reference in references.items()
