@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,7 @@ def test_damaged_text_is_read_like_json_reads_it(seed: int) -> None:
         b"\xc3",
     ]
     pieces += [b"},{", b']}\n{"session":', b'"aid":', b'"ts":', b"-", b"1e3", b"null", b"orders"]
+    pieces += [b"{{", b"{" * 8, b'"clicks"', b'"carts"}', b'{"aid":', b'{"s', b"]}\n"]
     for _ in range(700):
         log = [random_events(rng, int(n), 3000, 1) for n in rng.integers(0, 4, 3)]
         text = "".join(published_line(i, s) + "\n" for i, s in enumerate(log)).encode()
@@ -165,7 +167,6 @@ def test_any_valid_json_is_read(line: bytes) -> None:
         clicks = read_text(text)
         assert not clicks.bad
         assert_reads_like_json(text)
-    assert read_text(b"\xef\xbb\xbf" + line).bad == []
 
 
 @pytest.mark.parametrize(
@@ -311,7 +312,7 @@ def test_follows_the_protocol(
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_blocks_and_processes_change_nothing(
+def test_blocks_and_threads_change_nothing(
     tmp_path: Path,
     write_raw: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -332,6 +333,31 @@ def test_blocks_and_processes_change_nothing(
         assert parts.split_info(split) == whole.split_info(split)
     assert parts.catalogue_fingerprint == whole.catalogue_fingerprint
     assert parts.info["filters"] == whole.info["filters"]
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_sources_are_recorded_as_they_lie_there(
+    tmp_path: Path,
+    write_raw: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    compress: bool,
+) -> None:
+    train, test = random_log(1, 100), random_log(2, 20)
+    raw = write_raw(train, test)
+    marked = b"\xef\xbb\xbf" + (raw / TRAIN).read_bytes().removesuffix(b"\n")
+    (raw / TRAIN).write_bytes(marked)  # a byte order mark, no line end: both are no part of it
+    if compress:
+        for name in (TRAIN, TEST):
+            (raw / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
+            (raw / name).unlink()
+    monkeypatch.setattr(otto, "BLOCK_BYTES", 3000)
+    dataset = prepare_otto(raw, tmp_path / "d")
+    assert_follows(dataset, train, test, 2, 100_000)
+    contents = [(file, file.read_bytes()) for file in sorted(raw.iterdir(), reverse=True)]
+    assert dataset.info["sources"] == [
+        {"file": file.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for file, content in contents
+    ]
 
 
 def test_a_broken_line_is_numbered_across_blocks(
