@@ -134,9 +134,10 @@ def _read_canonical(text: bytearray, start: int, stop: int) -> Clicks | None:
     place >>= _7_BYTES
     brace *= 8
     brace += place.view(np.int64)
-    if brace[0] != 0 or brace[-1] != size:
-        return None
     is_line = data[brace + 2] == ord("s")
+    is_line[-1] = True
+    if brace[0] != 0 or not is_line[0] or brace[-1] != size:
+        return None
     first, event = np.flatnonzero(is_line)[:-1], np.flatnonzero(~is_line)
 
     # Sizes. Of a line's head all is fixed but the number of the session, of an event all but the
