@@ -1,0 +1,112 @@
+"""Attention over packed rows against the formula, written out for one row after the other."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tron_cli.batches import Batch, pack
+from tron_cli.models.attention import attention, packed_attention
+
+LENGTHS = [1, 2, 2, 3, 5, 5, 6, 7, 12, 13]
+
+
+def make_batch(lengths: list[int], padded_width: int | None = None) -> Batch:
+    counts = np.array(lengths)
+    return pack(
+        np.ones(counts.sum(), dtype=np.int32),
+        np.cumsum(counts) - counts,
+        counts,
+        with_targets=False,
+        padded_width=padded_width,
+    )
+
+
+def by_row(qkv_N3D: torch.Tensor, lengths: list[int], heads: int, causal: bool) -> torch.Tensor:
+    """softmax(q k' / sqrt(d)) v of each row and head, from the first event to the last."""
+    found = []
+    for row_n3D in qkv_N3D[: sum(lengths)].split(lengths):
+        heads_of_row = []
+        for q, k, v in zip(*(part.chunk(heads, 1) for part in row_n3D.chunk(3, 1)), strict=True):
+            scores = q @ k.T / math.sqrt(q.shape[1])
+            if causal:
+                later = torch.ones_like(scores, dtype=torch.bool).triu(1)
+                scores = scores.masked_fill(later, -torch.inf)
+            heads_of_row.append(scores.softmax(1) @ v)
+        found.append(torch.cat(heads_of_row, 1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("padded_width", [None, 13, 16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_packed_rows_attend_to_themselves(heads, causal, padded_width):
+    """Values and gradients, also where a padded batch is one group of fixed shape."""
+    torch.manual_seed(0)
+    batch = make_batch(LENGTHS, padded_width)
+    qkv_N3D = torch.randn(len(batch.inputs_N), 24, dtype=torch.float64, requires_grad=True)
+    found = packed_attention(
+        qkv_N3D, batch.groups, num_heads=heads, dropout_rate=0.0, causal=causal
+    )[: sum(LENGTHS)]
+    expected = by_row(qkv_N3D, LENGTHS, heads, causal)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weights = torch.randn_like(expected)
+    ours, theirs = (
+        torch.autograd.grad((states * weights).sum(), qkv_N3D)[0] for states in (found, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_later_events_count_only_where_attention_is_bidirectional():
+    torch.manual_seed(0)
+    batch = make_batch([5])
+    qkv_N3D = torch.randn(5, 12)
+    changed = qkv_N3D.clone()
+    changed[4] += 1
+    for causal in (True, False):
+        one, other = (
+            packed_attention(qkv, batch.groups, num_heads=1, dropout_rate=0.0, causal=causal)
+            for qkv in (qkv_N3D, changed)
+        )
+        assert torch.equal(one[:4], other[:4]) == causal
+        assert not torch.equal(one[4], other[4])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_dropout_of_weights_keeps_the_mean(causal):
+    """Of rows that are padded, so that dropout and masks meet."""
+    torch.manual_seed(0)
+    lengths, draws = [3, 4], 4000
+    few, many = make_batch(lengths), make_batch([3] * draws + [4] * draws)
+    qkv_N3D = torch.randn(7, 12)
+    repeated = torch.cat([qkv_N3D[:3].repeat(draws, 1), qkv_N3D[3:].repeat(draws, 1)])
+    found = packed_attention(repeated, many.groups, num_heads=2, dropout_rate=0.3, causal=causal)
+    expected = packed_attention(qkv_N3D, few.groups, num_heads=2, dropout_rate=0.0, causal=causal)
+    shaped = torch.cat(
+        [found[: 3 * draws].view(draws, 3, 4), found[3 * draws :].view(draws, 4, 4)], 1
+    )
+    error = shaped.std(dim=0) / draws**0.5
+    assert ((shaped.mean(dim=0) - expected).abs() < 6 * error + 1e-6).all()
+    assert (shaped.std(dim=0) > 0.05).any()
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_attention_with_dropout_drops_weights_of_causal_attention(heads):
+    """Over many draws its mean is attention without dropout; the future has no influence."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 4) for _ in range(3))
+    exact = attention(q, k, v, 0.0)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(exact, expected)
+    many = [tensor.expand(4000, *tensor.shape).flatten(0, 1) for tensor in (q, k, v)]
+    found = attention(*many, 0.3).view(4000, *q.shape)
+    error = found.std(dim=0) / 4000**0.5
+    assert ((found.mean(dim=0) - exact).abs() < 6 * error + 1e-6).all()
+    # The first place sees itself alone: dropped, or scaled up.
+    first = found[:, :, :, 0]
+    scale = first / v[:, :, 0]
+    assert ((scale.abs() < 1e-6) | ((scale - 1 / 0.7).abs() < 1e-3)).all()
