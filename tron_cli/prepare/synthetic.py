@@ -26,7 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tron_cli.baselines import every_step, markov_ranks, popularity_ranks
+from tron_cli.baselines.markov import Markov
+from tron_cli.baselines.popular import Popular
+from tron_cli.baselines.predict import predict_baseline
 from tron_cli.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
 from tron_cli.metrics import parse_measures, score, values_of_ranks
@@ -194,11 +196,14 @@ def draw_sessions(shop: Shop, count: int, rng: np.random.Generator) -> Sessions:
 
 def reference_figures(shop: Shop, train: Sessions, split: Sessions) -> dict[str, dict[str, float]]:
     """Figures of MEASURES on a split: `best` (expected), `markov` and `popularity` (realized)."""
-    sessions = every_step(split).sessions
     figures = {"best": best_figures(shop, split)}
-    for baseline, ranks_of in (("markov", markov_ranks), ("popularity", popularity_ranks)):
-        scored = score(ranks_of(train, split, shop.num_items), sessions, parse_measures(MEASURES))
-        figures[baseline] = {measure: figure.value for measure, figure in scored.items()}
+    # Neither looks further back than the last item.
+    settings = {"num_items": shop.num_items, "sequence_length": 1}
+    for name, baseline in (("markov", Markov(**settings)), ("popularity", Popular(**settings))):
+        baseline.fit(train)
+        found = predict_baseline(baseline, split, protocol="every-step", full_sessions=True)
+        scored = score(found.rank_E, found.session_E, parse_measures(MEASURES))
+        figures[name] = {measure: figure.value for measure, figure in scored.items()}
     return figures
 
 
