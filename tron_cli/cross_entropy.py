@@ -13,8 +13,8 @@ import torch
 
 from tron_cli.products import row_products
 
-# Logits held at once: on a CPU few enough for a core's own cache.
-_LOGITS_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}
+# Logits held at once: on a CPU few enough for its cache.
+_LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
 # The narrowest block: for very many positions a block is more than a cache holds.
 _ITEMS = 64
 
