@@ -46,19 +46,11 @@ def assess(
     """
     config = checkpoint.config
     protocol = options.protocol or dataset.protocol
-    _check(checkpoint, dataset, options, protocol)
+    check_fit(checkpoint, dataset, protocol)
+    _check(options)
     measures = parse_measures(config.metrics if options.metrics is None else options.metrics)
     filter_rated = config.filter_rated if options.filter_rated is None else options.filter_rated
-    sessions = dataset.split(options.split)
-    sessions_in_split = len(sessions)
-    if options.limit_sessions is not None:
-        sessions = Sessions(sessions.items, sessions.offsets[: options.limit_sessions + 1])
-    whole_split = len(sessions) == sessions_in_split
-    if not len(sessions):
-        raise InputError(
-            f"the {options.split} split of {dataset.path} is empty; prepare it with one, or "
-            "choose another --split"
-        )
+    sessions = chosen_sessions(dataset, options)
     for path in (options.run, options.qrels):
         if path:
             check_writable(path)
@@ -83,13 +75,8 @@ def assess(
         write_run(options.run, predictions, item_ids)
 
     events = len(predictions.rank_E)
-    possible = int((sessions.lengths - 1).clip(min=0).sum())
-    earlier = possible - events if protocol == "every-step" else 0
-    # Counted for the dataset's own protocol, over the whole sessions of the whole split.
-    lost = 0
-    if whole_split and protocol == dataset.protocol:
-        lost = dataset.split_info(options.split)["lost_predictions"]
-    lost_as_misses = lost if earlier == 0 else 0
+    absent = left_out(dataset, options.split, protocol, sessions, events)
+    lost_as_misses = absent["lost_predictions"] if absent["earlier_events"] == 0 else 0
     report: dict[str, Any] = {
         "metrics": {
             name: _with_lost(figure, events, lost_as_misses) for name, figure in figures.items()
@@ -104,22 +91,21 @@ def assess(
         "positions": _positions(config.positions, options.one_pass),
         "tie_rule": TIE_RULE,
         "filter_rated": filter_rated,
-        "left_out": {
-            "earlier_events": earlier,
-            "sessions_beyond_limit": sessions_in_split - len(sessions),
-            "lost_predictions": lost,
-        },
+        "left_out": absent,
         "missed_because_filtered": int((predictions.rank_E == 0).sum()),
     }
     references = dataset.info.get("references", {}).get(options.split)
+    whole_split = absent["sessions_beyond_limit"] == 0
     if references and protocol == "every-step" and not filter_rated and whole_split:
         report["references"] = references
     return report
 
 
-def _check(
-    checkpoint: Checkpoint, dataset: Dataset, options: EvaluationOptions, protocol: str
-) -> None:
+def check_fit(checkpoint: Checkpoint, dataset: Dataset, protocol: str) -> None:
+    """Whether the checkpoint can be evaluated on the dataset under the protocol.
+
+    Raises InputError where it cannot; other training sessions are a warning.
+    """
     trained_on, found = checkpoint.dataset, dataset_identity(dataset)
     if trained_on["catalogue_fingerprint"] != found["catalogue_fingerprint"]:
         raise InputError(
@@ -130,7 +116,8 @@ def _check(
         )
     if trained_on["train_fingerprint"] != found["train_fingerprint"]:
         log.warning(
-            "the checkpoint was trained on other sessions than the training split of %s",
+            "%s was trained on other sessions than the training split of %s",
+            checkpoint.path,
             dataset.path,
         )
     if protocol == "every-step" and dataset.protocol == "last-item":
@@ -139,6 +126,39 @@ def _check(
             "training data, so every-step would score what the model was trained on; use "
             "--protocol last-item"
         )
+
+
+def chosen_sessions(dataset: Dataset, options: EvaluationOptions) -> Sessions:
+    """The sessions of the split, up to limit_sessions. Raises InputError where there are none."""
+    sessions = dataset.split(options.split)
+    if not len(sessions):
+        raise InputError(
+            f"the {options.split} split of {dataset.path} is empty; prepare it with one, or "
+            "choose another --split"
+        )
+    if options.limit_sessions is None:
+        return sessions
+    return Sessions(sessions.items, sessions.offsets[: options.limit_sessions + 1])
+
+
+def left_out(
+    dataset: Dataset, split: str, protocol: str, sessions: Sessions, events: int
+) -> dict[str, int]:
+    """What `events` predicted events of the chosen sessions do not cover, by reason."""
+    possible = int((sessions.lengths - 1).clip(min=0).sum())
+    beyond_limit = len(dataset.split(split)) - len(sessions)
+    # Counted for the dataset's own protocol, over the whole sessions of the whole split.
+    lost = 0
+    if beyond_limit == 0 and protocol == dataset.protocol:
+        lost = dataset.split_info(split)["lost_predictions"]
+    return {
+        "earlier_events": possible - events if protocol == "every-step" else 0,
+        "sessions_beyond_limit": beyond_limit,
+        "lost_predictions": lost,
+    }
+
+
+def _check(options: EvaluationOptions) -> None:
     if options.run is not None and options.run == options.qrels:
         raise InputError(f"--run and --qrels both name {options.run}; give each its own file")
     if options.one_pass and options.full_sessions:

@@ -301,6 +301,77 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
 
 
 @app.command()
+def compare(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(metavar="CKPT CKPT ...", help=".pt files, or folders of runs.")
+    ],
+    dataset: Annotated[
+        str | None, typer.Option(help="Prepared dataset; default: the reference's.")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Split to compare on.")] = Split.test,
+    protocol: Annotated[Protocol | None, typer.Option(help="Default: the dataset's own.")] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help='Such as "R@20 RR@20"; default: the reference\'s.')
+    ] = None,
+    filter_rated: Annotated[
+        bool | None,
+        typer.Option(
+            "--filter-rated/--no-filter-rated",
+            help="Never recommend items of the history; default: the configs', if they agree.",
+        ),
+    ] = None,
+    full_sessions: Annotated[
+        bool, typer.Option(help="Also predict what lies before the last sequence_length events.")
+    ] = False,
+    limit_sessions: Annotated[
+        int | None, typer.Option(min=1, help="Only the first N sessions of the split.")
+    ] = None,
+    reference: Annotated[
+        int,
+        typer.Option(metavar="N", help="Compare the others with the N-th checkpoint."),
+    ] = 1,
+    cutoff: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Items a list for coverage, popularity, novelty, serendipity and intersection; "
+            "default: the reference's recommendation_limit; 0: leave these figures out.",
+        ),
+    ] = None,
+    data_dir: DataDir = Path("datasets"),
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Compare models on the same events: paired differences with confidence intervals."""
+    from tron_cli.assess import EvaluationOptions
+    from tron_cli.checkpoint import load_checkpoint
+    from tron_cli.compare import check_choice
+    from tron_cli.compare import compare as compare_models
+    from tron_cli.dataset import Dataset
+    from tron_cli.report import comparison_text
+
+    check_choice(len(checkpoints), reference)
+    loaded = [load_checkpoint(path) for path in checkpoints]
+    options = EvaluationOptions(
+        split=split.value,
+        protocol=protocol.value if protocol else None,
+        metrics=metrics,
+        filter_rated=filter_rated,
+        full_sessions=full_sessions,
+        limit_sessions=limit_sessions,
+    )
+    report = compare_models(
+        loaded,
+        Dataset.open(data_dir / (dataset or loaded[reference - 1].dataset["name"])),
+        options,
+        _device(device),
+        reference=reference - 1,
+        cutoff=cutoff,
+    )
+    print(json.dumps(report) if as_json else comparison_text(report))
+
+
+@app.command()
 def demo(
     overrides: Overrides = None,
     data_dir: DataDir = Path("datasets"),

@@ -67,20 +67,27 @@ def score(
     if num_events == 0:
         raise InputError("there is no event to score: the split holds no session with a prediction")
     depth = max(measure["cutoff"] for measure in measures)
-    events_of_session = np.bincount(sessions)
-    num_sessions = np.count_nonzero(events_of_session)
     ranks = np.where(ranks > depth, 0, ranks)
     histogram = np.bincount(ranks, minlength=depth + 1)
     figures = {}
     for name, values in values_of_ranks(measures, range(depth + 1), depth).items():
         mean = float(histogram @ values) / num_events
-        stderr = None
-        if num_sessions > 1:
-            totals = np.bincount(sessions, weights=values[ranks])
-            squares = np.square(totals - events_of_session * mean).sum()
-            stderr = float(np.sqrt(num_sessions / (num_sessions - 1) * squares)) / num_events
-        figures[name] = Figure(mean, stderr)
+        figures[name] = Figure(mean, clustered_stderr(values[ranks], sessions, mean))
     return figures
+
+
+def clustered_stderr(values: np.ndarray, sessions: np.ndarray, mean: float) -> float | None:
+    """Standard error of the mean of values (float [N]), clustered by session; None for one session.
+
+    sessions: int [N], index of the session of each value. The formula stands at `score`.
+    """
+    events_of_session = np.bincount(sessions)
+    num_sessions = np.count_nonzero(events_of_session)
+    if num_sessions < 2:
+        return None
+    totals = np.bincount(sessions, weights=values)
+    squares = np.square(totals - events_of_session * mean).sum()
+    return float(np.sqrt(num_sessions / (num_sessions - 1) * squares)) / len(values)
 
 
 def values_of_ranks(

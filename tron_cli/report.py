@@ -37,15 +37,28 @@ def evaluation_text(report: dict[str, Any]) -> str:
             row.append(f"{figure['value_with_lost_as_misses']:.4f}")
         row += [_number(references[reference].get(name)) for reference in references]
         rows.append(row)
+    lost_note = (
+        "counted as misses in the column named so"
+        if lost
+        else "--full-sessions also gives figures that count them as misses"
+    )
+    facts = _facts(report, f" ({lost_note})")
+    facts.append(f"checkpoint {report['checkpoint']}")
+    return format_table(header, rows) + "\n\n" + "\n".join(facts)
+
+
+def _facts(report: dict[str, Any], lost_note: str) -> list[str]:
+    """What the figures of a report were taken over, a line each."""
     left_out = report["left_out"]
     facts = [
         f"protocol   {report['protocol']}, {report['split']} split of {report['dataset']}",
         f"ranked     {report['events']:,} events of {report['sessions']:,} sessions, "
         f"each among all {report['items']:,} items",
         f"ties       {report['tie_rule']}",
-        f"positions  {report['positions']}",
-        f"seen items {'filtered' if report['filter_rated'] else 'not filtered'}",
     ]
+    if "positions" in report:
+        facts.append(f"positions  {report['positions']}")
+    facts.append(f"seen items {'filtered' if report['filter_rated'] else 'not filtered'}")
     if report["missed_because_filtered"]:
         facts.append(
             f"           {report['missed_because_filtered']:,} filtered targets are misses"
@@ -58,15 +71,74 @@ def evaluation_text(report: dict[str, Any]) -> str:
     if left_out["sessions_beyond_limit"]:
         facts.append(f"left out   {left_out['sessions_beyond_limit']:,} sessions beyond the limit")
     if left_out["lost_predictions"]:
-        count = f"{left_out['lost_predictions']:,} events whose item training lacks"
-        where = (
-            "counted as misses in the column named so"
-            if lost
-            else "--full-sessions also gives figures that count them as misses"
+        facts.append(
+            f"left out   {left_out['lost_predictions']:,} events whose item training lacks"
+            f"{lost_note}"
         )
-        facts.append(f"left out   {count} ({where})")
-    facts.append(f"checkpoint {report['checkpoint']}")
-    return format_table(header, rows) + "\n\n" + "\n".join(facts)
+    return facts
+
+
+def comparison_text(report: dict[str, Any]) -> str:
+    """The tables that `tron compare` prints: figures, differences, beyond-accuracy figures."""
+    models, reference = report["models"], report["reference"]
+    others = [label for label in models if label != reference]
+    names = list(models[reference]["metrics"])
+    figures = [
+        [name, *(_number(model["metrics"][name]["value"]) for model in models.values())]
+        for name in names
+    ]
+    differences = [
+        [name, *(_difference(models[label]["differences"][name]) for label in others)]
+        for name in names
+    ]
+    tables = [
+        format_table(["measure", *models], figures),
+        format_table([f"less {reference}", *others], differences),
+    ]
+    if report["cutoff"]:
+        beyond = [
+            [
+                key.replace("_", " "),
+                *(
+                    "-" if model["beyond_accuracy"][key] is None
+                    else format(model["beyond_accuracy"][key], style)
+                    for model in models.values()
+                ),
+            ]
+            for key, style in _BEYOND_ACCURACY.items()
+        ]  # fmt: skip
+        tables.append(format_table([f"lists of {report['cutoff']}", *models], beyond))
+    facts = [
+        f"difference ± half its {report['confidence']:.0%} interval; ~ within noise: "
+        "the interval contains 0",
+        f"intervals  {report['intervals']}",
+        *_facts(report, ""),
+    ]
+    if report["cutoff"]:
+        facts.append(
+            "lists      popularity and novelty count the training split; intersection is with "
+            f"the lists of {reference}"
+        )
+    width = max(map(len, models))
+    facts += [f"{label.ljust(width)}  {model['checkpoint']}" for label, model in models.items()]
+    return "\n\n".join([*tables, "\n".join(facts)])
+
+
+_BEYOND_ACCURACY = {  # and how it is shown
+    "catalogue_coverage": ".4f",
+    "average_popularity": ",.1f",
+    "novelty": ".3f",
+    "serendipity": ".3g",
+    "intersection": ".4f",
+}
+
+
+def _difference(difference: dict[str, Any]) -> str:
+    if difference["stderr"] is None:
+        return f"{difference['value']:+.4f}"
+    half_width = (difference["high"] - difference["low"]) / 2
+    mark = "~" if difference["within_noise"] else " "
+    return f"{difference['value']:+.4f} ±{half_width:.4f} {mark}"
 
 
 def _number(value: float | None) -> str:
