@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import pack_sessions, random_sessions
 
-from tron_cli.baselines import predict
+from tron_cli.baselines import ease, predict
 from tron_cli.baselines.base import Baseline
 from tron_cli.baselines.ease import EASE
 from tron_cli.baselines.markov import Markov
@@ -250,3 +250,71 @@ def test_ranks_of_a_large_catalogue(name: str) -> None:
     assert len(ranks) == 80_000
     assert ranks.min() >= 1
     assert np.mean(ranks <= 20) > 0.99  # every target was seen together with its history
+
+
+def ease_oracle(train: Rows, l2: float, num_items: int = NUM_ITEMS) -> np.ndarray:
+    """Column by column: ridge regression of an item on all the others."""
+    x = np.zeros((len(train), num_items))
+    for number, row in enumerate(train):
+        x[number, np.asarray(row, dtype=int) - 1] = 1
+    weights = np.zeros((num_items, num_items))
+    for item in range(num_items):
+        others = np.delete(np.arange(num_items), item)
+        rows = np.vstack([x[:, others], np.sqrt(l2) * np.eye(num_items - 1)])
+        wanted = np.concatenate([x[:, item], np.zeros(num_items - 1)])
+        weights[others, item] = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+    return weights
+
+
+def make_ease(train: Rows, l2: float, num_items: int = NUM_ITEMS) -> EASE:
+    baseline = EASE(num_items=num_items, sequence_length=LENGTH, ease_l2=l2)
+    baseline.fit(pack_sessions(train))
+    return baseline
+
+
+@pytest.mark.parametrize("l2", [0.1, 1.0, 50.0])
+@pytest.mark.parametrize("pairs", [1, 1 << 22])
+def test_ease_is_the_ridge_regression_of_each_item_on_the_others(
+    l2: float, pairs: int, train: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ease, "_PAIRS_AT_ONCE", pairs)
+    found = make_ease(train, l2).state()["weights"]
+    assert found.dtype == np.float32
+    assert found.diagonal().tolist() == [0] * (NUM_ITEMS + 1)
+    assert not found[0].any()
+    assert not found[:, 0].any()
+    np.testing.assert_allclose(found[1:, 1:], ease_oracle(train, l2), rtol=1e-4, atol=1e-6)
+
+
+def test_ease_of_three_items_by_hand() -> None:
+    # X'X = [[2, 1, 0], [1, 2, 1], [0, 1, 1]] and l2 = 1: item 1 regressed on items 2 and 3 solves
+    # [[3, 1], [1, 2]] b = [1, 0], item 2 on 1 and 3 [[3, 0], [0, 2]] b = [1, 1], item 3 on 1 and 2
+    # [[3, 1], [1, 3]] b = [0, 1].
+    found = make_ease([[1, 2], [2, 3, 3], [1]], 1.0, 3).state()["weights"]
+    by_hand = [[0, 1 / 3, -1 / 8], [2 / 5, 0, 3 / 8], [-1 / 5, 1 / 2, 0]]
+    np.testing.assert_allclose(found[1:, 1:], by_hand, rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", HOW, ids=lambda how: "-".join(map(str, how.values())))
+@pytest.mark.parametrize("top_items", [1, 5, 20])
+def test_ease_ranks_by_the_sum_of_weights(
+    how: dict[str, Any], top_items: int, train: Rows, split: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    baseline = make_ease(train, 0.5)
+    weights = baseline.state()["weights"]
+    # On a coarse grid, so that many scores tie.
+    weights[:] = np.round(weights * 8) / 8
+
+    def scores(train: Rows, history: Sequence[int]) -> Scores:
+        return {
+            item: sum(float(weights[other, item]) for other in set(history))
+            for item in range(1, NUM_ITEMS + 1)
+        }
+
+    monkeypatch.setitem(ORACLES, "ease", scores)
+    check(baseline, split, expected("ease", train, split, **how), top_items, **how)
+
+
+def test_ease_refuses_a_catalogue_whose_matrix_would_not_fit() -> None:
+    with pytest.raises(InputError, match=r"1,855,603 items would need 55,092 GB.*session_knn"):
+        EASE(num_items=1_855_603, sequence_length=50, ease_l2=1.0)

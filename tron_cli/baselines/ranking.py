@@ -1,4 +1,4 @@
-"""Exact ranks of targets among few scored items and all the others, without an [events, items] matrix.
+"""Exact ranks of targets among few scored items and all the others, without a score matrix.
 
 A baseline scores some items of an event, its candidates. Items are ordered by score, then by how
 often they occur in training; all that is no candidate comes after the candidates, by occurrence
@@ -66,7 +66,7 @@ def rank_targets(
     popularity: Popularity,
     excluded: Excluded | None = None,
 ) -> np.ndarray:
-    """int64 [E]: 1 + the number of other eligible items at least as good; 0 for excluded targets."""
+    """int64 [E]: 1 + the number of other eligible items at least as good; 0 if excluded."""
     count, event_C = popularity.count, candidates.event_C
     if excluded is not None:
         candidates = candidates.where(~_is_excluded(candidates, excluded, popularity.num_items))
