@@ -1,13 +1,13 @@
 """Attention over packed rows, which are padded inside it only, among rows of like length.
 
-Shapes: N packed events, D width of the hidden states, R rows of a group, W their padded width,
-H heads, d = D / H, V = W keys, or one more where padding is attended.
+Shapes: N packed events, B rows, D width of the hidden states, R rows of a group, W their padded
+width, H heads, d = D / H, V keys of a row: W, or one more where padding is attended.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from tron_cli.batches import AttentionGroup
 
 
+class Padding(NamedTuple):
+    """Places in front of the rows that their events attend to, all with the same key and value.
+
+    query_key_value_13D: as of an event. count_B: int64, number of such places of each row.
+    """
+
+    query_key_value_13D: torch.Tensor
+    count_B: torch.Tensor
+
+
 def packed_attention(
     query_key_value_N3D: torch.Tensor,
     groups: tuple[AttentionGroup, ...],
@@ -25,25 +35,32 @@ def packed_attention(
     num_heads: int,
     dropout_rate: float,
     causal: bool = True,
+    padding: Padding | None = None,
 ) -> torch.Tensor:
     """[N, 3D] -> [N, D]: each event attends to events of its own row, head by head.
 
     query_key_value_N3D: queries, keys and values side by side. dropout_rate: of the attention
     weights; 0 outside of training. causal: an event attends to itself and to earlier events; else
-    to all events of its row.
+    to all events of its row. padding: attended to by all events of a row, as often as it says;
+    dropout takes all of a row's padding at once.
     """
     attended = []
+    first_row = 0
     for group in groups:
         rows, width = group.gather_RW.shape
         if group.keep is None:
             qkv = query_key_value_N3D[group.start : group.end]
         else:
             qkv = _Padded.apply(query_key_value_N3D, group.gather_RW.flatten(), group.keep)
-        q_RHWd, k_RHWd, v_RHWd = qkv.view(rows, width, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+        q_RHWd, k_RHVd, v_RHVd = qkv.view(rows, width, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
         bias = None
         if not causal and group.keep is not None:
             bias = _hidden_padding(qkv, group.keep, rows, width)
-        out_RHWd = attention(q_RHWd, k_RHWd, v_RHWd, dropout_rate, causal=causal, bias=bias)
+        if padding is not None:
+            count_R = padding.count_B[first_row : first_row + rows]
+            k_RHVd, v_RHVd, bias = _with_padding(padding, count_R, k_RHVd, v_RHVd, bias, causal)
+        first_row += rows
+        out_RHWd = attention(q_RHWd, k_RHVd, v_RHVd, dropout_rate, causal=causal, bias=bias)
         out_ND = out_RHWd.transpose(1, 2).reshape(rows * width, -1)
         attended.append(out_ND if group.keep is None else out_ND.index_select(0, group.keep))
     return torch.cat(attended)
@@ -76,10 +93,32 @@ def attention(
     return drop(scores_RHWV.softmax(dim=3), dropout_rate) @ v_RHVd
 
 
-def _hidden_future(q_RHWd: torch.Tensor) -> torch.Tensor:
+def _with_padding(
+    padding: Padding,
+    count_R: torch.Tensor,
+    k_RHWd: torch.Tensor,
+    v_RHWd: torch.Tensor,
+    bias: torch.Tensor | None,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values behind one more that stands for all padding of a row, and their bias.
+
+    n equal scores weigh as much as one that is higher by log n.
+    """
+    rows, heads, width, dim = k_RHWd.shape
+    key_value_2H1d = padding.query_key_value_13D.view(3, heads, 1, dim)[1:]
+    k_RH1d, v_RH1d = key_value_2H1d.unsqueeze(1).expand(2, rows, heads, 1, dim)
+    if bias is None:
+        bias = _hidden_future(k_RHWd) if causal else k_RHWd.new_zeros(())
+    log_count_R1W1 = count_R.to(k_RHWd.dtype).log().view(rows, 1, 1, 1).expand(-1, 1, width, 1)
+    bias_R1WV = torch.cat([log_count_R1W1, bias.expand(rows, 1, width, width)], dim=3)
+    return torch.cat([k_RH1d, k_RHWd], dim=2), torch.cat([v_RH1d, v_RHWd], dim=2), bias_R1WV
+
+
+def _hidden_future(like_RHWd: torch.Tensor) -> torch.Tensor:
     """[W, W]: hides from each place those after it."""
-    width = q_RHWd.shape[2]
-    return q_RHWd.new_full((width, width), -torch.inf).triu_(1)
+    width = like_RHWd.shape[2]
+    return like_RHWd.new_full((width, width), -torch.inf).triu_(1)
 
 
 def _hidden_padding(like: torch.Tensor, keep: torch.Tensor, rows: int, width: int) -> torch.Tensor:

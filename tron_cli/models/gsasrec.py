@@ -1,0 +1,107 @@
+"""gSASRec: the original SASRec block, input embeddings apart from those of the outputs.
+
+Petrov and Macdonald, gSASRec: Reducing Overconfidence in Sequential Recommendation Trained with
+Negative Sampling (RecSys 2023), in the form of its PyTorch code. The paper's loss is loss="gbce".
+
+Shapes: N packed events, B rows, D embedding_dim.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from tron_cli.models.attention import Padding, packed_attention
+from tron_cli.models.dropout import Dropout
+from tron_cli.models.initialize import standard_normal
+from tron_cli.models.transformer import Transformer
+from tron_cli.products import Linear
+
+if TYPE_CHECKING:
+    from tron_cli.batches import AttentionGroup
+
+
+class GSASRec(Transformer):
+    """Item plus position embedding, dropout, blocks, final LayerNorm. All tables begin N(0, 1)."""
+
+    def __init__(
+        self,
+        *,
+        num_items: int,
+        sequence_length: int,
+        embedding_dim: int,
+        num_blocks: int,
+        num_heads: int,
+        dropout_rate: float,
+        positions: str,
+        reuse_item_embeddings: bool,
+        output_bias: bool,
+        key_padding_mask: bool = True,
+    ) -> None:
+        super().__init__(
+            num_items=num_items,
+            sequence_length=sequence_length,
+            embedding_dim=embedding_dim,
+            dropout_rate=dropout_rate,
+            positions=positions,
+            key_padding_mask=key_padding_mask,
+            reuse_item_embeddings=reuse_item_embeddings,
+            output_bias=output_bias,
+            draw=standard_normal,
+            draw_outputs=standard_normal,
+            blocks=lambda: [
+                GSASRecBlock(embedding_dim, num_heads, dropout_rate) for _ in range(num_blocks)
+            ],
+            output_norm=nn.LayerNorm(embedding_dim),
+        )
+
+
+class GSASRecBlock(nn.Module):
+    """Normalized queries attend to keys and values that are not, and go on as the residual.
+
+    The feed-forward network has its normalized input as residual. Heads split the width, and
+    nothing mixes them before that network.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout_rate: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout_rate = dropout_rate
+        self.attention_norm = nn.LayerNorm(dim)
+        self.query = Linear(dim, dim)
+        self.key_value = Linear(dim, 2 * dim)
+        self.feed_forward_norm = nn.LayerNorm(dim)
+        self.feed_forward = nn.Sequential(
+            Linear(dim, dim),
+            nn.ReLU(),
+            Dropout(dropout_rate),
+            Linear(dim, dim),
+            Dropout(dropout_rate),
+        )
+
+    def forward(
+        self,
+        x_ND: torch.Tensor,
+        groups: tuple[AttentionGroup, ...],
+        padding_B: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[N, D] -> [N, D]. padding_B: how many places of padding each row attends to; None: 0."""
+        queries_ND = self.attention_norm(x_ND)
+        padding = None
+        if padding_B is not None:
+            zero_1D = torch.zeros_like(x_ND[:1])
+            padding = Padding(self._query_key_value(zero_1D, zero_1D), padding_B)
+        attended_ND = packed_attention(
+            self._query_key_value(queries_ND, x_ND),
+            groups,
+            num_heads=self.num_heads,
+            dropout_rate=self.dropout_rate if self.training else 0.0,
+            padding=padding,
+        )
+        x_ND = self.feed_forward_norm(queries_ND + attended_ND)
+        return x_ND + self.feed_forward(x_ND)
+
+    def _query_key_value(self, queries_ND: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.query(queries_ND), self.key_value(x_ND)], dim=1)

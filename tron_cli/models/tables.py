@@ -1,0 +1,65 @@
+"""The tables of items that every network has.
+
+Shapes: N packed events, D width of the hidden states, U rows of a table that a batch needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# A table of so many rows and columns.
+Draw = Callable[[int, int], torch.Tensor]
+
+
+class ItemTables(nn.Module):
+    """The embeddings of the inputs, and the table whose rows hidden states are compared with.
+
+    The bias of an item is one more column of the latter, met by a constant 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_items: int,
+        embedding_dim: int,
+        reuse_item_embeddings: bool,
+        output_bias: bool,
+        draw: Draw,
+        draw_outputs: Draw,
+    ) -> None:
+        """Rows 0 to num_items, drawn by `draw`; those of a separate output table by the other."""
+        super().__init__()
+        self.num_items = num_items
+        self.embedding_dim = embedding_dim
+        self.output_bias = output_bias
+        output_dim = embedding_dim + int(output_bias)
+        input_dim = output_dim if reuse_item_embeddings else embedding_dim
+        self.item_embedding = embedding(draw(num_items + 1, input_dim))
+        self.output_embedding = (
+            self.item_embedding
+            if reuse_item_embeddings
+            else embedding(draw_outputs(num_items + 1, output_dim))
+        )
+
+    @property
+    def item_table(self) -> torch.Tensor:
+        """[num_items + 1, D], D + 1 with an output bias: row i scores item i; row 0 is no item."""
+        return self.output_embedding.weight
+
+    def embedded(self, inputs_N: torch.Tensor, rows_UD: torch.Tensor | None) -> torch.Tensor:
+        """[N, D]: embeddings of items, which are places in `rows_UD` or, with None, all rows."""
+        table = self.item_embedding.weight if rows_UD is None else rows_UD
+        return F.embedding(inputs_N, table)[:, : self.embedding_dim]
+
+    def comparable(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Hidden states as wide as `item_table`."""
+        return F.pad(hidden_ND, (0, 1), value=1.0) if self.output_bias else hidden_ND
+
+
+def embedding(table: torch.Tensor) -> nn.Embedding:
+    """A trainable embedding that starts as `table`."""
+    return nn.Embedding.from_pretrained(table, freeze=False)

@@ -1,0 +1,93 @@
+"""What the transformers over packed sessions have in common: all but their blocks.
+
+Shapes: N packed events, B rows, D embedding_dim, U rows of a table that a batch needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from tron_cli.models.dropout import Dropout
+from tron_cli.models.tables import Draw, ItemTables, embedding
+
+if TYPE_CHECKING:
+    from tron_cli.batches import Batch
+
+
+class Transformer(ItemTables):
+    """Item and position embeddings, dropout, blocks: packed batch -> hidden states.
+
+    positions: place 0 of the position embeddings is that of the first event of a window of
+    sequence_length ("end": a shorter history ends where the window does), or that of the first
+    event of a history ("start"); "none": no position embeddings. key_padding_mask: False lets every
+    event attend also to the padding in front of a history that is shorter than the window, as
+    SASRec does in RecTools. That padding is a zero vector at the input of every block.
+    """
+
+    mask_item: int | None = None
+    fixed_shapes = True
+
+    def __init__(
+        self,
+        *,
+        num_items: int,
+        sequence_length: int,
+        embedding_dim: int,
+        dropout_rate: float,
+        positions: str,
+        key_padding_mask: bool,
+        reuse_item_embeddings: bool,
+        output_bias: bool,
+        draw: Draw,
+        draw_outputs: Draw,
+        blocks: Callable[[], list[nn.Module]],
+        scaled: bool = False,
+        input_norm: nn.Module | None = None,
+        output_norm: nn.Module | None = None,
+    ) -> None:
+        """scaled: item embeddings are multiplied with sqrt(D). blocks: makes them, each
+        (x_ND, groups, padding_B) -> x_ND."""
+        super().__init__(
+            num_items=num_items,
+            embedding_dim=embedding_dim,
+            reuse_item_embeddings=reuse_item_embeddings,
+            output_bias=output_bias,
+            draw=draw,
+            draw_outputs=draw_outputs,
+        )
+        self.sequence_length = sequence_length
+        self.positions = positions
+        self.key_padding_mask = key_padding_mask
+        self.one_row_serves_all = positions in ("start", "none") and key_padding_mask
+        self.position_embedding = (
+            None if positions == "none" else embedding(draw(sequence_length, embedding_dim))
+        )
+        self.item_scale = math.sqrt(embedding_dim) if scaled else 1.0
+        self.input_norm = input_norm or nn.Identity()
+        self.dropout = Dropout(dropout_rate)
+        self.blocks = nn.ModuleList(blocks())
+        self.norm = output_norm or nn.Identity()
+
+    def forward(self, batch: Batch, rows_UD: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [N, D] (D + 1 with an output bias), to be multiplied with `item_table`.
+
+        rows_UD: rows of the item embedding that the batch's inputs are places in; None: all.
+        """
+        x_ND = self.embedded(batch.inputs_N, rows_UD) * self.item_scale
+        if self.position_embedding is not None:
+            x_ND = x_ND + self.position_embedding(self._position_ids(batch))
+        x_ND = self.dropout(self.input_norm(x_ND))
+        padding_B = None if self.key_padding_mask else self.sequence_length - batch.lengths_B
+        for block in self.blocks:
+            x_ND = block(x_ND, batch.groups, padding_B)
+        return self.comparable(self.norm(x_ND))
+
+    def _position_ids(self, batch: Batch) -> torch.Tensor:
+        if self.positions == "start":
+            return batch.places_N
+        return self.sequence_length - batch.lengths_B[batch.rows_N] + batch.places_N
