@@ -1,0 +1,130 @@
+"""GRU4Rec+: gated recurrent units over sessions, with constrained embeddings.
+
+Hidasi et al., Session-based Recommendations with Recurrent Neural Networks (ICLR 2016); Hidasi and
+Karatzoglou, Recurrent Neural Networks with Top-k Gains (CIKM 2018). The embedding that an item has
+as input also scores it, so hidden states are as wide as embeddings.
+
+Tables are initialized as TRON's GRU4Rec has them, uniform within 1 / sqrt(items + D), and the GRU
+by torch's default, uniform within 1 / sqrt(D). Hidasi's code draws tables and GRU weights within
+sqrt(6 / (rows + D)) and begins with biases of zero.
+
+Dropout is on the input embeddings and on the output of each layer; TRON's GRU4Rec has it between
+layers only, that is nowhere with its one layer. The state that goes on to the next event is not
+dropped, as in TRON's; in Hidasi's code it is what dropout has left.
+
+Shapes: N packed events, D embedding_dim, B rows, L layers, U rows looked up.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+from tron_cli.models.dropout import Dropout
+from tron_cli.models.initialize import xavier_uniform
+
+if TYPE_CHECKING:
+    from tron_cli.batches import Batch
+
+
+class GRU4Rec(nn.Module):
+    """Packed batch -> hidden states, and the table whose rows they are compared with.
+
+    Rows are whole sessions, each from a state of zero; or, where a batch has lanes, single events
+    that go on from the state that the event before left in their lane, through which no gradient
+    flows back. session_parallel: keep these states, of train_batch_size lanes. They are part of
+    state_dict, so that a resumed run goes on from them.
+    """
+
+    one_row_serves_all = True
+    mask_item = None
+    fixed_shapes = False  # how many rows have a place-th event is read from the device
+
+    carried_LBD: torch.Tensor
+
+    def __init__(
+        self,
+        *,
+        num_items: int,
+        sequence_length: int,
+        embedding_dim: int,
+        num_blocks: int,
+        dropout_rate: float,
+        reuse_item_embeddings: bool,
+        output_bias: bool,
+        session_parallel: bool,
+        train_batch_size: int,
+    ) -> None:
+        super().__init__()
+        self.num_items = num_items
+        self.sequence_length = sequence_length
+        self.embedding_dim = embedding_dim
+        self.output_bias = output_bias
+        # The bias of an item is one more column of its output embedding, met by a constant 1.
+        output_dim = embedding_dim + int(output_bias)
+        input_dim = output_dim if reuse_item_embeddings else embedding_dim
+        self.item_embedding = _table(num_items + 1, input_dim)
+        self.output_embedding = (
+            self.item_embedding if reuse_item_embeddings else _table(num_items + 1, output_dim)
+        )
+        self.dropout = Dropout(dropout_rate)
+        self.gru = nn.GRU(
+            embedding_dim,
+            embedding_dim,
+            num_blocks,
+            dropout=dropout_rate if num_blocks > 1 else 0.0,  # between layers
+        )
+        if session_parallel:
+            carried_LBD = torch.zeros(num_blocks, train_batch_size, embedding_dim)
+            self.register_buffer("carried_LBD", carried_LBD)
+
+    def forward(self, batch: Batch, rows_UD: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [N, D] (D + 1 with an output bias), to be multiplied with `item_table`.
+
+        rows_UD: rows of the item embedding that the batch's inputs are places in; None: all. A
+        batch with lanes leaves its states behind for the next one.
+        """
+        if rows_UD is None:
+            rows_UD = self.item_embedding.weight
+        x_ND = self.dropout(F.embedding(batch.inputs_N, rows_UD)[:, : self.embedding_dim])
+        if batch.lanes_B is None:
+            x_ND = self._whole_rows(x_ND, batch)
+        else:
+            x_ND = self._next_events(x_ND, batch.lanes_B, batch.places_N)
+        x_ND = self.dropout(x_ND)
+        return F.pad(x_ND, (0, 1), value=1.0) if self.output_bias else x_ND
+
+    @property
+    def item_table(self) -> torch.Tensor:
+        """[num_items + 1, D]: row i scores item i; row 0 is no item."""
+        return self.output_embedding.weight
+
+    def _whole_rows(self, x_ND: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The recurrence over each row, in packed order."""
+        assert not batch.padded
+        # By place, the last and so the longest rows first, as PackedSequence wants it.
+        order_N = len(x_ND) - 1 - batch.places_N.flip(0).argsort(stable=True)
+        rows_at_place = batch.places_N.bincount().cpu()
+        states, _ = self.gru(PackedSequence(x_ND.index_select(0, order_N), rows_at_place))
+        return states.data.index_select(0, order_N.argsort())
+
+    def _next_events(
+        self, x_BD: torch.Tensor, lanes_B: torch.Tensor, places_B: torch.Tensor
+    ) -> torch.Tensor:
+        """One step of each lane, from its carried state or, at a session's first event, zero."""
+        begins_B1 = (places_B == 0)[:, None]
+        before_LBD = self.carried_LBD[:, lanes_B].masked_fill(begins_B1, 0.0)
+        states_1BD, after_LBD = self.gru(x_BD[None], before_LBD)
+        self.carried_LBD[:, lanes_B] = after_LBD.detach().to(self.carried_LBD.dtype)
+        return states_1BD[0]
+
+
+def _table(rows: int, columns: int) -> nn.Embedding:
+    return nn.Embedding.from_pretrained(
+        xavier_uniform(rows, columns).div_(math.sqrt(6)), freeze=False
+    )
