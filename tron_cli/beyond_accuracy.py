@@ -80,8 +80,10 @@ def count_items(train: Sessions, num_items: int, *, progress: str | None = None)
         item_N = train.items[low:high].astype(np.int64)
         session_N = np.repeat(np.arange(after - first), np.diff(train.offsets[first : after + 1]))
         events_I += np.bincount(item_N, minlength=num_items + 1)
-        pairs = np.unique(session_N * (num_items + 1) + item_N)
-        sessions_I += np.bincount(pairs % (num_items + 1), minlength=num_items + 1)
+        # Sorted, not np.unique: that hashes, and takes a hundred times as long.
+        pair_N = np.sort(session_N * (num_items + 1) + item_N)
+        first_N = np.diff(pair_N, prepend=-1) > 0
+        sessions_I += np.bincount(pair_N[first_N] % (num_items + 1), minlength=num_items + 1)
         bar.update(high - low)
         first = after
     bar.close()
@@ -124,12 +126,16 @@ def beyond_accuracy(
         serendipity += ((surprise_eK * relevant_eK).sum(axis=1) / length_e).sum()
         if reference_EK is not None:
             intersection += (_in_common(top_eK, reference_EK[part]) / length_e).sum()
+
+    def mean(total: float) -> float | None:
+        return float(total) / lists if lists else None
+
     return BeyondAccuracy(
-        catalogue_coverage=np.count_nonzero(recommended_I[1:]) / num_items,
-        average_popularity=popularity / lists if lists else None,
-        novelty=novelty / lists if lists else None,
-        serendipity=serendipity / lists if lists else None,
-        intersection=intersection / lists if lists and reference_EK is not None else None,
+        catalogue_coverage=int(np.count_nonzero(recommended_I[1:])) / num_items,
+        average_popularity=mean(popularity),
+        novelty=mean(novelty),
+        serendipity=mean(serendipity),
+        intersection=None if reference_EK is None else mean(intersection),
     )
 
 
