@@ -86,11 +86,14 @@ class Steps:
         graphs: bool,
     ) -> None:
         from tron_cli import train
+        from tron_cli.feed import WholeSessions
         from tron_cli.graphs import CUDARecorder, GraphedSteps
         from tron_cli.models import build_model
+        from tron_cli.negatives import Distribution
         from tron_cli.optim import build_optimizer
 
-        self._train, self._config, self._sessions = train, config, sessions
+        self._config, self._seed = config, train._seed
+        self._feed = WholeSessions(config, sessions, padded=True)
         self.device = device
         train._seed(config.seed, step=0)
         self.model = build_model(config, num_items).to(device).train()
@@ -99,7 +102,7 @@ class Steps:
         scaler = torch.amp.GradScaler(device.type, enabled=False)
         self.take_step = GraphedSteps(
             lambda batch: train.training_step(
-                self.model, self.optimizer, scaler, batch, config, num_items, dtype
+                self.model, self.optimizer, scaler, batch, config, Distribution(num_items), dtype
             ),
             device,
             batch_size=config.train_batch_size,
@@ -111,11 +114,7 @@ class Steps:
 
     def prepare(self, step: int) -> Any:
         """The batch of a step, as the training loop prepares it."""
-        from tron_cli.batches import training_batch
-
-        chosen = self._train._sessions_of_step(self._config, step, len(self._sessions))
-        batch = training_batch(self._sessions, chosen, self._config.sequence_length, padded=True)
-        return batch.in_one_piece(pinned=self.device.type == "cuda")
+        return self._feed.batch(step).in_one_piece(pinned=self.device.type == "cuda")
 
     def run(self, count: int) -> float:
         """Seconds that `count` steps take."""
@@ -129,7 +128,7 @@ class Steps:
             wait(self.device)
             clock = time.perf_counter()
             for step, batch in zip(steps, prepared_ahead(self.prepare, steps, thread), strict=True):
-                self._train._seed(self._config.seed, step=step + 1)
+                self._seed(self._config.seed, step=step + 1)
                 self.optimizer.load_lr()
                 loss = self.take_step(batch)
                 loss_sum += loss

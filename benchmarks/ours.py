@@ -12,6 +12,7 @@ from tron_cli.batches import training_batch
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Sessions
 from tron_cli.models import build_model
+from tron_cli.negatives import Distribution
 from tron_cli.optim import build_optimizer
 from tron_cli.train import training_loss
 
@@ -26,12 +27,15 @@ def training_step(
     for moments in optimizer.state:
         for values in moments.values():
             values.zero_()
+    distribution = Distribution(num_items)
     bf16 = config.precision == "bf16"
 
     def step(sessions: Sessions, chosen: np.ndarray) -> torch.Tensor:
         batch = training_batch(sessions, chosen, config.sequence_length)
         with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
-            loss = training_loss(model, batch, config, num_items, before_lookup=optimizer.catch_up)
+            loss = training_loss(
+                model, batch, config, distribution, before_lookup=optimizer.catch_up
+            )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

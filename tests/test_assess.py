@@ -23,7 +23,8 @@ from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Dataset
 from tron_cli.errors import InputError
 from tron_cli.evaluate import predict
-from tron_cli.models import SASRec, build_model
+from tron_cli.models import build_model
+from tron_cli.models.sasrec import SASRec
 
 CPU = torch.device("cpu")
 TRAIN = [[1, 2, 3], [4, 5]]

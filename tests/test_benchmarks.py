@@ -23,7 +23,7 @@ from tron_cli.config import ExperimentConfig
 from tron_cli.evaluate import predict
 from tron_cli.logits import sampled_logits
 from tron_cli.losses import ssm
-from tron_cli.negatives import sample_negatives
+from tron_cli.negatives import Distribution, sample_negatives
 
 ITEMS = 40
 
@@ -72,7 +72,7 @@ def test_the_plain_step_has_our_loss_and_gradients_on_the_same_negatives() -> No
     sessions = some_sessions()
     ours = training_batch(sessions, np.arange(6), config.sequence_length)
     negatives = sample_negatives(
-        ours, ITEMS, num_uniform=20, num_batch=5, sampling_style="batchwise",
+        ours, Distribution(ITEMS), num_uniform=20, num_batch=5, sampling_style="batchwise",
         reject_uniform_session_items=False, reject_in_batch_items=True,
     )  # fmt: skip
     order = np.argsort(np.minimum(sessions.lengths - 1, config.sequence_length), kind="stable")

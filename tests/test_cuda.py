@@ -22,8 +22,11 @@ from tron_cli.batches import Batch, prepared_ahead, training_batch
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Sessions
 from tron_cli.evaluate import predict
+from tron_cli.feed import WholeSessions
 from tron_cli.graphs import CUDARecorder, GraphedSteps
-from tron_cli.models import SASRec, build_model
+from tron_cli.models import build_model
+from tron_cli.models.sasrec import SASRec
+from tron_cli.negatives import Distribution
 from tron_cli.optim import Optimizer, build_optimizer
 from tron_cli.ranking import Catalogue
 from tron_cli.train import training_step
@@ -56,13 +59,15 @@ def run(
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
     scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
 
+    feed = WholeSessions(config, sessions, padded=True)
+
     def prepare(step: int) -> Batch:
-        chosen = training._sessions_of_step(config, step, len(sessions))
-        batch = training_batch(sessions, chosen, config.sequence_length, padded=True)
-        return batch.in_one_piece(pinned=True)
+        return feed.batch(step).in_one_piece(pinned=True)
 
     take_step = GraphedSteps(
-        lambda batch: training_step(model, optimizer, scaler, batch, config, ITEMS, dtype),
+        lambda batch: training_step(
+            model, optimizer, scaler, batch, config, Distribution(ITEMS), dtype
+        ),
         CUDA,
         batch_size=config.train_batch_size,
         recorder=CUDARecorder(CUDA) if graphs else None,

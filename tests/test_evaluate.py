@@ -15,7 +15,7 @@ from tron_cli.batches import pack
 from tron_cli.errors import RunError
 from tron_cli.evaluate import Predictions, predict
 from tron_cli.metrics import parse_measures, score
-from tron_cli.models import SASRec
+from tron_cli.models.sasrec import SASRec
 
 NUM_ITEMS, LENGTH = 40, 5
 

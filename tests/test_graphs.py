@@ -28,8 +28,9 @@ from tron_cli.batches import Batch, prepared_ahead, training_batch
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Sessions
 from tron_cli.graphs import GraphedSteps
-from tron_cli.models import SASRec, build_model
-from tron_cli.negatives import Negatives, sample_negatives
+from tron_cli.models import build_model
+from tron_cli.models.sasrec import SASRec
+from tron_cli.negatives import Distribution, Negatives, sample_negatives
 from tron_cli.optim import Optimizer, build_optimizer
 from tron_cli.train import training_step
 
@@ -48,7 +49,7 @@ def some_sessions(count: int = 40, seed: int = 3, **lengths: int) -> Sessions:
 def draw(batch: Batch, config: ExperimentConfig, num_items: int = ITEMS) -> Negatives:
     return sample_negatives(
         batch,
-        num_items,
+        Distribution(num_items),
         num_uniform=config.num_uniform_negatives,
         num_batch=config.num_batch_negatives,
         sampling_style=config.sampling_style,
@@ -80,7 +81,9 @@ def take(
     model: SASRec, optimizer: Optimizer, batch: Batch, config: ExperimentConfig
 ) -> torch.Tensor:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return training_step(model, optimizer, scaler, batch, config, ITEMS, torch.float32)
+    return training_step(
+        model, optimizer, scaler, batch, config, Distribution(ITEMS), torch.float32
+    )
 
 
 # --- batches --------------------------------------------------------------------------------------

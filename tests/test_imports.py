@@ -82,7 +82,7 @@ def test_importing_all_of_prepare_loads_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-ARITHMETIC = ("losses", "negatives", "logits", "lookup", "products")
+ARITHMETIC = ("losses", "negatives", "logits", "lookup", "products", "registry")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tron_cli.batches import Batch, training_batch
 from tron_cli.config import ExperimentConfig
 from tron_cli.lookup import look_up, look_up_inputs
 from tron_cli.models import build_model
-from tron_cli.negatives import Negatives
+from tron_cli.negatives import Distribution, Negatives
 from tron_cli.optim import build_optimizer, clip_gradients
 from tron_cli.train import training_loss
 
@@ -46,7 +46,7 @@ def step_of_both(
     torch.manual_seed(11)
     negatives = draw(batch, num_items, config)
     torch.manual_seed(11)
-    loss = training_loss(model, batch, config, num_items)
+    loss = training_loss(model, batch, config, Distribution(num_items))
     loss.backward()
     expected = reference_loss(reference, batch, negatives, config)
     expected.backward()
@@ -178,7 +178,7 @@ def test_steps_in_a_row_follow_those_of_a_dense_embedding(optimizer: str, reuse:
             needed |= set(ids.tolist())
         torch.manual_seed(step)
         stepper.zero_grad()
-        training_loss(model, batch, config, num_items).backward()
+        training_loss(model, batch, config, Distribution(num_items)).backward()
         clip_gradients(model.parameters(), config.clip_norm)
         stepper.step()
     asleep = sorted(set(range(num_items + 1)) - needed)
@@ -248,7 +248,7 @@ def test_a_step_allocates_nothing_of_the_size_of_a_table(optimizer: str, reuse: 
     with allocations_of_kernels() as sizes, Largest(known) as largest:
         for _ in range(2):
             stepper.zero_grad()
-            training_loss(model, batch, config, num_items).backward()
+            training_loss(model, batch, config, Distribution(num_items)).backward()
             clip_gradients(model.parameters(), 1.0)
             stepper.step()
     assert sizes

@@ -18,10 +18,11 @@ from tron_cli.negatives import Negatives
 
 LOSSES = {
     "bce": losses.bce,
-    "gbce": partial(losses.gbce, beta=0.3),
+    "gbce": partial(losses.gbce, gbce_t=0.75, num_uniform_negatives=2, num_items=11),
     "ssm": losses.ssm,
-    "bpr-max": partial(losses.bpr_max, penalty=0.0),
-    "bpr-max with penalty": partial(losses.bpr_max, penalty=0.7),
+    "bpr": losses.bpr,
+    "bpr-max": partial(losses.bpr_max, bpr_penalty=0.0),
+    "bpr-max with penalty": partial(losses.bpr_max, bpr_penalty=0.7),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
@@ -36,10 +37,13 @@ def closed_form(name: str, positive: float, negatives: list[float]) -> float:
         mean = sum(map(_softplus, negatives)) / len(negatives) if negatives else 0.0
         return _softplus(-positive) + mean
     if name == "gbce":
-        terms = [0.3 * _softplus(-positive), *map(_softplus, negatives)]
+        # beta = 0.2 * (0.75 * (1 - 1 / 0.2) + 1 / 0.2) = 0.4 for 2 negatives of 11 items
+        terms = [0.4 * _softplus(-positive), *map(_softplus, negatives)]
         return sum(terms) / len(terms)
     if not negatives:
         return 0.0
+    if name == "bpr":
+        return sum(_softplus(x - positive) for x in negatives) / len(negatives)
     if name == "ssm":
         return math.log(sum(math.exp(x) for x in [positive, *negatives])) - positive
     total = sum(math.exp(x) for x in negatives)
@@ -138,7 +142,7 @@ def test_bpr_max_with_masked_negatives_is_not_nan():
         torch.tensor([1.0]),
         torch.tensor([[2.0, 3.0]]),
         torch.tensor([[True, False]]),
-        penalty=1.0,
+        bpr_penalty=1.0,
     )
     assert loss_N.item() == pytest.approx(_softplus(1.0) + 4.0, rel=1e-6)
 
@@ -555,11 +559,12 @@ def test_gbce_is_bce_of_the_published_transformation(t, num_negatives, num_items
     expected = F.binary_cross_entropy_with_logits(logits_N1K, labels_N1K, reduction="none").mean(1)
     found_beta = losses.gbce_beta(t, num_negatives, num_items)
     assert found_beta == pytest.approx(beta, rel=1e-12)
-    found = losses.gbce(positive_N, negative_NK, None, beta=found_beta)
+    gbce = partial(losses.gbce, gbce_t=t, num_uniform_negatives=num_negatives, num_items=num_items)
+    found = gbce(positive_N, negative_NK, None)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     # In float32 too, where the transformation is lost in its clamps.
-    single = losses.gbce(positive_N.float() * 20, negative_NK.float(), None, beta=found_beta)
-    exact = losses.gbce(positive_N * 20, negative_NK, None, beta=found_beta)
+    single = gbce(positive_N.float() * 20, negative_NK.float(), None)
+    exact = gbce(positive_N * 20, negative_NK, None)
     torch.testing.assert_close(single.double(), exact, rtol=1e-5, atol=1e-6)
 
 

@@ -56,9 +56,7 @@ class PaddedReference(nn.Module):
         weights = dict(model.named_parameters())
         self.items = copy.deepcopy(model.item_embedding)
         self.positions = copy.deepcopy(model.position_embedding)
-        self.outputs = (
-            self.items if config.reuse_item_embeddings else copy.deepcopy(model.output_embedding)
-        )
+        self.outputs = self.items if config.shares_table else copy.deepcopy(model.output_embedding)
         self.double()
         with torch.no_grad():
             for name, parameter in self.named_parameters():

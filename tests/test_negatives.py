@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tron_cli.batches import training_batch
 from tron_cli.dataset import Sessions
-from tron_cli.negatives import sample_negatives
+from tron_cli.negatives import Distribution, sample_negatives
 
 STYLES = ("eventwise", "sessionwise", "batchwise")
 
@@ -31,7 +31,7 @@ def draw(batch, num_items: int, **options):
         "reject_uniform_session_items": False,
         "reject_in_batch_items": False,
     }
-    return sample_negatives(batch, num_items, **{**defaults, **options})
+    return sample_negatives(batch, Distribution(num_items), **{**defaults, **options})
 
 
 def rejected_items(rows, style, in_session, in_batch) -> list[set[int]]:

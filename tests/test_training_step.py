@@ -24,7 +24,7 @@ from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Sessions
 from tron_cli.errors import InputError, RunError
 from tron_cli.evaluate import predict
-from tron_cli.negatives import sample_negatives
+from tron_cli.negatives import Distribution, sample_negatives
 from tron_cli.optim import build_optimizer, learning_rate
 from tron_cli.train import train, training_loss
 
@@ -34,7 +34,7 @@ LENGTHS = [2, 10, 3, 5, 6, 4, 7, 2, 3, 9]
 def draw(batch, num_items: int, config: ExperimentConfig):
     return sample_negatives(
         batch,
-        num_items,
+        Distribution(num_items),
         num_uniform=config.num_uniform_negatives,
         num_batch=config.num_batch_negatives,
         sampling_style=config.sampling_style,
@@ -103,7 +103,7 @@ def check_step(config: ExperimentConfig, *, num_items: int, lengths: list[int]):
     torch.manual_seed(11)
     negatives = draw(batch, num_items, config)
     torch.manual_seed(11)
-    loss = training_loss(model, batch, config, num_items)
+    loss = training_loss(model, batch, config, Distribution(num_items))
     loss.backward()
     expected = reference_loss(reference, batch, negatives, config)
     expected.backward()
@@ -216,7 +216,7 @@ def test_step_where_a_position_has_no_negative_at_all(loss, topk):
     batch = training_batch(sessions, np.arange(1), 6)
     negatives = draw(batch, 2, config)
     assert negatives_that_count(batch, negatives, config) == [[], [], []]
-    loss_value = training_loss(model, batch, config, 2)
+    loss_value = training_loss(model, batch, config, Distribution(2))
     loss_value.backward()
     expected = reference_loss(reference, batch, negatives, config)
     torch.testing.assert_close(loss_value, expected, rtol=0, atol=1e-9)
@@ -229,7 +229,7 @@ def test_the_positive_can_be_its_own_negative(mask):
     config = make_config(mask_collisions=mask, num_batch_negatives=0, reject_in_batch_items=False)
     model, _ = build_pair(config, 1)
     sessions = Sessions(np.array([1, 1, 1], np.int32), np.array([0, 3]))
-    loss = training_loss(model, training_batch(sessions, np.arange(1), 6), config, 1)
+    loss = training_loss(model, training_batch(sessions, np.arange(1), 6), config, Distribution(1))
     expected = 0.0 if mask else math.log(1 + config.num_uniform_negatives)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
 
@@ -247,7 +247,7 @@ def test_bf16_autocast_stays_near_float32(loss, style):
         model.zero_grad()
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            value = training_loss(model, batch, config, 45)
+            value = training_loss(model, batch, config, Distribution(45))
         value.backward()
         return value, torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -278,7 +278,7 @@ def test_float32_as_trained_is_within_rounding_of_the_reference(
         torch.manual_seed(11)
         negatives = draw(batch, 700, config)
         torch.manual_seed(11)
-        loss = training_loss(model.float(), batch, config, 700)
+        loss = training_loss(model.float(), batch, config, Distribution(700))
         loss.backward()
         expected = reference_loss(reference, batch, negatives, config)
         expected.backward()

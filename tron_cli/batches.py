@@ -39,7 +39,10 @@ class Batch:
     """Rows in ascending order of length, packed.
 
     inputs_N: int64 item ids. targets_N: int64, the item that follows each input, or None where only
-    hidden states are wanted. lengths_B: int64. rows_N: int64, the row of each event.
+    hidden states are wanted. predicting_P: int64, the events that have a target, of which targets_N
+    then holds one each; None: all. lanes_B: int64, the lane of each row in session-parallel batches
+    (`lanes.py`), where a row is one event and place 0 the beginning of a session. lengths_B: int64.
+    rows_N: int64, the row of each event.
     places_N: int64, place of each event in its row, from 0. groups: how attention splits the rows.
     padded: whether shapes are rounded up, for a device that computes the same shapes again and
     again: the last events may be padding, with item 0, target 0, row 0 and place 0, and all rows
@@ -54,6 +57,13 @@ class Batch:
     groups: tuple[AttentionGroup, ...]
     padded: bool = False
     memory: torch.Tensor | None = None
+    predicting_P: torch.Tensor | None = None
+    lanes_B: torch.Tensor | None = None
+
+    @property
+    def target_rows_P(self) -> torch.Tensor:
+        """int64: the row of each target."""
+        return self.rows_N if self.predicting_P is None else self.rows_N[self.predicting_P]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, to which it goes in one copy that nothing waits for."""
@@ -74,8 +84,8 @@ class Batch:
 
     def _tensors(self) -> list[torch.Tensor]:
         tensors = [self.inputs_N, self.lengths_B, self.rows_N, self.places_N]
-        if self.targets_N is not None:
-            tensors.append(self.targets_N)
+        optional = (self.targets_N, self.predicting_P, self.lanes_B)
+        tensors += [tensor for tensor in optional if tensor is not None]
         for group in self.groups:
             tensors.append(group.gather_RW)
             if group.keep is not None:
@@ -91,6 +101,8 @@ class Batch:
         return Batch(
             inputs_N=inputs_N,
             targets_N=None if self.targets_N is None else next(views),
+            predicting_P=None if self.predicting_P is None else next(views),
+            lanes_B=None if self.lanes_B is None else next(views),
             lengths_B=lengths_B,
             rows_N=rows_N,
             places_N=places_N,
@@ -113,20 +125,28 @@ def pack(
     lengths_B: np.ndarray,
     *,
     with_targets: bool,
+    appended_item: int | None = None,
     padded_width: int | None = None,
 ) -> Batch:
     """Pack the slices items[start : start + length], each of at least one event.
 
     items: int32 [E]; starts_B, lengths_B: int64, lengths ascending. with_targets: whether
-    items[start + 1 : start + length + 1] are the targets. padded_width: pad the batch, with rows of
+    items[start + 1 : start + length + 1] are the targets. appended_item: one more event, put behind
+    each slice. padded_width: pad the batch, with rows of
     this width in attention, that of the longest or more.
     """
+    if appended_item is not None:
+        lengths_B = lengths_B + 1
     total = int(lengths_B.sum())
     first_B = np.cumsum(lengths_B) - lengths_B
     rows_N = np.repeat(np.arange(len(lengths_B)), lengths_B)
     places_N = np.arange(total) - first_B[rows_N]
     source_N = starts_B[rows_N] + places_N
+    if appended_item is not None:
+        source_N[first_B + lengths_B - 1] = 0  # for now: what lies behind may be no item at all
     inputs_N = items[source_N].astype(np.int64)
+    if appended_item is not None:
+        inputs_N[first_B + lengths_B - 1] = appended_item
     targets_N = items[source_N + 1].astype(np.int64) if with_targets else None
     if padded_width is not None:
         padding = (0, -total % _EVENTS)

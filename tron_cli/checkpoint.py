@@ -21,7 +21,7 @@ from tron_cli.config import ExperimentConfig, config_from_dict
 from tron_cli.dataset import Dataset
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import written_aside
-from tron_cli.models import SASRec, build_model
+from tron_cli.models import Model, build_model
 
 FORMAT_VERSION = 1
 LAST = "last.pt"
@@ -45,7 +45,7 @@ class Checkpoint:
     item_ids: torch.Tensor
     training: dict[str, Any]
 
-    def build_model(self, device: torch.device) -> SASRec:
+    def build_model(self, device: torch.device) -> Model:
         """The model with its weights, in evaluation mode."""
         with torch.device("meta"):  # no random weights, only to be replaced
             model = build_model(self.config, self.dataset["num_items"])

@@ -19,6 +19,7 @@ from typing import Any
 
 from tron_cli.dataset import DATASET_NAME
 from tron_cli.errors import InputError
+from tron_cli.registry import CATALOGUE_LOSSES, LOSSES, MODELS, SAMPLERS
 
 CONFIGS_DIR = Path(__file__).parent / "configs"
 
@@ -54,7 +55,7 @@ class ExperimentConfig:
     )
 
     # Model
-    model: str = _setting("sasrec", "network; sasrec is TRON's backbone", choices=("sasrec",))
+    model: str = _setting("sasrec", "network; sasrec is TRON's backbone", choices=tuple(MODELS))
     sequence_length: int = _setting(50, "last events of a session that the model sees", low=1)
     embedding_dim: int = _setting(200, "width of embeddings and hidden states", low=1)
     num_heads: int = _setting(1, "attention heads; divides embedding_dim", low=1)
@@ -66,13 +67,15 @@ class ExperimentConfig:
         "the end of the window as TRON and SASRec do (end)",
         choices=("end", "start"),
     )
-    reuse_item_embeddings: bool = _setting(
-        True, "score with the input embeddings instead of a table of their own"
+    reuse_item_embeddings: bool | None = _setting(
+        None,
+        "score with the input embeddings instead of a table of their own; None: the model's own "
+        "way, which is a separate table for gsasrec only",
     )
     output_bias: bool = _setting(False, "one learned bias an item, added to its score")
 
     # Loss and negatives
-    loss: str = _setting("ssm", "training loss", choices=("bce", "bpr-max", "gbce", "ssm"))
+    loss: str = _setting("ssm", "training loss", choices=(*LOSSES, *CATALOGUE_LOSSES))
     gbce_t: float = _setting(
         0.75,
         "how far gbce undoes the overconfidence of sampling: 0 not at all, 1 fully",
@@ -80,9 +83,24 @@ class ExperimentConfig:
         high=1,
     )
     bpr_penalty: float = _setting(0.0, "weight of bpr-max's score penalty", low=0)
-    num_uniform_negatives: int = _setting(
-        16384, "uniformly drawn negatives an event, session or batch", low=0
+    final_activation: bool = _setting(
+        False, "ELU (alpha 0.5) on the logits that the loss sees, as in GRU4Rec+"
     )
+    logq_correction: bool = _setting(
+        False, "ssm: correct for how often each negative is drawn, which estimates ce"
+    )
+    num_uniform_negatives: int = _setting(
+        16384, "negatives an event, session or batch, drawn as negative_sampler says", low=0
+    )
+    negative_sampler: str = _setting(
+        "uniform",
+        "distribution of these negatives; mixed: a share of them by popularity",
+        choices=tuple(SAMPLERS),
+    )
+    popularity_alpha: float = _setting(
+        0.75, "popularity, mixed: exponent of an item's training occurrences", low=0
+    )
+    mixed_share: float = _setting(0.5, "mixed: share drawn by popularity", low=0, high=1)
     num_batch_negatives: int = _setting(
         127, "negatives a session, drawn from the other sessions of the batch", low=0
     )
@@ -184,19 +202,7 @@ class ExperimentConfig:
                 f"embedding_dim={self.embedding_dim} is not a multiple of "
                 f"num_heads={self.num_heads}; change one of them"
             )
-        if self.loss == "gbce":
-            self._check_gbce()
-        negatives = self.num_uniform_negatives + self.num_batch_negatives
-        if negatives == 0:
-            raise InputError(
-                "num_uniform_negatives=0 and num_batch_negatives=0 leave no negatives; "
-                "the losses need at least one"
-            )
-        if self.topk_sampling and self.topk_sampling_k > negatives:
-            raise InputError(
-                f"topk_sampling_k={self.topk_sampling_k} exceeds the {negatives} negatives "
-                "(num_uniform_negatives + num_batch_negatives); lower it"
-            )
+        self._check_loss()
         for measure in (*self.metrics, self.val_metric):
             if not re.fullmatch(r"[A-Za-z_]+(\(.*\))?@[1-9][0-9]*", measure):
                 raise InputError(
@@ -204,29 +210,76 @@ class ExperimentConfig:
                     f"not {measure!r}"
                 )
 
-    def _check_gbce(self) -> None:
-        """Its beta holds for negatives that are drawn uniformly from all items, and all used."""
-        wrong = [
-            name
-            for name, value in (
-                ("topk_sampling=True", self.topk_sampling),
-                (f"num_batch_negatives={self.num_batch_negatives}", self.num_batch_negatives),
-                (
-                    "reject_uniform_session_items=True",
-                    self.reject_uniform_session_items and self.sampling_style != "batchwise",
-                ),
-                (
-                    "reject_in_batch_items=True",
-                    self.reject_in_batch_items and self.sampling_style == "batchwise",
-                ),
+    def _check_loss(self) -> None:
+        """Whether loss and negatives make sense together."""
+        negatives = self.num_uniform_negatives + self.num_batch_negatives
+        batchwise = self.sampling_style == "batchwise"
+        has_negatives = {
+            f"num_uniform_negatives={self.num_uniform_negatives}": self.num_uniform_negatives,
+            f"num_batch_negatives={self.num_batch_negatives}": self.num_batch_negatives,
+            "topk_sampling=True": self.topk_sampling,
+        }
+        rejects = {
+            "reject_uniform_session_items=True": self.reject_uniform_session_items
+            and not batchwise,
+            "reject_in_batch_items=True": self.reject_in_batch_items and batchwise,
+        }
+        if self.loss in CATALOGUE_LOSSES:
+            self._refuse(
+                f"loss={self.loss} compares with the whole catalogue and draws no negatives",
+                {**has_negatives, "final_activation=True": self.final_activation},
             )
-            if value
-        ]
+            return
+        if negatives == 0:
+            raise InputError(
+                "num_uniform_negatives=0 and num_batch_negatives=0 leave no negatives; "
+                f"loss={self.loss} needs at least one"
+            )
+        if self.topk_sampling and self.topk_sampling_k > negatives:
+            raise InputError(
+                f"topk_sampling_k={self.topk_sampling_k} exceeds the {negatives} negatives "
+                "(num_uniform_negatives + num_batch_negatives); lower it"
+            )
+        if self.loss == "gbce":
+            # Its beta holds for negatives drawn uniformly from all items, and all used.
+            others = {key: value for key, value in has_negatives.items() if "uniform" not in key}
+            sampler = {
+                f"negative_sampler={self.negative_sampler}": self.negative_sampler != "uniform"
+            }
+            self._refuse(
+                "loss=gbce needs plain uniform negatives",
+                {**others, **rejects, **sampler, "final_activation=True": self.final_activation},
+            )
+        if self.logq_correction:
+            if self.loss != "ssm":
+                raise InputError(
+                    f"logq_correction=True corrects loss=ssm, not loss={self.loss}; set it to False"
+                )
+            # Expected draws of an item are known only where nothing is rejected or chosen.
+            self._refuse(
+                "logq_correction needs all negatives as they were drawn",
+                {
+                    "topk_sampling=True": self.topk_sampling,
+                    "final_activation=True": self.final_activation,
+                    **(rejects if self.num_uniform_negatives else {}),
+                },
+            )
+
+    def _refuse(self, reason: str, settings: dict[str, Any]) -> None:
+        """Raise an InputError that names those of the settings that are on."""
+        wrong = [name for name, value in settings.items() if value]
         if wrong:
             raise InputError(
-                f"loss=gbce needs plain uniform negatives, but got {' and '.join(wrong)}; set "
-                "these to False or 0, or take another loss"
+                f"{reason}, but got {' and '.join(wrong)}; set these to False, 0 or their default, "
+                "or take another loss"
             )
+
+    @property
+    def shares_table(self) -> bool:
+        """Whether inputs and scores have one table: reuse_item_embeddings, resolved."""
+        if self.reuse_item_embeddings is None:
+            return self.model != "gsasrec"
+        return self.reuse_item_embeddings
 
     @property
     def method(self) -> str:
@@ -380,8 +433,18 @@ def _check_key(key: str) -> None:
         raise InputError(_unknown_key(key))
 
 
+def _kind(name: str) -> tuple[Any, bool]:
+    """Type of a setting, and whether it may be None."""
+    kind = _TYPES[name]
+    if isinstance(kind, types.UnionType):
+        return typing.get_args(kind)[0], True
+    return kind, False
+
+
 def _parse_value(key: str, text: str) -> Any:
-    kind = _TYPES[key]
+    kind, may_be_none = _kind(key)
+    if may_be_none and text.lower() == "none":
+        return None
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
@@ -397,7 +460,9 @@ def _parse_value(key: str, text: str) -> Any:
 
 
 def _checked_type(name: str, value: Any) -> Any:
-    kind = _TYPES[name]
+    kind, may_be_none = _kind(name)
+    if may_be_none and value is None:
+        return None
     if kind is float and type(value) is int:
         return float(value)
     if isinstance(kind, types.GenericAlias):
@@ -415,10 +480,14 @@ def _wrong_type(name: str, shown: str) -> str:
         float: "a number",
         str: "a text",
     }
-    return f"{name} must be {kinds.get(_TYPES[name], 'a list of measures')}, got {shown}"
+    kind, may_be_none = _kind(name)
+    expected = kinds.get(kind, "a list of measures") + (" or None" if may_be_none else "")
+    return f"{name} must be {expected}, got {shown}"
 
 
 def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
+    if value is None:
+        return
     limits = field.metadata
     choices = limits.get("choices")
     if choices:

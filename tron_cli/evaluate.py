@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tron_cli.batches import pack
 from tron_cli.dataset import Sessions
 from tron_cli.errors import RunError
-from tron_cli.models import SASRec
+from tron_cli.models import Model
 from tron_cli.ranking import Catalogue, SeenItems
 
 _SESSIONS_AT_ONCE = 1 << 14
@@ -68,7 +68,7 @@ class _Events:
 
 @torch.inference_mode()
 def predict(
-    model: SASRec,
+    model: Model,
     sessions: Sessions,
     *,
     protocol: str,
@@ -104,7 +104,7 @@ def predict(
     model.eval()
     parts: list[tuple[np.ndarray, ...]] = []
     with _float32_arithmetic(device):
-        catalogue = Catalogue(model.item_table)
+        catalogue = Catalogue(model.item_table[: model.num_items + 1])
         bar = tqdm(
             total=_count_events(sessions, model, protocol, full_sessions),
             desc=progress,
@@ -121,14 +121,14 @@ def predict(
     return _in_order(parts, top_items)
 
 
-def _count_events(sessions: Sessions, model: SASRec, protocol: str, full_sessions: bool) -> int:
+def _count_events(sessions: Sessions, model: Model, protocol: str, full_sessions: bool) -> int:
     most = 1 if protocol == "last-item" else None if full_sessions else model.sequence_length
     return int(np.clip(sessions.lengths - 1, 0, most).sum())
 
 
 def _batches(
     sessions: Sessions,
-    model: SASRec,
+    model: Model,
     protocol: str,
     full_sessions: bool,
     one_pass: bool,
@@ -146,7 +146,7 @@ def _batches(
 def _rows(
     sessions: Sessions,
     block: np.ndarray,
-    model: SASRec,
+    model: Model,
     protocol: str,
     full_sessions: bool,
     one_pass: bool,
@@ -168,9 +168,9 @@ def _rows(
         first_target = np.maximum(lengths - window, 1)
     own_first = first_target
     shared: list[_Rows] = []
-    if model.positions == "start" and protocol == "every-step":
-        # Counted from the start, an event's hidden state is the same whatever follows it: one row
-        # serves all targets whose history begins where the session does.
+    if model.one_row_serves_all and protocol == "every-step":
+        # An event's hidden state is the same whatever follows it: one row serves all targets whose
+        # history begins where the session does.
         inputs = np.minimum(lengths - 1, window)
         serves = first_target <= inputs
         shared = [_Rows(block, begins, inputs, first_target - 1)[serves]]
@@ -189,16 +189,22 @@ def _rows(
     )
 
 
-def _hidden_states(model: SASRec, sessions: Sessions, rows: _Rows) -> _Events:
+def _hidden_states(model: Model, sessions: Sessions, rows: _Rows) -> _Events:
     """The predicting events of a batch of rows, in ascending order of length."""
     device = model.item_table.device
-    batch = pack(sessions.items, rows.start_R, rows.length_R, with_targets=False)
+    mask = model.mask_item
+    batch = pack(
+        sessions.items, rows.start_R, rows.length_R, with_targets=False, appended_item=mask
+    )
     row_N, place_N = batch.rows_N.numpy(), batch.places_N.numpy()
-    chosen = np.flatnonzero(place_N >= rows.first_place_R[row_N])
+    # What predicts a place is the event before it, or the mask in its place.
+    predicted_N = place_N + 1 if mask is None else place_N
+    first_N = rows.first_place_R[row_N] + 1
+    chosen = np.flatnonzero(predicted_N >= first_N)
     row_E = row_N[chosen]
     return _Events(
         session_E=rows.session_R[row_E],
-        position_E=rows.start_R[row_E] + place_N[chosen] + 1,
+        position_E=rows.start_R[row_E] + predicted_N[chosen],
         hidden_ED=model(batch.to(device))[torch.from_numpy(chosen).to(device)],
     )
 

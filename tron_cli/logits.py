@@ -1,7 +1,7 @@
 """Hidden states and sampled items -> logits, with top-k selection in two passes.
 
-Shapes: N positions, n positions of a part, D width of the table, V its rows, K negatives of a
-position, k those that top-k keeps, M in-batch negatives, C candidates of one kind.
+Shapes: N positions with a target, n positions of a part, D width of the table, V its rows, K
+negatives of a position, k those that top-k keeps, M in-batch negatives, C candidates of one kind.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def sampled_logits(
     With `topk`, the topk highest negatives of each position are found without gradients, and only
     those are computed with gradients: the loss and gradients of keeping the top-k of the full
     matrix, for a fraction of the work. mask_collisions: a negative that is the position's own
-    target does not count. The third value is bool [N, K], or None where all count.
+    target does not count. Negatives that know how many of them to expect have the log of it taken
+    off their logits. The third value is bool [N, K], or None where all count. hidden_ND: the hidden
+    states of the events with a target.
     """
     assert batch.targets_N is not None
     hidden_ND = hidden_ND.to(table_VD.dtype)  # under autocast a layer may return less
@@ -103,7 +105,7 @@ class _Candidates:
             else hidden_ND.dtype
         )
         if negatives.uniform.dim() == 1 and self.num_uniform:
-            self.uniform_K = negatives.uniform.sort().values
+            self.uniform_K, self.order_K = negatives.uniform.sort()
             self.uniform_KD = F.embedding(self.uniform_K, table_VD).to(self.dtype)
         if self.num_in_batch:
             self.in_batch_NM, self.in_batch_ids_NM = self._in_batch()
@@ -125,6 +127,12 @@ class _Candidates:
         else:
             ids = self._of_events(self.negatives.uniform, part)
             logits_nK = dot_products(hidden_nD, self.table_VD, ids)
+        expected = self.negatives.uniform_log_expected
+        if expected is not None:
+            # Apart from what autograd remembers, since targets are dropped in place.
+            logits_nK = logits_nK - (
+                expected[self.order_K] if ids.dim() == 1 else self._of_events(expected, part)
+            )
         if self.mask_collisions:
             self._drop_targets(logits_nK, ids, part)
         if self.negatives.uniform_keep is not None:
@@ -137,20 +145,31 @@ class _Candidates:
         """Logits and ids [N, M]; the events of a session share its candidates."""
         batch, negatives = self.batch, self.negatives
         ids_BM = batch.inputs_N[negatives.in_batch_BM]
+        rows_N = batch.target_rows_P
+        ids_NM = ids_BM[rows_N]
+        if batch.predicting_P is None:
+            logits_NM = self._by_session(ids_BM)
+        else:
+            logits_NM = dot_products(self.hidden_ND, self.table_VD, ids_NM)
+        if negatives.in_batch_log_expected_BM is not None:
+            logits_NM = logits_NM - negatives.in_batch_log_expected_BM[rows_N]
+        if self.mask_collisions:
+            self._drop_targets(logits_NM, ids_NM, slice(None))
+        if negatives.in_batch_keep_BM is not None:
+            logits_NM.masked_fill_(~negatives.in_batch_keep_BM[rows_N], -torch.inf)
+        return logits_NM, ids_NM
+
+    def _by_session(self, ids_BM: torch.Tensor) -> torch.Tensor:
+        """[N, M], where every event has a target: one product a group of sessions."""
         rows_BMD = F.embedding(ids_BM, self.table_VD).to(self.dtype)
         logits, row = [], 0
-        for group in batch.groups:
+        for group in self.batch.groups:
             hidden_RWD = F.embedding(group.gather_RW, self.hidden_ND).to(self.dtype)
             rows_RMD = rows_BMD[row : row + len(hidden_RWD)]
             logits_NM = (hidden_RWD @ rows_RMD.transpose(1, 2)).flatten(0, 1)
             logits.append(logits_NM if group.keep is None else logits_NM[group.keep])
             row += len(hidden_RWD)
-        logits_NM, ids_NM = torch.cat(logits), ids_BM[batch.rows_N]
-        if self.mask_collisions:
-            self._drop_targets(logits_NM, ids_NM, slice(None))
-        if negatives.in_batch_keep_BM is not None:
-            logits_NM.masked_fill_(~negatives.in_batch_keep_BM[batch.rows_N], -torch.inf)
-        return logits_NM, ids_NM
+        return torch.cat(logits)
 
     def _drop_targets(self, logits_nC: torch.Tensor, ids: torch.Tensor, part: slice) -> None:
         assert self.batch.targets_N is not None
@@ -168,7 +187,7 @@ class _Candidates:
 
     def _of_events(self, values: torch.Tensor, part: slice) -> torch.Tensor:
         """Values by event or by session, for the events of a part."""
-        rows_N = self.batch.rows_N
+        rows_N = self.batch.target_rows_P
         return values[part] if len(values) == len(rows_N) else values[rows_N[part]]
 
 

@@ -2,13 +2,30 @@
 
 Shapes: N positions, K negatives of a position. keep_NK marks the negatives that count (bool; None:
 all). What is not kept has weight zero; a position without any kept negative has only its positive
-term (bce) or a loss of zero (ssm, bpr-max). Logits are computed with in float32 at least.
+term (bce, gbce) or a loss of zero (bpr, bpr-max, ssm). Logits are computed with in float32 at
+least.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn import functional as F
+
+from tron_cli.registry import CATALOGUE_LOSSES, LOSSES, load, settings_of
+
+if TYPE_CHECKING:
+    from tron_cli.config import ExperimentConfig
+
+
+@functools.lru_cache
+def build_loss(config: ExperimentConfig, num_items: int) -> Callable[..., torch.Tensor]:
+    """The loss that `config.loss` names, with its settings: tensors -> loss_N."""
+    entry = {**LOSSES, **CATALOGUE_LOSSES}[config.loss]
+    return functools.partial(load(entry), **settings_of(entry, config, num_items=num_items))
 
 
 def bce(
@@ -30,13 +47,16 @@ def gbce(
     negative_NK: torch.Tensor,
     keep_NK: torch.Tensor | None,
     *,
-    beta: float,
+    gbce_t: float,
+    num_uniform_negatives: int,
+    num_items: int,
 ) -> torch.Tensor:
     """Generalized binary cross-entropy: (beta softplus(-p) + sum_j softplus(n_j)) / (1 + K).
 
     Petrov and Macdonald, gSASRec (RecSys 2023), in closed form instead of a transformed logit. The
     mean is over the kept negatives and the positive. See `gbce_beta`.
     """
+    beta = gbce_beta(gbce_t, num_uniform_negatives, num_items)
     terms_NK = -F.logsigmoid(-negative_NK)
     kept_N: torch.Tensor | int = negative_NK.shape[1]
     if keep_NK is not None:
@@ -60,14 +80,28 @@ def ssm(
     return -F.logsigmoid(positive_N - negative_NK.logsumexp(dim=1))
 
 
+def bpr(
+    positive_N: torch.Tensor, negative_NK: torch.Tensor, keep_NK: torch.Tensor | None
+) -> torch.Tensor:
+    """BPR: mean_j -log sigmoid(p - n_j).
+
+    Rendle et al., BPR (UAI 2009); RecBole adds 1e-10 inside the logarithm, which the closed form
+    does not need.
+    """
+    terms_NK = -F.logsigmoid(positive_N[:, None] - negative_NK)
+    if keep_NK is None:
+        return terms_NK.mean(dim=1)
+    return (terms_NK * keep_NK).sum(dim=1) / keep_NK.sum(dim=1).clamp(min=1)
+
+
 def bpr_max(
     positive_N: torch.Tensor,
     negative_NK: torch.Tensor,
     keep_NK: torch.Tensor | None,
     *,
-    penalty: float,
+    bpr_penalty: float,
 ) -> torch.Tensor:
-    """BPR-max: -log sum_j s_j sigmoid(p - n_j) + penalty * sum_j s_j n_j^2, s = softmax(n).
+    """BPR-max: -log sum_j s_j sigmoid(p - n_j) + bpr_penalty * sum_j s_j n_j^2, s = softmax(n).
 
     Hidasi and Karatzoglou, Recurrent Neural Networks with Top-k Gains (CIKM 2018).
     """
@@ -76,7 +110,7 @@ def bpr_max(
         weighed_NK = negative_NK.masked_fill(~keep_NK, torch.finfo(negative_NK.dtype).min)
     log_weight_NK = weighed_NK.log_softmax(dim=1)
     log_gain_NK = F.logsigmoid(positive_N[:, None] - negative_NK)
-    penalty_N = penalty * (log_weight_NK.exp() * negative_NK.square()).sum(dim=1)
+    penalty_N = bpr_penalty * (log_weight_NK.exp() * negative_NK.square()).sum(dim=1)
     loss_N = penalty_N - (log_weight_NK + log_gain_NK).logsumexp(dim=1)
     if keep_NK is not None:
         loss_N = loss_N.where(keep_NK.any(dim=1), 0.0)

@@ -1,7 +1,8 @@
 """Negative sampling on the device of the batch, without loops and without retries.
 
 Random numbers come from torch's default generator of that device.
-Shapes: N events of the batch, B sessions, K uniform negatives, M in-batch negatives.
+Shapes: N events of the batch, P of them with a target, B sessions, K uniform negatives, M in-batch
+negatives, I items, R rows of ids that are rejected together, J of them.
 """
 
 from __future__ import annotations
@@ -9,10 +10,71 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from tron_cli.batches import Batch
+
+# Weights of items are whole numbers of about this sum, so that drawing under rejection is exact.
+_TOTAL_WEIGHT = 1 << 50
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What negatives are drawn from, on the device of the batches.
+
+    cumulative_V: int64 [I + 1], weight of the items up to each, entry 0 being 0; None where all
+    weigh the same. log_expected_V: float32 [I + 1], log of how many of a position's negatives,
+    uniform and in-batch, are expected to be each item; None where the loss does not ask.
+    """
+
+    num_items: int
+    cumulative_V: torch.Tensor | None = None
+    log_expected_V: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        weight_I: np.ndarray,
+        *,
+        expected_of: tuple[int, int, np.ndarray] | None,
+        device: torch.device,
+    ) -> Distribution:
+        """weight_I: float64, not negative, in proportion to which items are drawn. expected_of:
+        numbers of drawn and of in-batch negatives, and float64 [I] training occurrences, where the
+        loss asks how many of each item to expect."""
+        share_I = weight_I / weight_I.sum()
+        cumulative_V = log_expected_V = None
+        if weight_I.min() < weight_I.max():
+            whole_I = np.rint(share_I * _TOTAL_WEIGHT).astype(np.int64)
+            # What is drawn at all stays so.
+            whole_I = np.maximum(whole_I, weight_I > 0)
+            cumulative_V = torch.from_numpy(np.concatenate([[0], whole_I.cumsum()])).to(device)
+        if expected_of is not None:
+            drawn, in_batch, count_I = expected_of
+            expected_I = drawn * share_I
+            if in_batch:
+                expected_I = expected_I + in_batch * count_I / count_I.sum()
+            # An item that is never a negative needs no correction.
+            log_I = np.log(np.where(expected_I > 0, expected_I, 1.0))
+            log_expected_V = torch.from_numpy(np.append(0.0, log_I)).float().to(device)
+        return cls(len(weight_I), cumulative_V, log_expected_V)
+
+    @property
+    def total(self) -> int | torch.Tensor:
+        """Weight of all items."""
+        return self.num_items if self.cumulative_V is None else self.cumulative_V[-1]
+
+    def weight_below(self, ids: torch.Tensor) -> torch.Tensor:
+        """Weight of the items before each id, ids 1..I + 1."""
+        return ids - 1 if self.cumulative_V is None else self.cumulative_V[ids - 1]
+
+    def item_at(self, weight: torch.Tensor) -> torch.Tensor:
+        """The item that holds each place 0..total - 1 when their weights are laid end to end."""
+        if self.cumulative_V is None:
+            return weight + 1
+        return torch.searchsorted(self.cumulative_V, weight, right=True)
 
 
 @dataclass(frozen=True)
@@ -23,17 +85,21 @@ class Negatives:
     uniform_keep: bool, [1], [B] or [N]; False where rejection left no item; None: all True.
     in_batch_BM: int64, indices into the batch's inputs_N, for each session.
     in_batch_keep_BM: bool, False where a session had fewer candidates than M; None: all True.
+    uniform_log_expected, in_batch_log_expected_BM: float32, of the same shapes, log of how many
+    negatives of a position are expected to be that item; None where the loss does not ask.
     """
 
     uniform: torch.Tensor
     uniform_keep: torch.Tensor | None
     in_batch_BM: torch.Tensor
     in_batch_keep_BM: torch.Tensor | None
+    uniform_log_expected: torch.Tensor | None = None
+    in_batch_log_expected_BM: torch.Tensor | None = None
 
 
 def sample_negatives(
     batch: Batch,
-    num_items: int,
+    distribution: Distribution,
     *,
     num_uniform: int,
     num_batch: int,
@@ -43,18 +109,19 @@ def sample_negatives(
 ) -> Negatives:
     """Draw the negatives of a batch by TRON's rules (arXiv 2307.14906).
 
-    Uniform negatives are drawn from the items 1..num_items with replacement: one set an event
-    (eventwise), a session (sessionwise) or a batch (batchwise). Rejected are, batchwise with
-    reject_in_batch_items, the inputs of the batch; eventwise and sessionwise with
-    reject_uniform_session_items, the inputs of the own session. A draw under rejection is uniform
-    over the items that remain; where none remains the set is marked as not kept.
+    Uniform negatives (or those of another distribution) are drawn from the items 1..I with
+    replacement: one set an event with a target (eventwise), a session (sessionwise) or a batch
+    (batchwise). Rejected are, batchwise with reject_in_batch_items, the inputs of the batch;
+    eventwise and sessionwise with reject_uniform_session_items, the inputs of the own session. A
+    draw under rejection is from the items that remain, in their proportion; where none remains the
+    set is marked as not kept.
 
     In-batch negatives are occurrences among the inputs of the other sessions (of all sessions
     without reject_in_batch_items), without replacement; all of them where there are fewer than
-    num_batch, and the rest is marked as not kept. Padding of a batch is no candidate and rejects
-    nothing.
+    num_batch, and the rest is marked as not kept. Padding and masked inputs are no candidates and
+    reject nothing.
     """
-    inputs_N = batch.inputs_N
+    inputs_N, num_items = batch.inputs_N, distribution.num_items
     gaps = None
     if sampling_style == "batchwise":
         shape = torch.Size([num_uniform])
@@ -62,66 +129,93 @@ def sample_negatives(
             rejected_N = inputs_N
             if batch.padded:
                 rejected_N = inputs_N.masked_fill(inputs_N == 0, num_items + 1)
-            gaps = _Gaps.of(rejected_N[None], num_items)
+            gaps = _Gaps.of(rejected_N[None], distribution)
     else:
         if reject_uniform_session_items:
-            gaps = _Gaps.of(_padded_rows(batch, num_items + 1), num_items)
+            gaps = _Gaps.of(_padded_rows(batch, num_items + 1), distribution)
         if sampling_style == "sessionwise":
             shape = torch.Size([len(batch.lengths_B), num_uniform])
         else:
-            shape = torch.Size([len(inputs_N), num_uniform])
-            gaps = gaps.repeated(batch.rows_N) if gaps is not None else None
-    uniform, uniform_keep = _draw_uniform(shape, num_items, gaps, inputs_N.device)
-    in_batch_BM, in_batch_keep_BM = _draw_in_batch(batch, num_batch, reject_in_batch_items)
-    return Negatives(uniform, uniform_keep, in_batch_BM, in_batch_keep_BM)
+            shape = torch.Size([len(batch.target_rows_P), num_uniform])
+            gaps = gaps.repeated(batch.target_rows_P) if gaps is not None else None
+    uniform, uniform_keep = _draw(shape, distribution, gaps, inputs_N.device)
+    in_batch_BM, in_batch_keep_BM = _draw_in_batch(
+        batch, num_items, num_batch, reject_in_batch_items
+    )
+    if distribution.log_expected_V is None:
+        return Negatives(uniform, uniform_keep, in_batch_BM, in_batch_keep_BM)
+    in_batch_ids_BM = inputs_N[in_batch_BM].clamp(max=num_items)  # masked ones are not kept
+    return Negatives(
+        uniform,
+        uniform_keep,
+        in_batch_BM,
+        in_batch_keep_BM,
+        distribution.log_expected_V[uniform],
+        distribution.log_expected_V[in_batch_ids_BM],
+    )
 
 
 @dataclass(frozen=True)
 class _Gaps:
-    """The items that rejection leaves, so that the r-th of them is found by one binary search.
+    """The items that rejection leaves, so that each draw takes one binary search.
 
-    The j-th smallest rejected id (from 0) has gap_j = id_j - 1 - j allowed items below it, so the
-    r-th allowed item (from 0) is r + 1 + the number of j with gap_j <= r.
-    gaps_RJ: int64, ascending in each row. left_R1: int64, how many items are allowed.
+    Lay the weights of the allowed items end to end. The j-th smallest rejected id (from 0) has
+    gap_j of them below it, so what holds place r there lies behind all rejected ids with
+    gap_j <= r, and holds place r + their weight among all items.
+    gaps_RJ: int64, ascending in each row. skipped_RJ1: int64 [R, J + 1], weight of the first j
+    rejected ids. left_R1: int64, weight that is allowed.
     """
 
     gaps_RJ: torch.Tensor
+    skipped_RJ1: torch.Tensor
     left_R1: torch.Tensor
 
     @classmethod
-    def of(cls, rejected_RJ: torch.Tensor, num_items: int) -> _Gaps:
-        """rejected_RJ: int64 ids, repeated or not; those above num_items are padding."""
+    def of(cls, rejected_RJ: torch.Tensor, distribution: Distribution) -> _Gaps:
+        """rejected_RJ: int64 ids, repeated or not; those above the number of items are padding."""
+        padding = distribution.num_items + 1
         ids = rejected_RJ.sort(dim=1).values
         repeated = torch.zeros_like(ids, dtype=torch.bool)
         repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
-        ids = ids.masked_fill(repeated, num_items + 1).sort(dim=1).values
-        real = ids <= num_items
-        gaps = ids - 1 - torch.arange(ids.shape[1], device=ids.device)
-        return cls(
-            gaps.masked_fill(~real, num_items + 1), num_items - real.sum(dim=1, keepdim=True)
-        )
+        ids = ids.masked_fill(repeated, padding).sort(dim=1).values
+        real = ids < padding
+        below = distribution.weight_below(ids)
+        weight = distribution.weight_below((ids + 1).clamp(max=padding)) - below
+        skipped_RJ1 = torch.nn.functional.pad((weight * real).cumsum(1), (1, 0))
+        gaps = (below - skipped_RJ1[:, :-1]).masked_fill(~real, torch.iinfo(torch.int64).max)
+        return cls(gaps, skipped_RJ1, distribution.total - skipped_RJ1[:, -1:])
 
     def repeated(self, rows: torch.Tensor) -> _Gaps:
-        return _Gaps(self.gaps_RJ[rows], self.left_R1[rows])
+        return _Gaps(self.gaps_RJ[rows], self.skipped_RJ1[rows], self.left_R1[rows])
 
 
-def _draw_uniform(
-    shape: torch.Size, num_items: int, gaps: _Gaps | None, device: torch.device
+def _draw(
+    shape: torch.Size, distribution: Distribution, gaps: _Gaps | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Item ids, row r from the items that row r of `gaps` leaves; and which rows have any."""
-    if gaps is None:
+    num_items = distribution.num_items
+    if gaps is None and distribution.cumulative_V is None:
         return torch.randint(1, num_items + 1, shape, device=device), None
+    if gaps is None:
+        draws = torch.rand(shape, dtype=torch.float64, device=device)
+        place = (draws * distribution.total).long()
+        return distribution.item_at(place).clamp(1, num_items), None
     rows, width = gaps.gaps_RJ.shape
     draws = torch.rand((rows, shape[-1]), dtype=torch.float64, device=device)
     nth = (draws * gaps.left_R1).long().clamp(max=gaps.left_R1 - 1)
-    drawn = nth + 1 + torch.searchsorted(gaps.gaps_RJ, nth, right=True)
+    behind = torch.searchsorted(gaps.gaps_RJ, nth, right=True)
+    if distribution.cumulative_V is None:
+        drawn = nth + 1 + behind
+    else:
+        drawn = distribution.item_at(nth + gaps.skipped_RJ1.gather(1, behind))
     drawn = drawn.clamp(1, num_items).view(shape)
-    # With fewer rejected ids than items, no row is empty: nothing to ask the device.
-    return drawn, (gaps.left_R1 > 0).squeeze(1) if width >= num_items else None
+    # With fewer rejected ids than items, all alike, no row is empty: nothing to ask the device.
+    may_be_empty = width >= num_items or distribution.cumulative_V is not None
+    return drawn, (gaps.left_R1 > 0).squeeze(1) if may_be_empty else None
 
 
 def _draw_in_batch(
-    batch: Batch, num_batch: int, other_sessions_only: bool
+    batch: Batch, num_items: int, num_batch: int, other_sessions_only: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows_N = batch.rows_N
     num_sessions, num_events = len(batch.lengths_B), len(rows_N)
@@ -133,11 +227,14 @@ def _draw_in_batch(
     if other_sessions_only:
         own_BN = rows_N == torch.arange(num_sessions, device=device)[:, None]
         keys_BN = keys_BN.masked_fill(own_BN, -1.0)
+    some_are_masked = batch.predicting_P is not None
+    if some_are_masked:
+        keys_BN = keys_BN.masked_fill(batch.inputs_N > num_items, -1.0)
     if batch.padded:
         keys_BN = keys_BN.masked_fill(batch.inputs_N == 0, -1.0)
     key_BM, index_BM = keys_BN.topk(min(num_batch, num_events), dim=1)
-    if batch.padded:
-        # How many events there are is known on the device only.
+    if batch.padded or some_are_masked:
+        # How many candidates there are is known on the device only.
         return index_BM, key_BM >= 0
     longest = max(group.gather_RW.shape[1] for group in batch.groups)
     enough = num_events - (longest if other_sessions_only else 0) >= num_batch

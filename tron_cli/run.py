@@ -28,7 +28,7 @@ from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Dataset
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import written_aside
-from tron_cli.models import SASRec
+from tron_cli.models import Model
 from tron_cli.optim import Optimizer
 
 log = logging.getLogger("tron")
@@ -53,7 +53,7 @@ class RunFolder:
         config: ExperimentConfig,
         dataset: Dataset,
         item_ids: torch.Tensor,
-        model: SASRec,
+        model: Model,
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         progress: Progress,

@@ -7,7 +7,6 @@ was stopped and resumed ends with the weights of one that never was.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import math
 import signal
@@ -20,21 +19,23 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from tron_cli import losses
-from tron_cli.batches import Batch, prepared_ahead, session_order, training_batch
+from tron_cli.batches import Batch, prepared_ahead
 from tron_cli.checkpoint import LAST, encode_item_ids, load_checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError, RunError
 from tron_cli.evaluate import predict
+from tron_cli.feed import build_feed
 from tron_cli.graphs import CUDARecorder, GraphedSteps
 from tron_cli.logits import sampled_logits
 from tron_cli.lookup import BeforeLookup, look_up, look_up_inputs
+from tron_cli.losses import build_loss
 from tron_cli.metrics import parse_measures, score
-from tron_cli.models import SASRec, build_model
-from tron_cli.negatives import sample_negatives
+from tron_cli.models import Model, build_model
+from tron_cli.negatives import Distribution, sample_negatives
 from tron_cli.optim import (
     Optimizer,
     build_optimizer,
@@ -43,6 +44,7 @@ from tron_cli.optim import (
     learning_rate,
 )
 from tron_cli.profile import StepProfiler, phase
+from tron_cli.registry import CATALOGUE_LOSSES, SAMPLERS, load, settings_of
 from tron_cli.run import Progress, RunFolder
 
 _LOG_EVERY = 20  # steps; also how often the loss is checked, since reading it waits for the device
@@ -76,10 +78,6 @@ def train(
     measures = parse_measures((*config.metrics, val_metric))
     config = dataclasses.replace(config, val_metric=val_metric)
     dtype = _training_dtype(config.precision, device)
-    steps_per_pass = math.ceil(len(sessions) / config.train_batch_size)
-    steps_per_epoch = min(steps_per_pass, config.max_batches_per_epoch or steps_per_pass)
-    total_steps = config.max_epochs * steps_per_epoch
-
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if resume:
         model, optimizer, progress = _saved(run_dir / LAST, config, device, scaler)
@@ -88,6 +86,11 @@ def train(
         model = build_model(config, dataset.num_items).to(device)
         optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
         progress = Progress()
+    on_gpu = device.type == "cuda"
+    feed = build_feed(config, sessions, padded=on_gpu and model.fixed_shapes)
+    steps_per_epoch = min(feed.steps_per_pass, config.max_batches_per_epoch or feed.steps_per_pass)
+    total_steps = config.max_epochs * steps_per_epoch
+    distribution = _distribution(config, sessions, dataset.num_items, device)
     if profiler is not None and total_steps - progress.step < profiler.steps_needed:
         raise InputError(
             f"profiling takes {profiler.steps_needed:,} steps, warm-up included, and this run has "
@@ -97,18 +100,14 @@ def train(
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
     def prepare(step: int) -> Batch:
-        chosen = _sessions_of_step(config, step, len(sessions))
-        on_gpu = device.type == "cuda"
-        batch = training_batch(sessions, chosen, config.sequence_length, padded=on_gpu)
+        batch = feed.batch(step)
         return batch.in_one_piece(pinned=True) if on_gpu else batch
 
     take_step = GraphedSteps(
-        lambda batch: training_step(
-            model, optimizer, scaler, batch, config, dataset.num_items, dtype
-        ),
+        lambda batch: training_step(model, optimizer, scaler, batch, config, distribution, dtype),
         device,
         batch_size=config.train_batch_size,
-        recorder=_recorder(config, device, dtype, profiled=profiler is not None),
+        recorder=_recorder(config, device, dtype, records=model.fixed_shapes and profiler is None),
     )
     profiling = nullcontext() if profiler is None else profiler.running(device, run_dir)
     with run.logged(), _stop_signals() as stop, profiling, ThreadPoolExecutor(1) as thread:
@@ -206,17 +205,17 @@ def train(
 
 
 def training_step(
-    model: SASRec,
+    model: Model,
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
     batch: Batch,
     config: ExperimentConfig,
-    num_items: int,
+    distribution: Distribution,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Forward, backward, clip and step; the loss, without gradients."""
     with torch.autocast(batch.inputs_N.device.type, dtype, enabled=dtype != torch.float32):
-        loss = training_loss(model, batch, config, num_items, before_lookup=optimizer.catch_up)
+        loss = training_loss(model, batch, config, distribution, before_lookup=optimizer.catch_up)
     with phase("backward"):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -230,18 +229,36 @@ def training_step(
 
 
 def training_loss(
-    model: SASRec,
+    model: Model,
     batch: Batch,
     config: ExperimentConfig,
-    num_items: int,
+    distribution: Distribution,
     *,
     before_lookup: BeforeLookup | None = None,
 ) -> torch.Tensor:
-    """Mean loss over the positions of a batch, with freshly drawn negatives."""
+    """Mean loss over the positions of a batch that have a target, with freshly drawn negatives."""
+    if config.loss in CATALOGUE_LOSSES:
+        loss_N = _catalogue_loss(model, batch, config, before_lookup)
+    else:
+        loss_N = _sampled_loss(model, batch, config, distribution, before_lookup)
+    if not batch.padded:
+        return loss_N.mean()
+    padding_N = batch.inputs_N == 0
+    return loss_N.masked_fill(padding_N, 0.0).sum() / (~padding_N).sum()
+
+
+def _sampled_loss(
+    model: Model,
+    batch: Batch,
+    config: ExperimentConfig,
+    distribution: Distribution,
+    before_lookup: BeforeLookup | None,
+) -> torch.Tensor:
+    """Loss of each position with a target, among sampled negatives."""
     with phase("negatives"):
         negatives = sample_negatives(
             batch,
-            num_items,
+            distribution,
             num_uniform=config.num_uniform_negatives,
             num_batch=config.num_batch_negatives,
             sampling_style=config.sampling_style,
@@ -253,12 +270,12 @@ def training_loss(
         before = before_lookup if sparse else None
         looked = look_up(model.item_table, batch, negatives, sparse=sparse, before=before)
         inputs, rows_UD = looked.batch, looked.rows_UD
-        if not config.reuse_item_embeddings:
+        if not config.shares_table:
             inputs, rows_UD = look_up_inputs(
                 model.item_embedding.weight, batch, sparse=sparse, before=before
             )
     with phase("forward"):
-        hidden_ND = model(inputs, rows_UD)
+        hidden_ND = _with_target(model(inputs, rows_UD), batch)
     with phase("logits"):
         positive_N, negative_NK, keep_NK = sampled_logits(
             hidden_ND,
@@ -269,32 +286,62 @@ def training_loss(
             mask_collisions=config.mask_collisions,
         )
     with phase("loss"):
-        if config.loss == "bce":
-            loss_N = losses.bce(positive_N, negative_NK, keep_NK)
-        elif config.loss == "gbce":
-            beta = losses.gbce_beta(config.gbce_t, config.num_uniform_negatives, num_items)
-            loss_N = losses.gbce(positive_N, negative_NK, keep_NK, beta=beta)
-        elif config.loss == "ssm":
-            loss_N = losses.ssm(positive_N, negative_NK, keep_NK)
-        else:
-            loss_N = losses.bpr_max(positive_N, negative_NK, keep_NK, penalty=config.bpr_penalty)
-        if not batch.padded:
-            return loss_N.mean()
-        padding_N = batch.inputs_N == 0
-        return loss_N.masked_fill(padding_N, 0.0).sum() / (~padding_N).sum()
+        if config.final_activation:
+            positive_N, negative_NK = F.elu(positive_N, 0.5), F.elu(negative_NK, 0.5)
+        loss = build_loss(config, distribution.num_items)
+        return loss(positive_N, negative_NK, keep_NK)
+
+
+def _catalogue_loss(
+    model: Model, batch: Batch, config: ExperimentConfig, before_lookup: BeforeLookup | None
+) -> torch.Tensor:
+    """Loss of each position with a target, among all items."""
+    with phase("lookup"):
+        sparse = gradients_are_sparse(config.optimizer) and not config.shares_table
+        inputs, rows_UD = look_up_inputs(
+            model.item_embedding.weight,
+            batch,
+            sparse=sparse,
+            before=before_lookup if sparse else None,
+        )
+    with phase("forward"):
+        hidden_ND = _with_target(model(inputs, rows_UD), batch)
+    with phase("loss"):
+        loss = build_loss(config, model.num_items)
+        return loss(hidden_ND, model.item_table, batch.targets_N)
+
+
+def _with_target(hidden_ND: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return hidden_ND if batch.predicting_P is None else hidden_ND[batch.predicting_P]
+
+
+def _distribution(
+    config: ExperimentConfig, sessions: Sessions, num_items: int, device: torch.device
+) -> Distribution:
+    """What the configuration's negatives are drawn from."""
+    if config.negative_sampler == "uniform" and not config.logq_correction:
+        return Distribution(num_items)
+    count_I = np.bincount(sessions.items, minlength=num_items + 1)[1:].astype(np.float64)
+    entry = SAMPLERS[config.negative_sampler]
+    expected_of = (config.num_uniform_negatives, config.num_batch_negatives, count_I)
+    return Distribution.of(
+        load(entry)(count_I, **settings_of(entry, config)),
+        expected_of=expected_of if config.logq_correction else None,
+        device=device,
+    )
 
 
 def _recorder(
-    config: ExperimentConfig, device: torch.device, dtype: torch.dtype, *, profiled: bool
+    config: ExperimentConfig, device: torch.device, dtype: torch.dtype, *, records: bool
 ) -> CUDARecorder | None:
     """What records steps, where they do not wait for the device: a scaler and a profiler do."""
-    records = config.cuda_graphs and device.type == "cuda" and dtype != torch.float16
-    return CUDARecorder(device) if records and not profiled else None
+    records = records and config.cuda_graphs and device.type == "cuda" and dtype != torch.float16
+    return CUDARecorder(device) if records else None
 
 
 def _saved(
     file: Path, config: ExperimentConfig, device: torch.device, scaler: torch.amp.GradScaler
-) -> tuple[SASRec, Optimizer, Progress]:
+) -> tuple[Model, Optimizer, Progress]:
     """What a run has come to; the scaler's state is put into `scaler`."""
     checkpoint = load_checkpoint(file)
     model = checkpoint.build_model(device)
@@ -326,19 +373,6 @@ def _splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Sessions, Sessi
 
 def _first(sessions: Sessions, count: int) -> Sessions:
     return Sessions(sessions.items, sessions.offsets[: count + 1])
-
-
-def _sessions_of_step(config: ExperimentConfig, step: int, num_sessions: int) -> np.ndarray:
-    """int64 [B]: passes over the data go on across epochs, so that short epochs skip nothing."""
-    steps_per_pass = math.ceil(num_sessions / config.train_batch_size)
-    data_pass, place = divmod(step, steps_per_pass)
-    order = _order_of_pass(num_sessions, config.shuffling_style, config.seed, data_pass)
-    return order[place * config.train_batch_size : (place + 1) * config.train_batch_size]
-
-
-@functools.lru_cache(maxsize=1)
-def _order_of_pass(num_sessions: int, style: str, seed: int, data_pass: int) -> np.ndarray:
-    return session_order(num_sessions, style, seed=seed, epoch=data_pass)
 
 
 def _seed(seed: int, *, step: int) -> None:
@@ -373,7 +407,7 @@ def _epoch_bar(config: ExperimentConfig, epoch: int, steps: int, step: int) -> t
 
 
 def _validate(
-    model: SASRec,
+    model: Model,
     validation: Sessions,
     dataset: Dataset,
     config: ExperimentConfig,

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tron_cli.models import Model
 from tron_cli.models.dropout import Dropout, drop
 from tron_cli.models.initialize import standard_normal, xavier_uniform
 from tron_cli.products import Linear
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from tron_cli.batches import AttentionGroup, Batch
 
 
-class SASRec(nn.Module):
+class SASRec(Model):
     """Packed batch -> hidden states, and the table whose rows they are compared with."""
+
+    fixed_shapes = True
 
     def __init__(
         self,
@@ -41,7 +44,9 @@ class SASRec(nn.Module):
         output_bias: bool,
     ) -> None:
         super().__init__()
+        self.num_items = num_items
         self.sequence_length = sequence_length
+        self.one_row_serves_all = positions == "start"
         self.embedding_dim = embedding_dim
         self.positions = positions
         self.output_bias = output_bias
@@ -86,7 +91,6 @@ class SASRec(nn.Module):
 
     @property
     def item_table(self) -> torch.Tensor:
-        """[num_items + 1, D]: row i scores item i; row 0 is no item."""
         return self.output_embedding.weight
 
     def _position_ids(self, batch: Batch) -> torch.Tensor:

@@ -1,0 +1,52 @@
+"""What a name in a configuration stands for: the one place to add a model, a loss or a sampler.
+
+Entries are "module:attribute", loaded when they are asked for, so that reading a configuration
+imports neither torch nor what is not used. What is registered says by its keyword-only parameters
+which settings it needs; `build` hands it these.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tron_cli.config import ExperimentConfig
+
+# Networks: modules with `forward(batch, rows_UD) -> hidden_ND`; see models/__init__.py.
+MODELS = {
+    "sasrec": "tron_cli.models.sasrec:SASRec",
+}
+
+# Losses on logits of sampled items: (positive_N, negative_NK, keep_NK) -> loss_N.
+LOSSES = {
+    "bce": "tron_cli.losses:bce",
+    "bpr": "tron_cli.losses:bpr",
+    "bpr-max": "tron_cli.losses:bpr_max",
+    "gbce": "tron_cli.losses:gbce",
+    "ssm": "tron_cli.losses:ssm",
+}
+
+# Losses that look at the whole catalogue: (hidden_ND, table_VD, targets_N) -> loss_N.
+CATALOGUE_LOSSES: dict[str, str] = {}
+
+# What negatives are drawn from: training occurrences of each item, float64 [I] -> weights [I].
+SAMPLERS = {
+    "uniform": "tron_cli.samplers:uniform",
+    "popularity": "tron_cli.samplers:popularity",
+    "mixed": "tron_cli.samplers:mixed",
+}
+
+
+def load(entry: str) -> Any:
+    """What an entry names."""
+    module, _, attribute = entry.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def settings_of(entry: str, config: ExperimentConfig, **more: Any) -> dict[str, Any]:
+    """The settings that an entry's keyword-only parameters name, from `more` or the config."""
+    parameters = inspect.signature(load(entry)).parameters.values()
+    names = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    return {name: more[name] if name in more else getattr(config, name) for name in names}
