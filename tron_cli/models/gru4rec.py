@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from tron_cli.models.dropout import Dropout
 from tron_cli.models.initialize import xavier_uniform
+from tron_cli.models.tables import ItemTables
 
 if TYPE_CHECKING:
     from tron_cli.batches import Batch
 
 
-class GRU4Rec(nn.Module):
+class GRU4Rec(ItemTables):
     """Packed batch -> hidden states, and the table whose rows they are compared with.
 
     Rows are whole sessions, each from a state of zero; or, where a batch has lanes, single events
@@ -60,18 +60,15 @@ class GRU4Rec(nn.Module):
         session_parallel: bool,
         train_batch_size: int,
     ) -> None:
-        super().__init__()
-        self.num_items = num_items
-        self.sequence_length = sequence_length
-        self.embedding_dim = embedding_dim
-        self.output_bias = output_bias
-        # The bias of an item is one more column of its output embedding, met by a constant 1.
-        output_dim = embedding_dim + int(output_bias)
-        input_dim = output_dim if reuse_item_embeddings else embedding_dim
-        self.item_embedding = _table(num_items + 1, input_dim)
-        self.output_embedding = (
-            self.item_embedding if reuse_item_embeddings else _table(num_items + 1, output_dim)
+        super().__init__(
+            num_items=num_items,
+            embedding_dim=embedding_dim,
+            reuse_item_embeddings=reuse_item_embeddings,
+            output_bias=output_bias,
+            draw=_table,
+            draw_outputs=_table,
         )
+        self.sequence_length = sequence_length
         self.dropout = Dropout(dropout_rate)
         self.gru = nn.GRU(
             embedding_dim,
@@ -89,20 +86,12 @@ class GRU4Rec(nn.Module):
         rows_UD: rows of the item embedding that the batch's inputs are places in; None: all. A
         batch with lanes leaves its states behind for the next one.
         """
-        if rows_UD is None:
-            rows_UD = self.item_embedding.weight
-        x_ND = self.dropout(F.embedding(batch.inputs_N, rows_UD)[:, : self.embedding_dim])
+        x_ND = self.dropout(self.embedded(batch.inputs_N, rows_UD))
         if batch.lanes_B is None:
             x_ND = self._whole_rows(x_ND, batch)
         else:
             x_ND = self._next_events(x_ND, batch.lanes_B, batch.places_N)
-        x_ND = self.dropout(x_ND)
-        return F.pad(x_ND, (0, 1), value=1.0) if self.output_bias else x_ND
-
-    @property
-    def item_table(self) -> torch.Tensor:
-        """[num_items + 1, D]: row i scores item i; row 0 is no item."""
-        return self.output_embedding.weight
+        return self.comparable(self.dropout(x_ND))
 
     def _whole_rows(self, x_ND: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The recurrence over each row, in packed order."""
@@ -124,7 +113,5 @@ class GRU4Rec(nn.Module):
         return states_1BD[0]
 
 
-def _table(rows: int, columns: int) -> nn.Embedding:
-    return nn.Embedding.from_pretrained(
-        xavier_uniform(rows, columns).div_(math.sqrt(6)), freeze=False
-    )
+def _table(rows: int, columns: int) -> torch.Tensor:
+    return xavier_uniform(rows, columns).div_(math.sqrt(6))
