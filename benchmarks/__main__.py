@@ -15,8 +15,8 @@ from typing import Any
 from benchmarks.measure import table
 
 RESULTS = Path(__file__).parent / "results"
-NAMES = ("ceilings", "training_step", "gsasrec_step", "evaluation", "prepare_otto", "startup",
-         "checkpoint")  # fmt: skip
+NAMES = ("ceilings", "training_step", "gsasrec_step", "cross_entropy", "evaluation", "prepare_otto",
+         "startup", "checkpoint")  # fmt: skip
 
 
 def main(words: list[str] | None = None) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import cross_entropy as benchmark
+from benchmarks import measure
 from tron_cli import cross_entropy
 from tron_cli.cross_entropy import blocks_of_items, ce
 from tron_cli.optim import Adam, RowAdam
@@ -197,3 +202,22 @@ def test_row_adam_moves_the_table_as_adam_does(sparse_inputs) -> None:
         optimizer.catch_up(table)
         trained.append(table.detach())
     torch.testing.assert_close(*trained)
+
+
+def test_the_benchmark_runs(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(measure, "measure_ceilings", lambda: {"fp32_gflop_per_s": 100.0})
+    # In a process of its own it would take seconds.
+    monkeypatch.setattr(benchmark, "peak_memory", benchmark._measure_peak_memory)
+    output = tmp_path / "result.json"
+    benchmark.main(["--items", "300", "--repeats", "1", "--output", str(output)])
+    figures = json.loads(output.read_text())["figures"]
+    assert all(line["tron_s"] > 0 and line["reference_s"] > 0 for line in figures)
+    assert figures[0]["what"] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are Linux's")
+def test_peak_memory_is_a_fraction_of_all_logits() -> None:
+    """Forward and backward of 1,000 positions and 40,000 items, in a process of its own."""
+    all_logits_mb = 1000 * 40_000 * 4 / 1e6
+    assert 0 < benchmark.peak_memory("ce", 40_000) < all_logits_mb / 2

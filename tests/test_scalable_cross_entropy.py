@@ -43,7 +43,7 @@ def reference(hidden_ND, table_VD, targets_N, settings, seed: int = 0):
             others = [i for i in by_item[: settings["sce_bucket_items"]] if i != target]
             logits = torch.stack([hidden_ND[n] @ table_VD[i] for i in [target, *others]])
             losses.setdefault(n, []).append(-logits.log_softmax(dim=0)[0])
-    placed = {n: max(of_buckets, key=float) for n, of_buckets in losses.items()}
+    placed = {n: max(of_buckets, key=torch.Tensor.item) for n, of_buckets in losses.items()}
     zero = torch.zeros((), dtype=torch.float64)
     return torch.stack([placed.get(n, zero) * events / len(placed) for n in range(events)])
 
