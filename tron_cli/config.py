@@ -73,6 +73,11 @@ class ExperimentConfig:
         "way, which is a separate table for gsasrec only",
     )
     output_bias: bool = _setting(False, "one learned bias an item, added to its score")
+    session_parallel: bool = _setting(
+        False,
+        "gru4rec: a step is one event of each of train_batch_size sessions, whose states are "
+        "carried from step to step, as in the original",
+    )
 
     # Loss and negatives
     loss: str = _setting("ssm", "training loss", choices=(*LOSSES, *CATALOGUE_LOSSES))
@@ -201,6 +206,11 @@ class ExperimentConfig:
             raise InputError(
                 f"embedding_dim={self.embedding_dim} is not a multiple of "
                 f"num_heads={self.num_heads}; change one of them"
+            )
+        if self.session_parallel and self.model != "gru4rec":
+            raise InputError(
+                f"session_parallel=True carries the state of gru4rec, and model={self.model} has "
+                "none; set it to False"
             )
         self._check_loss()
         for measure in (*self.metrics, self.val_metric):

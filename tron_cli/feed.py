@@ -11,6 +11,7 @@ import numpy as np
 from tron_cli.batches import Batch, session_order, training_batch
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Sessions
+from tron_cli.lanes import Lanes
 
 
 class Feed(Protocol):
@@ -26,6 +27,14 @@ class Feed(Protocol):
 
 def build_feed(config: ExperimentConfig, sessions: Sessions, *, padded: bool) -> Feed:
     """What a configuration trains on. padded: see `Batch`."""
+    if config.session_parallel:
+        return Lanes(
+            sessions,
+            lanes=config.train_batch_size,
+            sequence_length=config.sequence_length,
+            style=config.shuffling_style,
+            seed=config.seed,
+        )
     return WholeSessions(config, sessions, padded=padded)
 
 
