@@ -47,10 +47,10 @@ NEIGHBORS, SAMPLE = 3, 6
 
 
 def session_knn(train: Rows, history: Sequence[int]) -> Scores:
-    """On weights rounded to multiples of 2^-30, so that equal sums are equal."""
+    """On weights rounded to multiples of 2^-28, so that equal sums are equal."""
 
     def on_grid(weight: float) -> int:
-        return round(weight * 2**30)
+        return round(weight * 2**28)
 
     step = {item: len(history) - place for place, item in enumerate(history)}
     weight = {item: 1 / math.log10(step[item] + 0.7) for item in step}
