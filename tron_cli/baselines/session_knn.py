@@ -30,7 +30,8 @@ R@20 there, 100 neighbors of 1,000 where nothing else is said:
 The length of neighbors (cosine) as a divisor helped one and hurt the other, and so did the age of
 sessions; neither is used.
 
-Shapes: E events, P (event, distinct item of its history) pairs, M matches of pairs and sessions, N neighbors of all events, V votes of a neighbor for an item, C candidates.
+Shapes: E events, P (event, distinct item of its history) pairs, M matches of pairs and sessions,
+N neighbors of all events, V votes of neighbors for items, C candidates.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ from tron_cli.baselines.ranking import Candidates
 from tron_cli.dataset import Sessions
 from tron_cli.events import Histories, ranges
 
-# Weights are whole multiples of 2^-28. Sums of them are exact in float64, in whatever order, so that
-# what is equal on paper ties, on every machine. With as many bits a similarity, an event and a place
-# in its sample are one integer to sort.
+# Weights are whole multiples of 2^-28. Sums of them are exact in float64, in whatever order, so
+# that what is equal on paper ties, on every machine. And with as many bits a similarity, an event
+# and a place in its sample are one integer to sort.
 _GRID_BITS = 28
 _REACH = 3.0  # places around the common item over which votes fall to 1 / e
 
