@@ -192,7 +192,7 @@ def run_training(
         assert config_name is not None
         experiment, _ = load_config(config_name, overrides)
         dataset = Dataset.open(data_dir / experiment.dataset_name)
-    device = _device(device_name)
+    device = training_device(device_name, config_name)
     run_dir = resume or _run_dir(output_dir or Path("runs"), name, experiment)
     return train_model(
         experiment, dataset, run_dir, device=device, resume=resume is not None, profiler=profiler
@@ -441,6 +441,19 @@ def config_list() -> None:
     from tron_cli.config import packaged_configs
 
     print("\n".join(packaged_configs()))
+
+
+def training_device(name: str, config_name: str | None) -> torch.device:
+    """--device; auto is what the config's accelerator says, where it has one."""
+    from tron_cli.config import requested_accelerator
+
+    accelerator = "auto"
+    if name == "auto" and config_name is not None:
+        accelerator = requested_accelerator(config_name)
+    device = _device("cpu" if accelerator == "cpu" else name)
+    if accelerator == "gpu" and device.type == "cpu":
+        log.info("accelerator is gpu, but there is none here: training on the CPU")
+    return device
 
 
 def _device(name: str) -> torch.device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
 import re
 import types
@@ -17,11 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tron_cli import peers
 from tron_cli.dataset import DATASET_NAME
 from tron_cli.errors import InputError
 from tron_cli.registry import CATALOGUE_LOSSES, LOSSES, MODELS, SAMPLERS
 
 CONFIGS_DIR = Path(__file__).parent / "configs"
+
+log = logging.getLogger("tron")
 
 
 def _setting(
@@ -344,22 +348,31 @@ def load_config(
 ) -> tuple[ExperimentConfig, dict[str, str]]:
     """Resolve a config file and key=value overrides.
 
-    `name` is a path, or else the name of a packaged config (with or without `.py`). Returns the
-    config and, for each field, where its value comes from. Raises InputError.
+    `name` is a path to a Python file or to one of otto-de/TRON's JSON files, or else the name of a
+    packaged config (with or without `.py`). Returns the config and, for each field, where its value
+    comes from. Raises InputError.
     """
     path = _find_config(name)
-    from_file = _execute(path)
     changes = parse_overrides(overrides)
-    config = dataclasses.replace(from_file, **changes)
-    origins = {}
-    for key, field in FIELDS.items():
-        if key in changes:
-            origins[key] = "command line"
-        elif field.default == getattr(from_file, key):
-            origins[key] = "default"
-        else:
-            origins[key] = path.name
-    return config, origins
+    if path.suffix == ".json":
+        config, named = _from_tron(path, changes)
+    else:
+        from_file = _execute(path)
+        config = dataclasses.replace(from_file, **changes)
+        named = {key for key in FIELDS if getattr(from_file, key) != FIELDS[key].default}
+    origins = {key: path.name if key in named else "default" for key in FIELDS}
+    return config, {**origins, **dict.fromkeys(changes, "command line")}
+
+
+def requested_accelerator(name: str) -> str:
+    """gpu, cpu or auto: where a config is to be trained; only TRON's JSON files say so."""
+    path = _find_config(name)
+    return peers.tron_accelerator(path) if path.suffix == ".json" else "auto"
+
+
+def GSASRecExperimentConfig(*values: Any, **named_values: Any) -> ExperimentConfig:
+    """gSASRec's configuration, with its names, order and defaults: see peers.gsasrec_settings."""
+    return ExperimentConfig(**peers.gsasrec_settings(*values, **named_values))
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
@@ -398,6 +411,21 @@ def _find_config(name: str) -> Path:
     near = difflib.get_close_matches(name.removesuffix(".py"), packaged_configs(), n=1)
     hint = f"did you mean {near[0]}?" if near else f"packaged are {', '.join(packaged_configs())}"
     raise InputError(f"no config {name!r}: neither a file nor a packaged config; {hint}")
+
+
+def _from_tron(path: Path, changes: dict[str, Any]) -> tuple[ExperimentConfig, set[str]]:
+    """The config of one of TRON's JSON files, and the settings that it decides."""
+    settings, notes = peers.tron_settings(path, changes)
+    try:
+        config = ExperimentConfig(**{**settings, **changes})
+    except InputError as error:
+        raise peers.blame(path, error, changes) from error
+    for note in notes:
+        log.info("%s: %s", path.name, note)
+    log.info("%s: what tron does otherwise, and TRON's way:", path.name)
+    for difference in peers.differences_from_tron(config):
+        log.info("  %s", difference)
+    return config, set(settings)
 
 
 def _execute(path: Path) -> ExperimentConfig:
