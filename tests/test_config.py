@@ -287,20 +287,6 @@ def test_overrides_are_checked_together_with_the_file(tmp_path):
         load_config(str(path), ["embedding_dim=30"])
 
 
-@pytest.mark.parametrize("name", packaged_configs())
-def test_every_packaged_config_loads(name):
-    made, origins = load_config(name)
-    assert f"config_{made.dataset_name}" in name
-    assert load_config(f"{name}.py")[0] == made
-    assert origins["dataset_name"] == f"{name}.py"
-    if name.endswith("_sasrec"):
-        # TRON's published baseline: SASRec with one eventwise negative.
-        assert (made.loss, made.sampling_style, made.topk_sampling) == ("bce", "eventwise", False)
-        assert (made.num_uniform_negatives, made.num_batch_negatives) == (1, 0)
-    else:
-        assert made.method == "tron"
-
-
 def test_the_published_configs_are_there():
     assert {
         f"config_{name}{kind}"

@@ -155,6 +155,7 @@ def differences_from_tron(config: ExperimentConfig) -> list[str]:
                 "reject_in_batch_items keeps the batch's inputs out of the uniform negatives too "
                 "(TRON: in SASRec only)"
             )
+        differences.append("sessions under way at the end of an epoch go on (TRON: dropped)")
     else:
         differences.append(
             "each event is evaluated from its own history (TRON: tron evaluate --one-pass)"
