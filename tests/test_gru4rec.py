@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import pack_sessions, random_sessions
+from conftest import pack_sessions, random_sessions, tiny_settings, write_dataset
 from torch import nn
 
+import tron_cli.train as module
 from tron_cli.batches import Batch, pack, training_batch
+from tron_cli.checkpoint import load_checkpoint
+from tron_cli.config import ExperimentConfig
+from tron_cli.errors import InputError
 from tron_cli.lanes import Lanes
 from tron_cli.models.gru4rec import GRU4Rec
+from tron_cli.train import train
 
+CPU = torch.device("cpu")
 ITEMS, DIM = 30, 8
 
 
@@ -296,3 +304,70 @@ def test_bf16_autocast_is_near_float32() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             found = other(batch)
         torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.02)
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("session_parallel", [False, True])
+@pytest.mark.parametrize("killed_at", [6, 11])
+def test_a_run_that_was_killed_and_resumed_ends_the_same(
+    session_parallel: bool, killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(16)
+    sessions = random_sessions(rng, 60, ITEMS)
+    data = write_dataset(tmp_path, train=sessions[:45], val=sessions[45:], num_items=ITEMS)
+    settings = tiny_settings(
+        model="gru4rec", session_parallel=session_parallel, loss="bpr-max", optimizer="adagrad",
+        output_bias=True, final_activation=True, dropout_rate=0.2, save_every=4, max_epochs=2,
+    )  # fmt: skip
+    config = ExperimentConfig(**settings)
+    train(config, data, tmp_path / "whole", device=CPU)
+
+    original, steps = module.training_loss, itertools.count(1)
+
+    def dies(*arguments: Any, **options: Any) -> torch.Tensor:
+        if next(steps) == killed_at:
+            raise KilledError
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, "training_loss", dies)
+    with pytest.raises(KilledError):
+        train(config, data, tmp_path / "killed", device=CPU)
+    monkeypatch.undo()
+    saved = load_checkpoint(tmp_path / "killed" / "last.pt")
+    assert 0 < saved.step < killed_at
+    train(config, data, tmp_path / "killed", device=CPU, resume=True)
+
+    found, whole = (load_checkpoint(tmp_path / run / "last.pt") for run in ("killed", "whole"))
+    assert found.step == whole.step
+    assert found.weights.keys() == whole.weights.keys()
+    assert ("carried_LBD" in whole.weights) == session_parallel
+    for name, weight in whole.weights.items():
+        assert torch.equal(found.weights[name], weight), name
+    assert found.metrics == whole.metrics
+
+
+@pytest.mark.parametrize("session_parallel", [False, True])
+def test_it_learns_what_follows_in_a_cycle(session_parallel: bool, tmp_path: Path) -> None:
+    rng = np.random.default_rng(17)
+    starts = rng.integers(0, 12, 60)
+    lengths = rng.integers(3, 8, 60)
+    sessions = [
+        ((start + np.arange(length)) % 12 + 1).tolist()
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+    data = write_dataset(tmp_path, train=sessions[:50], val=sessions[50:], num_items=12)
+    settings = tiny_settings(
+        model="gru4rec", session_parallel=session_parallel, topk_sampling=False,
+        reject_in_batch_items=False, max_epochs=12, dropout_rate=0.0, metrics=("R@1",),
+        val_metric="R@1", lr=0.03,
+    )  # fmt: skip
+    best = train(ExperimentConfig(**settings), data, tmp_path / "run", device=CPU)
+    assert load_checkpoint(best).metrics["R@1"] == 1.0
+
+
+def test_lanes_are_refused_for_a_model_without_a_state() -> None:
+    with pytest.raises(InputError, match=r"session_parallel=True .* model=sasrec"):
+        ExperimentConfig(**tiny_settings(session_parallel=True))
