@@ -137,15 +137,14 @@ class _BucketCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         target_N = (hidden_ND * table_VD[targets_N]).sum(dim=1)
+        others = []
+        for positions_bX, items_bY in _parts(positions_BX, items_BY):
+            hidden_bXD = F.embedding(positions_bX, hidden_ND).to(dtype)
+            rows_bYD = F.embedding(items_bY, table_VD).to(dtype)
+            logits_bXY = _logits(hidden_bXD, rows_bYD, targets_N[positions_bX], items_bY)
+            others.append(logits_bXY.to(target_N.dtype).logsumexp(dim=2))
         # Of each place in a bucket the logarithm of the sum over the items but the target.
-        others_BX = torch.cat(
-            [
-                _logits(hidden_ND, table_VD, targets_N, positions_bX, items_bY, dtype).logsumexp(
-                    dim=2
-                )
-                for positions_bX, items_bY in _parts(positions_BX, items_BY)
-            ]
-        )
+        others_BX = torch.cat(others)
         # The largest is the bucket of the largest loss, for all have the target in common.
         others_N = target_N.new_full((len(target_N),), -torch.inf).scatter_reduce_(
             0, positions_BX.flatten(), others_BX.flatten(), "amax"
@@ -166,6 +165,7 @@ class _BucketCrossEntropy(torch.autograd.Function):
             hidden_ND, table_VD, targets_N, positions_BX, items_BY,
             target_N, others_BX, others_N, weight_N,
         ) = ctx.saved_tensors  # fmt: skip
+        dtype = ctx.dtype
         grad_N = grads[0] * weight_N
         # The target's share of the gradient: minus the softmax of all others.
         grad_target_N1 = -(grad_N * torch.sigmoid(others_N - target_N))[:, None]
@@ -180,35 +180,27 @@ class _BucketCrossEntropy(torch.autograd.Function):
         log_sum_N = torch.logaddexp(others_N, target_N)
         share_BX = (grad_N / ties_N.clamp(min=1.0))[positions_BX] * largest_BX
         for positions_bX, items_bY, share_bX in _parts(positions_BX, items_BY, share_BX):
-            grad_bXY = _logits(hidden_ND, table_VD, targets_N, positions_bX, items_bY, ctx.dtype)
-            grad_bXY.sub_(log_sum_N[positions_bX][:, :, None]).exp_()
-            factors_bXY = grad_bXY.mul_(share_bX[:, :, None]).to(ctx.dtype)
-            grad_bXD = factors_bXY @ F.embedding(items_bY, table_VD).to(ctx.dtype)
-            grad_bYD = factors_bXY.transpose(1, 2) @ F.embedding(positions_bX, hidden_ND).to(
-                ctx.dtype
-            )
-            grad_hidden_ND.index_add_(
-                0, positions_bX.flatten(), grad_bXD.flatten(0, 1).to(hidden_ND.dtype)
-            )
-            grad_table_VD.index_add_(
-                0, items_bY.flatten(), grad_bYD.flatten(0, 1).to(table_VD.dtype)
-            )
+            hidden_bXD = F.embedding(positions_bX, hidden_ND).to(dtype)
+            rows_bYD = F.embedding(items_bY, table_VD).to(dtype)
+            grad_bXY = _logits(hidden_bXD, rows_bYD, targets_N[positions_bX], items_bY)
+            grad_bXY = grad_bXY.to(grad_N.dtype).sub_(log_sum_N[positions_bX][:, :, None]).exp_()
+            grad_bXY = grad_bXY.mul_(share_bX[:, :, None]).to(dtype)
+            grad_bXD = (grad_bXY @ rows_bYD).to(hidden_ND.dtype)
+            grad_bYD = (grad_bXY.transpose(1, 2) @ hidden_bXD).to(table_VD.dtype)
+            grad_hidden_ND.index_add_(0, positions_bX.flatten(), grad_bXD.flatten(0, 1))
+            grad_table_VD.index_add_(0, items_bY.flatten(), grad_bYD.flatten(0, 1))
         return grad_hidden_ND, grad_table_VD, None, None, None, None
 
 
 def _logits(
-    hidden_ND: torch.Tensor,
-    table_VD: torch.Tensor,
-    targets_N: torch.Tensor,
-    positions_bX: torch.Tensor,
+    hidden_bXD: torch.Tensor,
+    rows_bYD: torch.Tensor,
+    targets_bX: torch.Tensor,
     items_bY: torch.Tensor,
-    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Logits [b, X, Y] of the positions and items of each bucket, -inf at a position's target."""
-    hidden_bXD = F.embedding(positions_bX, hidden_ND).to(dtype)
-    rows_bYD = F.embedding(items_bY, table_VD).to(dtype)
-    logits_bXY = (hidden_bXD @ rows_bYD.transpose(1, 2)).to(hidden_ND.dtype)
-    is_target_bXY = targets_N[positions_bX][:, :, None] == items_bY[:, None, :]
+    logits_bXY = hidden_bXD @ rows_bYD.transpose(1, 2)
+    is_target_bXY = targets_bX[:, :, None] == items_bY[:, None, :]
     return logits_bXY.masked_fill_(is_target_bXY, -torch.inf)
 
 
