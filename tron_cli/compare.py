@@ -8,6 +8,7 @@ Shapes: E predicted events, K places of a recommendation list.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,8 @@ from tron_cli.beyond_accuracy import beyond_accuracy, count_items
 from tron_cli.checkpoint import LAST, Checkpoint
 from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
-from tron_cli.evaluate import Predictions, predict
+from tron_cli.evaluate import predict
+from tron_cli.events import Predictions
 from tron_cli.metrics import MAX_CUTOFF, clustered_stderr, parse_measures, score, values_of_ranks
 
 CONFIDENCE = 0.95
@@ -31,6 +33,11 @@ INTERVALS = (
     "paired by event, clustered by session, Student's t with sessions - 1 degrees of freedom; "
     "each holds by itself: not adjusted for the number of models and measures"
 )
+# In simulations 95 % intervals hold the truth in 92 to 93 % of cases with 20 to 50 sessions of very
+# unequal lengths, and in 94 to 95 % from 100 on.
+FEW_SESSIONS = 50
+
+log = logging.getLogger("tron")
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,12 @@ def compare(
         del predictions  # before the next model's come
     assert of_reference is not None
     events = len(of_reference.rank_E)
+    num_sessions = int(np.count_nonzero(np.bincount(of_reference.session_E)))
+    if num_sessions < FEW_SESSIONS:
+        log.warning(
+            "only %d sessions: the intervals are too narrow where these differ much in length",
+            num_sessions,
+        )
     return {
         "models": models,
         "reference": labels[reference],
@@ -147,7 +160,7 @@ def compare(
         "split": options.split,
         "dataset": dataset.name,
         "events": events,
-        "sessions": len(np.unique(of_reference.session_E)),
+        "sessions": num_sessions,
         "items": dataset.num_items,
         "tie_rule": TIE_RULE,
         "filter_rated": filter_rated,
