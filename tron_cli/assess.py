@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from tron_cli.checkpoint import Checkpoint, dataset_identity
+from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
 from tron_cli.evaluate import predict
 from tron_cli.metrics import Figure, parse_measures, score
+from tron_cli.registry import BASELINES
 from tron_cli.trec import check_writable, write_qrels, write_run
 
 TIE_RULE = "items that score the same as the target count as ranked above it"
@@ -88,7 +90,7 @@ def assess(
         "items": dataset.num_items,
         "checkpoint": str(checkpoint.path),
         "dataset": dataset.name,
-        "positions": _positions(config.positions, options.one_pass),
+        "positions": _positions(config, options.one_pass),
         "tie_rule": TIE_RULE,
         "filter_rated": filter_rated,
         "left_out": absent,
@@ -175,7 +177,8 @@ def _with_lost(figure: Figure, events: int, lost: int) -> dict[str, float | None
     return shown
 
 
-def _positions(positions: str, one_pass: bool) -> str:
+def _positions(config: ExperimentConfig, one_pass: bool) -> str:
+    positions = "none" if config.model in BASELINES else config.positions
     if one_pass:
         return f"{positions}, one pass over the whole session"
     return f"{positions}, each event from its own history"

@@ -17,11 +17,14 @@ import numpy as np
 import torch
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from tron_cli.baselines import build_baseline
+from tron_cli.baselines.base import Baseline
 from tron_cli.config import ExperimentConfig, config_from_dict
 from tron_cli.dataset import Dataset
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import written_aside
-from tron_cli.models import Model, build_model
+from tron_cli.models import build_model
+from tron_cli.registry import BASELINES, settings_of
 
 FORMAT_VERSION = 1
 LAST = "last.pt"
@@ -45,8 +48,12 @@ class Checkpoint:
     item_ids: torch.Tensor
     training: dict[str, Any]
 
-    def build_model(self, device: torch.device) -> Model:
-        """The model with its weights, in evaluation mode."""
+    def build_model(self, device: torch.device) -> Any:
+        """The `Model` with its weights, in evaluation mode, or the `Baseline`, on the CPU."""
+        if self.config.model in BASELINES:
+            baseline = build_baseline(self.config, self.dataset["num_items"])
+            baseline.load({name: array.numpy() for name, array in self.weights.items()})
+            return baseline
         with torch.device("meta"):  # no random weights, only to be replaced
             model = build_model(self.config, self.dataset["num_items"])
         model.to_empty(device=device)
@@ -63,9 +70,20 @@ class Checkpoint:
 
 def checkpoint_name(config: ExperimentConfig, step: int, metrics: dict[str, float]) -> str:
     """Such as tron-otto-step=12000-loss=ssm-negs=16384+127-topk=100-emb=200-...-R@20=0.4720.pt."""
+    parts = [config.method, config.dataset_name]
+    if config.model in BASELINES:
+        settings = settings_of(BASELINES[config.model], config, num_items=0)
+        own = settings.keys() - {"num_items", "sequence_length"}
+        parts += [f"{name}={settings[name]:g}" for name in sorted(own)]
+    else:
+        parts += _settings_of_training(config, step)
+    if config.val_metric in metrics:
+        parts.append(f"{config.val_metric}={metrics[config.val_metric]:.4f}")
+    return "-".join(parts) + ".pt"
+
+
+def _settings_of_training(config: ExperimentConfig, step: int) -> list[str]:
     parts = [
-        config.method,
-        config.dataset_name,
         f"step={step}",
         f"loss={config.loss}",
         f"negs={config.num_uniform_negatives}+{config.num_batch_negatives}",
@@ -77,9 +95,7 @@ def checkpoint_name(config: ExperimentConfig, step: int, metrics: dict[str, floa
         f"blocks={config.num_blocks}",
         f"dropout={config.dropout_rate:g}",
     ]
-    if config.val_metric in metrics:
-        parts.append(f"{config.val_metric}={metrics[config.val_metric]:.4f}")
-    return "-".join(parts) + ".pt"
+    return parts
 
 
 def dataset_identity(dataset: Dataset) -> dict[str, Any]:
@@ -105,7 +121,7 @@ def save_checkpoint(
     path: Path,
     *,
     config: ExperimentConfig,
-    model: torch.nn.Module,
+    model: torch.nn.Module | Baseline,
     step: int,
     epoch: int,
     metrics: dict[str, float],
@@ -119,7 +135,7 @@ def save_checkpoint(
     content = {
         "format_version": FORMAT_VERSION,
         "config": settings,
-        "weights": _on_cpu(model.state_dict()),
+        "weights": _weights(model),
         "step": step,
         "epoch": epoch,
         "metrics": metrics,
@@ -150,6 +166,12 @@ def _zip_checksums(wanted: bool) -> Iterator[None]:
         yield
     finally:
         set_crc32_options(before)
+
+
+def _weights(model: torch.nn.Module | Baseline) -> dict[str, torch.Tensor]:
+    if isinstance(model, Baseline):
+        return {name: torch.from_numpy(array) for name, array in model.state().items()}
+    return _on_cpu(model.state_dict())
 
 
 def _on_cpu(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -178,6 +178,8 @@ def run_training(
     """What `tron train` does; returns the best checkpoint, after profiling the last."""
     from tron_cli.config import load_config
     from tron_cli.dataset import Dataset
+    from tron_cli.fit import fit
+    from tron_cli.registry import BASELINES
     from tron_cli.train import train as train_model
 
     if (config_name is None) == (resume is None):
@@ -194,6 +196,13 @@ def run_training(
         dataset = Dataset.open(data_dir / experiment.dataset_name)
     device = training_device(device_name, config_name)
     run_dir = resume or _run_dir(output_dir or Path("runs"), name, experiment)
+    if experiment.model in BASELINES:
+        if profiler is not None:
+            raise InputError(
+                f"model={experiment.model} is fitted at once and has no steps to profile; leave "
+                "out --profile"
+            )
+        return fit(experiment, dataset, run_dir)
     return train_model(
         experiment, dataset, run_dir, device=device, resume=resume is not None, profiler=profiler
     )
@@ -208,7 +217,10 @@ def _resumed(
     from tron_cli.dataset import Dataset
 
     if not (run_dir / LAST).is_file():
-        raise InputError(f"nothing to resume: expected {run_dir / LAST}, written by tron train")
+        raise InputError(
+            f"nothing to resume: expected {run_dir / LAST}, written by tron train (but not for "
+            "baselines, which are fitted at once: start these anew)"
+        )
     checkpoint = load_checkpoint(run_dir / LAST)
     changes = parse_overrides(overrides)
     fixed = sorted(set(changes) - {"max_epochs", "early_stopping_patience"})

@@ -21,7 +21,7 @@ from typing import Any
 from tron_cli import peers
 from tron_cli.dataset import DATASET_NAME
 from tron_cli.errors import InputError
-from tron_cli.registry import CATALOGUE_LOSSES, LOSSES, MODELS, SAMPLERS
+from tron_cli.registry import BASELINES, CATALOGUE_LOSSES, LOSSES, MODELS, SAMPLERS
 
 CONFIGS_DIR = Path(__file__).parent / "configs"
 
@@ -59,7 +59,11 @@ class ExperimentConfig:
     )
 
     # Model
-    model: str = _setting("sasrec", "network; sasrec is TRON's backbone", choices=tuple(MODELS))
+    model: str = _setting(
+        "sasrec",
+        "network, of which sasrec is TRON's backbone; or a baseline",
+        choices=(*MODELS, *BASELINES),
+    )
     sequence_length: int = _setting(50, "last events of a session that the model sees", low=1)
     embedding_dim: int = _setting(200, "width of embeddings and hidden states", low=1)
     num_heads: int = _setting(1, "attention heads; divides embedding_dim", low=1)
@@ -82,6 +86,16 @@ class ExperimentConfig:
         "gru4rec: a step is one event of each of train_batch_size sessions, whose states are "
         "carried from step to step, as in the original",
     )
+
+    # Baselines
+    knn_neighbors: int = _setting(200, "session_knn: most similar sessions that vote", low=1)
+    knn_sample_size: int = _setting(
+        2500,
+        "session_knn: latest sessions with an item of the history that it looks at",
+        low=1,
+        high=1_000_000,
+    )
+    ease_l2: float = _setting(100.0, "ease: weight of the penalty on its weights", above=0)
 
     # Loss and negatives
     loss: str = _setting("ssm", "training loss", choices=(*LOSSES, *CATALOGUE_LOSSES))

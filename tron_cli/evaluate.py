@@ -13,30 +13,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from tron_cli.baselines.base import Baseline
+from tron_cli.baselines.predict import predict_baseline
 from tron_cli.batches import pack
 from tron_cli.dataset import Sessions
 from tron_cli.errors import RunError
+from tron_cli.events import Predictions
 from tron_cli.models import Model
 from tron_cli.ranking import Catalogue, SeenItems
 
 _SESSIONS_AT_ONCE = 1 << 14
 _EVENTS_AT_ONCE = 1 << 12  # ranked together: the more, the less often the table is read
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """One predicted event an entry, in the order of the sessions and of their events.
-
-    session_E, event_E: int64, session of the split and place of the target in it, both from 0.
-    target_E: int64 item ids. rank_E: int64, 1 the best; 0 where the target is filtered out: a miss.
-    top_EK: int64 item ids in order of rank, 0 where there are no more; None unless asked for.
-    """
-
-    session_E: np.ndarray
-    event_E: np.ndarray
-    target_E: np.ndarray
-    rank_E: np.ndarray
-    top_EK: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -68,7 +55,7 @@ class _Events:
 
 @torch.inference_mode()
 def predict(
-    model: Model,
+    model: Model | Baseline,
     sessions: Sessions,
     *,
     protocol: str,
@@ -89,6 +76,17 @@ def predict(
     among them is a miss. top_items: also return that many best items of each event.
     Sessions of fewer than two events predict nothing. Raises RunError where scores are not finite.
     """
+    if isinstance(model, Baseline):
+        return predict_baseline(
+            model,
+            sessions,
+            protocol=protocol,
+            filter_rated=filter_rated,
+            full_sessions=full_sessions,
+            one_pass=one_pass,
+            top_items=top_items,
+            progress=progress,
+        )
     # The smallest and the largest value are NaN where any is.
     if not all(
         bool(torch.isfinite(torch.stack(parameter.aminmax())).all())

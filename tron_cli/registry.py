@@ -20,6 +20,15 @@ MODELS = {
     "sasrec": "tron_cli.models.sasrec:SASRec",
 }
 
+# Methods without gradients, fitted at once; see baselines/base.py.
+BASELINES = {
+    "ease": "tron_cli.baselines.ease:EASE",
+    "markov": "tron_cli.baselines.markov:Markov",
+    "popular": "tron_cli.baselines.popular:Popular",
+    "session_knn": "tron_cli.baselines.session_knn:SessionKNN",
+    "session_popular": "tron_cli.baselines.session_popular:SessionPopular",
+}
+
 # Losses on logits of sampled items: (positive_N, negative_NK, keep_NK) -> loss_N.
 LOSSES = {
     "bce": "tron_cli.losses:bce",

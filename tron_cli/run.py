@@ -44,28 +44,11 @@ class Progress:
     epochs_without_gain: int = 0
 
 
-class RunFolder:
-    """The files of a run, written aside and renamed, and what they hold of the running training."""
+class RunFiles:
+    """What every run leaves but its checkpoints: settings, figures and what was said."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        config: ExperimentConfig,
-        dataset: Dataset,
-        item_ids: torch.Tensor,
-        model: Model,
-        optimizer: Optimizer,
-        scaler: torch.amp.GradScaler,
-        progress: Progress,
-    ) -> None:
+    def __init__(self, run_dir: Path, config: ExperimentConfig) -> None:
         self.run_dir = run_dir
-        self.config = config
-        self.model = model
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.progress = progress
-        self.identity = dataset_identity(dataset)
-        self.item_ids = item_ids
         self.metrics_file = run_dir / "metrics.jsonl"
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -74,7 +57,6 @@ class RunFolder:
                 file.write(settings)
         except OSError as error:
             raise InputError(f"cannot write to the run folder {run_dir}: {error}") from error
-        self._drop_later_metrics()
 
     @contextmanager
     def logged(self) -> Iterator[None]:
@@ -91,6 +73,31 @@ class RunFolder:
     def write_metrics(self, **values: Any) -> None:
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(values) + "\n")
+
+
+class RunFolder(RunFiles):
+    """The files of a training, written aside and renamed, and what they hold of it meanwhile."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: ExperimentConfig,
+        dataset: Dataset,
+        item_ids: torch.Tensor,
+        model: Model,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        progress: Progress,
+    ) -> None:
+        super().__init__(run_dir, config)
+        self.config = config
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.progress = progress
+        self.identity = dataset_identity(dataset)
+        self.item_ids = item_ids
+        self._drop_later_metrics()
 
     def finish_epoch(self, epoch: int, values: dict[str, float]) -> None:
         """Keep the weights if they are the best so far; without validation the last are."""

@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from tron_cli.baselines.base import Baseline
 from tron_cli.batches import Batch, prepared_ahead
 from tron_cli.checkpoint import LAST, encode_item_ids, load_checkpoint
 from tron_cli.config import ExperimentConfig
@@ -72,7 +73,7 @@ def train(
     that of the saved run. Raises InputError where config and dataset do not fit, RunError where the
     loss is not finite, InterruptedRunError after Ctrl-C.
     """
-    sessions, validation = _splits(config, dataset)
+    sessions, validation = training_splits(config, dataset)
     item_ids = encode_item_ids(dataset.item_ids)
     val_metric = str(parse_measures(config.val_metric)[0])
     measures = parse_measures((*config.metrics, val_metric))
@@ -184,7 +185,7 @@ def train(
                 for table in {model.item_table, model.item_embedding.weight}:
                     optimizer.catch_up(table)
                 with phase("validation"):
-                    values = _validate(model, validation, dataset, config, measures)
+                    values = validate(model, validation, dataset, config, measures)
                 with phase("save"):
                     run.finish_epoch(epoch, values)
             else:
@@ -351,7 +352,7 @@ def _saved(
     return model, optimizer, Progress(**checkpoint.training["progress"])
 
 
-def _splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Sessions, Sessions]:
+def training_splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Sessions, Sessions]:
     """Training and validation sessions, cut as overfit_batches and limit_val_batches say."""
     sessions, validation = dataset.split("train"), dataset.split("val")
     if not len(sessions):
@@ -406,8 +407,8 @@ def _epoch_bar(config: ExperimentConfig, epoch: int, steps: int, step: int) -> t
     )
 
 
-def _validate(
-    model: Model,
+def validate(
+    model: Model | Baseline,
     validation: Sessions,
     dataset: Dataset,
     config: ExperimentConfig,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tron_cli.errors import InputError
-from tron_cli.evaluate import Predictions
+from tron_cli.events import Predictions
 from tron_cli.files import written_aside
 
 

@@ -28,6 +28,8 @@ class Baseline(ABC):
 
     def fit(self, sessions: Sessions) -> None:
         """Learn from training sessions in order of their start."""
+        # The items may go on where only the first sessions of a split are given.
+        sessions = Sessions(sessions.items[: sessions.offsets[-1]], sessions.offsets)
         count = np.bincount(sessions.items, minlength=self.num_items + 1)
         self.load({"popularity": count, **self.learn(sessions)})
 
