@@ -8,11 +8,10 @@ import torch
 from conftest import pack_sessions
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from tron_cli.batches import pack, session_order, training_batch
 from tron_cli.dataset import Sessions
-from tron_cli.models.sasrec import Block
+from tron_cli.models.attention import packed_attention
 
 item = st.integers(1, 99)
 histories = st.lists(st.lists(item, min_size=2, max_size=40), min_size=1, max_size=25)
@@ -79,23 +78,18 @@ def test_grouped_attention_equals_full_attention_with_a_mask(lengths, heads, see
     starts = np.cumsum([0, *lengths[:-1]])
     items = np.ones(sum(lengths), np.int32)
     batch = pack(items, starts, np.array(lengths), with_targets=False)
-    block = Block(8, heads, 0.0).double()
-    x_ND = torch.randn(sum(lengths), 8, dtype=torch.float64)
+    qkv_N3D = torch.randn(sum(lengths), 24, dtype=torch.float64)
 
     row, place = batch.rows_N, batch.places_N
     visible = (row[:, None] == row) & (place[:, None] >= place)
     query, key, value = (
-        part.view(-1, heads, 8 // heads).transpose(0, 1)
-        for part in F.linear(x_ND, block.query_key_value.weight, block.query_key_value.bias).chunk(
-            3, dim=1
-        )
+        part.view(-1, heads, 8 // heads).transpose(0, 1) for part in qkv_N3D.chunk(3, dim=1)
     )
     scores = query @ key.transpose(1, 2) / (8 // heads) ** 0.5
     expected = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value
     expected = expected.transpose(0, 1).reshape(-1, 8)
-    torch.testing.assert_close(
-        block._attention(x_ND, batch.groups), expected, rtol=1e-10, atol=1e-10
-    )
+    found = packed_attention(qkv_N3D, batch.groups, num_heads=heads, dropout_rate=0.0)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_batch_without_targets_has_the_same_inputs():

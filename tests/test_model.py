@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from tron_cli.batches import pack, training_batch
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Sessions
 from tron_cli.models import build_model
-from tron_cli.models.sasrec import causal_attention
 
 LENGTHS = [1, 9, 2, 4, 5, 3, 6, 7, 2, 1, 12]  # of the sessions, targets included
 
@@ -213,21 +211,3 @@ def test_dropout_is_off_in_evaluation_and_on_in_training():
     assert not torch.equal(_states(model, [3, 1, 4]), _states(model, [3, 1, 4]))
     model.eval()
     assert torch.equal(_states(model, [3, 1, 4]), _states(model, [3, 1, 4]))
-
-
-@pytest.mark.parametrize("heads", [1, 2])
-def test_attention_with_dropout_drops_weights_of_causal_attention(heads):
-    """Over many draws its mean is attention without dropout; the future has no influence."""
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 5, 4) for _ in range(3))
-    exact = causal_attention(q, k, v, 0.0)
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(exact, expected)
-    many = [tensor.expand(4000, *tensor.shape).flatten(0, 1) for tensor in (q, k, v)]
-    found = causal_attention(*many, 0.3).view(4000, *q.shape)
-    error = found.std(dim=0) / 4000**0.5
-    assert ((found.mean(dim=0) - exact).abs() < 6 * error + 1e-6).all()
-    # The first place sees itself alone: dropped, or scaled up.
-    first = found[:, :, :, 0]
-    scale = first / v[:, :, 0]
-    assert ((scale.abs() < 1e-6) | ((scale - 1 / 0.7).abs() < 1e-3)).all()

@@ -72,8 +72,32 @@ class ExperimentConfig:
     positions: str = _setting(
         "end",
         "what position 0 means: the oldest event of the window (start), or places counted from "
-        "the end of the window as TRON and SASRec do (end)",
-        choices=("end", "start"),
+        "the end of the window as TRON and SASRec do (end); none: no position embeddings",
+        choices=("end", "start", "none"),
+    )
+    key_padding_mask: bool = _setting(
+        True,
+        "sasrec, gsasrec: False lets events attend to the padding in front of a short history, as "
+        "SASRec does in RecTools",
+    )
+    block: str = _setting(
+        "pre-norm",
+        "sasrec: TRON's layers on scaled embeddings (pre-norm) or RecBole's (post-norm)",
+        choices=("pre-norm", "post-norm"),
+    )
+    feed_forward_dim: int = _setting(
+        0, "sasrec: inner width of the feed-forward networks; 0: embedding_dim", low=0
+    )
+    activation: str = _setting(
+        "relu", "sasrec: of the feed-forward networks", choices=("relu", "gelu")
+    )
+    attention_dropout_rate: float | None = _setting(
+        None, "sasrec: dropout of the attention weights; None: dropout_rate", low=0, below=1
+    )
+    initialization: str = _setting(
+        "xavier",
+        "sasrec: TRON's (xavier), or N(0, 0.02) for all matrices and tables as in RecBole (normal)",
+        choices=("xavier", "normal"),
     )
     reuse_item_embeddings: bool | None = _setting(
         None,
@@ -322,11 +346,13 @@ _TYPES = typing.get_type_hints(ExperimentConfig)
 # What people type who come from TRON, gSASRec, RecBole or RecTools.
 _NAMES_ELSEWHERE = {
     "MAX_ITEM_LIST_LENGTH": "sequence_length",
-    "attn_dropout_prob": "dropout_rate",
+    "attn_dropout_prob": "attention_dropout_rate",
     "clip_grad_norm": "clip_norm",
     "enable_amp": "precision",
     "filter_viewed": "filter_rated",
+    "hidden_act": "activation",
     "hidden_dropout_prob": "dropout_rate",
+    "inner_size": "feed_forward_dim",
     "k": "recommendation_limit",
     "learner": "optimizer",
     "loss_type": "loss",
@@ -335,6 +361,8 @@ _NAMES_ELSEWHERE = {
     "shuffle": "shuffling_style",
     "stopping_step": "early_stopping_patience",
     "topk": "metrics",
+    "use_key_padding_mask": "key_padding_mask",
+    "use_pos_emb": "positions",
     "train_neg_sample_args": "num_uniform_negatives",
     "valid_metric": "val_metric",
     "accelerator": "--device",
