@@ -156,9 +156,6 @@ def test_every_file_of_tron_is_read(tmp_path, name):
     theirs, ours = FILES[name]
     config, origins = load_config(written(tmp_path, tron_json(theirs), "its_name.json"))
     assert config == ExperimentConfig(**{**OURS, **ours})
-    for setting in (*OURS, *ours):
-        if setting not in ("num_heads", "max_batches_per_epoch", "final_activation"):
-            assert origins[setting] in ("its_name.json", "default")
     assert origins["dataset_name"] == origins["shuffling_style"] == "its_name.json"
     assert origins["seed"] == "default"
 

@@ -1,0 +1,21 @@
+"""gSASRec on Diginetica: its network, gBCE with its 256 negatives, at TRON's width and window."""
+
+from tron_cli.config import ExperimentConfig
+
+config = ExperimentConfig(
+    dataset_name="diginetica",
+    model="gsasrec",
+    loss="gbce",
+    num_uniform_negatives=256,
+    num_batch_negatives=0,
+    sampling_style="eventwise",
+    topk_sampling=False,
+    # gBCE holds for negatives drawn from all items.
+    reject_in_batch_items=False,
+    mask_collisions=False,
+    lr=1e-3,
+    # A small data set overfits: TRON's dropout for it.
+    dropout_rate=0.2,
+    max_epochs=100,
+    early_stopping_patience=2,
+)

@@ -1,0 +1,19 @@
+"""gSASRec on Yoochoose: its network, gBCE with its 256 negatives, at TRON's width and window."""
+
+from tron_cli.config import ExperimentConfig
+
+config = ExperimentConfig(
+    dataset_name="yoochoose",
+    model="gsasrec",
+    loss="gbce",
+    num_uniform_negatives=256,
+    num_batch_negatives=0,
+    sampling_style="eventwise",
+    topk_sampling=False,
+    # gBCE holds for negatives drawn from all items.
+    reject_in_batch_items=False,
+    mask_collisions=False,
+    lr=1e-3,
+    max_epochs=10,
+    early_stopping_patience=2,
+)
