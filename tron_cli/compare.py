@@ -182,8 +182,8 @@ def check_choice(checkpoints: int, reference: int) -> None:
 def short_labels(paths: Sequence[Path]) -> list[str]:
     """A short name for each checkpoint, unlike the others.
 
-    From the name of the run's folder, or of the file where that is no run's folder; words between
-    dashes that all names share are left out, and folders put before equal names.
+    From the name of the run's folder, or of the file where that is no run's folder; after the first
+    one, words between dashes that all names share are left out. Equal names get their folders'.
     """
     above = 0
     names = [_name(path, above) for path in paths]
@@ -192,8 +192,8 @@ def short_labels(paths: Sequence[Path]) -> list[str]:
         names = [_name(path, above) for path in paths]
     words = [re.split("[-/]", name) for name in names]
     shared = set.intersection(*map(set, words))
-    short = ["-".join(word for word in row if word not in shared) for row in words]
-    labels = short if all(short) and len(set(short)) == len(short) else names
+    short = ["-".join([row[0], *(word for word in row[1:] if word not in shared)]) for row in words]
+    labels = short if len(set(short)) == len(short) else names
     if len(set(labels)) < len(labels):  # the same file twice
         labels = [f"{place}:{label}" for place, label in enumerate(labels, start=1)]
     return labels
