@@ -136,6 +136,18 @@ class ExperimentConfig:
     logq_correction: bool = _setting(
         False, "ssm: correct for how often each negative is drawn, which estimates ce"
     )
+    sce_buckets: int = _setting(
+        0, "sce: buckets a step; 0: twice the root of the step's positions", low=0
+    )
+    sce_bucket_positions: int = _setting(
+        0, "sce: positions in a bucket; 0: twice the root of the step's positions", low=0
+    )
+    sce_bucket_items: int = _setting(
+        256, "sce: items in a bucket, with which its positions are compared", low=1
+    )
+    sce_mix: bool = _setting(
+        False, "sce: buckets lie along random mixtures of the hidden states, not at random"
+    )
     num_uniform_negatives: int = _setting(
         16384, "negatives an event, session or batch, drawn as negative_sampler says", low=0
     )
@@ -347,16 +359,21 @@ _TYPES = typing.get_type_hints(ExperimentConfig)
 _NAMES_ELSEWHERE = {
     "MAX_ITEM_LIST_LENGTH": "sequence_length",
     "attn_dropout_prob": "attention_dropout_rate",
+    "alpha": "popularity_alpha",
     "clip_grad_norm": "clip_norm",
+    "distribution": "negative_sampler",
     "enable_amp": "precision",
     "filter_viewed": "filter_rated",
     "hidden_act": "activation",
     "hidden_dropout_prob": "dropout_rate",
+    "initializer_range": "initialization",
     "inner_size": "feed_forward_dim",
     "k": "recommendation_limit",
     "learner": "optimizer",
     "loss_type": "loss",
     "recommend_batch_size": "eval_batch_size",
+    "reg_weight": "ease_l2",
+    "regularization": "ease_l2",
     "repeatable": "filter_rated",
     "shuffle": "shuffling_style",
     "stopping_step": "early_stopping_patience",

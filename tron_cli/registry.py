@@ -40,7 +40,10 @@ LOSSES = {
 }
 
 # Losses that look at the whole catalogue: (hidden_ND, table_VD, targets_N) -> loss_N.
-CATALOGUE_LOSSES: dict[str, str] = {}
+CATALOGUE_LOSSES = {
+    "ce": "tron_cli.cross_entropy:ce",
+    "sce": "tron_cli.scalable_cross_entropy:sce",
+}
 
 # What negatives are drawn from: training occurrences of each item, float64 [I] -> weights [I].
 SAMPLERS = {
