@@ -191,8 +191,7 @@ def test_ranks_and_lists_are_those_of_scoring_everything(
 def test_any_data(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few items, hence many ties and repeats; cut into small pieces."""
     rng = np.random.default_rng(seed)
-    monkeypatch.setattr(predict, "_SESSIONS_AT_ONCE", 3)
-    monkeypatch.setattr(predict, "_EVENTS_AT_ONCE", 7)
+    monkeypatch.setattr(predict, "_ROWS_AT_ONCE", int(rng.integers(1, 8)))
     monkeypatch.setattr(predict, "_WORK_AT_ONCE", int(rng.integers(1, 100)))
     train = random_sessions(rng, int(rng.integers(1, 20)), int(rng.integers(1, NUM_ITEMS)))
     split = random_sessions(rng, 10, NUM_ITEMS, shortest=0)

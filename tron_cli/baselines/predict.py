@@ -10,10 +10,9 @@ from tqdm import tqdm
 from tron_cli.baselines.base import Baseline
 from tron_cli.baselines.ranking import Excluded
 from tron_cli.dataset import Sessions
-from tron_cli.events import Histories, Predictions, predicted_events
+from tron_cli.events import Predictions, predicted_events
 
-_SESSIONS_AT_ONCE = 1 << 14
-_EVENTS_AT_ONCE = 1 << 12
+_ROWS_AT_ONCE = 1 << 12  # sessions, then events
 _WORK_AT_ONCE = 1 << 22  # numbers: some arrays of 32 MB
 
 
@@ -41,8 +40,9 @@ def predict_baseline(
         unit_scale=True,
         disable=None if progress else True,
     )
-    for low in range(0, len(sessions), _SESSIONS_AT_ONCE):
-        high = min(low + _SESSIONS_AT_ONCE, len(sessions))
+    # What the histories of a session hold, together.
+    length_S = sessions.lengths
+    for low, high in _pieces(length_S * np.minimum(length_S, baseline.sequence_length)):
         block = predicted_events(
             sessions,
             window=baseline.sequence_length,
@@ -52,7 +52,8 @@ def predict_baseline(
             first=low,
             last=high,
         )
-        for histories in _chunks(block, baseline.work(block)):
+        for first, last in _pieces(baseline.work(block)):
+            histories = block[first:last]
             excluded = Excluded(*histories.seen()) if filter_rated else None
             rank_E, top_EK = baseline.rank(histories, excluded=excluded, top_items=top_items)
             event_E = histories.position_E - histories.begin_E
@@ -68,13 +69,13 @@ def predict_baseline(
     return Predictions(session_E, event_E, target_E, rank_E, top[0] if top else None)
 
 
-def _chunks(histories: Histories, work_E: np.ndarray) -> Iterator[Histories]:
-    """A few events at a time, so that their work fits; at least one."""
-    work_before = np.cumsum(work_E)
+def _pieces(work_R: np.ndarray) -> Iterator[tuple[int, int]]:
+    """First and last + 1 of a few rows at a time, so that their work fits; at least one."""
+    work_before = np.cumsum(work_R)
     low = 0
-    while low < len(histories):
+    while low < len(work_R):
         done = work_before[low - 1] if low else 0
         fits = int(np.searchsorted(work_before, done + _WORK_AT_ONCE, side="right"))
-        high = min(max(fits, low + 1), low + _EVENTS_AT_ONCE)
-        yield histories[low:high]
+        high = min(max(fits, low + 1), low + _ROWS_AT_ONCE, len(work_R))
+        yield low, high
         low = high
