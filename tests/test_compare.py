@@ -329,7 +329,7 @@ def test_models_that_filter_differently_must_be_told(tmp_path: Path, dataset: Da
     ("paths", "labels"),
     [
         (["a/tron.pt", "b/popular.pt"], ["tron", "popular"]),
-        (["x/tron-shop-step=5-e=8.pt", "x/tron-shop-step=9-e=8.pt"], ["tron-step=5", "tron-step=9"]),
+        (["x/tron-shop-step=5-e8.pt", "x/tron-shop-step=9-e8.pt"], ["tron-step=5", "tron-step=9"]),
         (["x/tron-otto-2.pt", "x/tron-otto.pt"], ["tron-2", "tron"]),
         (["one/model.pt", "two/model.pt"], ["one", "two"]),
         (["one/seed=1/model.pt", "two/seed=1/model.pt"], ["one", "two"]),
@@ -350,7 +350,7 @@ def test_a_run_is_called_by_its_folder(tmp_path: Path) -> None:
     for name in ("tron-shop-seed1", "sasrec-shop-seed1"):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "last.pt").touch()
+        (folder / "config.json").touch()
         files.append(folder / "some-step=4-long-name.pt")
     assert short_labels(files) == ["tron", "sasrec"]
 
@@ -435,7 +435,7 @@ def test_bad_choices_exit_with_2_and_a_sentence(
         assert "Traceback" not in err
 
 
-def test_two_seeds_are_within_noise_and_an_untrained_model_is_not(
+def test_two_seeds_are_within_noise_and_popularity_and_random_weights_are_not(
     command: Command, tmp_path: Path
 ) -> None:
     """In a shop where the next item is mostly the one after, and else any."""
@@ -456,21 +456,23 @@ def test_two_seeds_are_within_noise_and_an_untrained_model_is_not(
     config.write_text(
         f"from tron_cli.config import ExperimentConfig\nconfig = ExperimentConfig(**{settings!r})\n"
     )
-    runs = [tmp_path / f"seed{seed}" for seed in (1, 2)]
-    for seed, run in enumerate(runs, start=1):
+    for name, override in [("one", "seed=1"), ("two", "seed=2"), ("popular", "model=popular")]:
         code, _, err = command(
-            "train", "--config", config, f"seed={seed}", "--data-dir", tmp_path,
-            "--output-dir", tmp_path, "--name", run.name, "--device", "cpu",
+            "train", "--config", config, override, "--data-dir", tmp_path,
+            "--output-dir", tmp_path, "--name", name, "--device", "cpu",
         )  # fmt: skip
         assert code == 0, err
+    runs = [tmp_path / name for name in ("one", "two", "popular")]
     untrained = checkpoint_file(shop, tmp_path / "untrained.pt")
-    code, out, err = command(
-        "compare", *runs, untrained, "--json", "--data-dir", tmp_path, "--metrics", "R@1 RR@5"
-    )
+    words = ("--data-dir", tmp_path, "--metrics", "R@1 RR@5", "--cutoff", 5)
+    code, out, err = command("compare", *runs, untrained, "--json", *words)
     assert code == 0, err
     models = json.loads(out)["models"]
-    assert list(models) == ["seed1", "seed2", "untrained"]
-    assert models["seed1"]["metrics"]["R@1"]["value"] > 0.6
-    assert models["seed2"]["differences"]["RR@5"]["within_noise"] is True
-    assert models["untrained"]["differences"]["RR@5"]["within_noise"] is False
-    assert models["untrained"]["differences"]["RR@5"]["high"] < -0.3
+    assert list(models) == ["one", "two", "popular", "untrained"]
+    assert models["one"]["metrics"]["R@1"]["value"] > 0.6
+    assert models["two"]["differences"]["RR@5"]["within_noise"] is True
+    for label in ("popular", "untrained"):
+        assert models[label]["differences"]["RR@5"]["within_noise"] is False
+        assert models[label]["differences"]["RR@5"]["high"] < -0.3
+    coverage = models["popular"]["beyond_accuracy"]["catalogue_coverage"]
+    assert coverage == 5 / 20 < models["one"]["beyond_accuracy"]["catalogue_coverage"]

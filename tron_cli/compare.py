@@ -21,7 +21,7 @@ from scipy.special import stdtrit
 
 from tron_cli.assess import TIE_RULE, EvaluationOptions, check_fit, chosen_sessions, left_out
 from tron_cli.beyond_accuracy import beyond_accuracy, count_items
-from tron_cli.checkpoint import LAST, Checkpoint
+from tron_cli.checkpoint import Checkpoint
 from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
 from tron_cli.evaluate import predict
@@ -201,7 +201,7 @@ def short_labels(paths: Sequence[Path]) -> list[str]:
 
 def _name(path: Path, above: int) -> str:
     """With the names of so many folders above it before it."""
-    named = path.parent if (path.parent / LAST).exists() else path.with_suffix("")
+    named = path.parent if (path.parent / "config.json").exists() else path.with_suffix("")
     return "/".join(named.absolute().parts[1:][-1 - above :])
 
 
