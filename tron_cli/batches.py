@@ -219,6 +219,44 @@ def training_batch(
     )
 
 
+def cloze_batch(
+    sessions: Sessions,
+    chosen: np.ndarray,
+    sequence_length: int,
+    *,
+    num_items: int,
+    mask_probability: float,
+    random: np.random.Generator,
+) -> Batch:
+    """The last sequence_length + 1 events of each chosen session, of which some are to be guessed.
+
+    BERT4Rec's cloze task (Sun et al., CIKM 2019), as RecTools trains it: each event is a target
+    with mask_probability, and is then shown as a mask (item num_items + 1) in 80 % of the cases, as
+    a random item in 10 %, and as it is in 10 %. A session without any target gets its last event
+    masked, as in prediction.
+    """
+    ends = sessions.offsets[chosen + 1]
+    lengths = np.minimum(ends - sessions.offsets[chosen], sequence_length + 1)
+    order = np.argsort(lengths, kind="stable")
+    ends, lengths = ends[order], lengths[order]
+    batch = pack(sessions.items, ends - lengths, lengths, with_targets=False)
+    inputs_N, rows_N = batch.inputs_N.numpy(), batch.rows_N.numpy()
+    draws_N = random.random(len(inputs_N)) / mask_probability  # below 1: a target
+    without_B = np.bincount(rows_N[draws_N < 1], minlength=len(lengths)) == 0
+    last_B = np.cumsum(lengths) - 1
+    draws_N[last_B[without_B]] = 0.0
+    random_items_N = random.integers(1, num_items + 1, size=len(inputs_N))
+    shown_N = np.where(draws_N < 0.9, random_items_N, inputs_N)
+    shown_N = np.where(draws_N < 0.8, num_items + 1, shown_N)
+    predicting_P = np.flatnonzero(draws_N < 1)
+    return replace(
+        batch,
+        inputs_N=torch.from_numpy(np.where(draws_N < 1, shown_N, inputs_N)),
+        targets_N=torch.from_numpy(inputs_N[predicting_P]),
+        predicting_P=torch.from_numpy(predicting_P),
+    )
+
+
 def prepared_ahead(
     prepare: Callable[[int], Batch], steps: range, thread: Executor
 ) -> Iterator[Batch]:

@@ -77,26 +77,30 @@ class ExperimentConfig:
     )
     key_padding_mask: bool = _setting(
         True,
-        "sasrec, gsasrec: False lets events attend to the padding in front of a short history, as "
+        "transformers: False lets events attend to the padding in front of a short history, as "
         "SASRec does in RecTools",
     )
     block: str = _setting(
         "pre-norm",
-        "sasrec: TRON's layers on scaled embeddings (pre-norm) or RecBole's (post-norm)",
+        "sasrec, bert4rec: TRON's layers on scaled embeddings (pre-norm) or RecBole's (post-norm)",
         choices=("pre-norm", "post-norm"),
     )
     feed_forward_dim: int = _setting(
-        0, "sasrec: inner width of the feed-forward networks; 0: embedding_dim", low=0
+        0, "sasrec, bert4rec: inner width of the feed-forward networks; 0: embedding_dim", low=0
     )
     activation: str = _setting(
-        "relu", "sasrec: of the feed-forward networks", choices=("relu", "gelu")
+        "relu", "sasrec, bert4rec: of the feed-forward networks", choices=("relu", "gelu")
     )
     attention_dropout_rate: float | None = _setting(
-        None, "sasrec: dropout of the attention weights; None: dropout_rate", low=0, below=1
+        None,
+        "sasrec, bert4rec: dropout of the attention weights; None: dropout_rate",
+        low=0,
+        below=1,
     )
     initialization: str = _setting(
         "xavier",
-        "sasrec: TRON's (xavier), or N(0, 0.02) for all matrices and tables as in RecBole (normal)",
+        "sasrec, bert4rec: TRON's (xavier), or N(0, 0.02) for all matrices and tables as in "
+        "RecBole (normal)",
         choices=("xavier", "normal"),
     )
     reuse_item_embeddings: bool | None = _setting(
@@ -105,6 +109,9 @@ class ExperimentConfig:
         "way, which is a separate table for gsasrec only",
     )
     output_bias: bool = _setting(False, "one learned bias an item, added to its score")
+    mask_probability: float = _setting(
+        0.15, "bert4rec: share of the events that a training step hides", above=0, high=1
+    )
     session_parallel: bool = _setting(
         False,
         "gru4rec: a step is one event of each of train_batch_size sessions, whose states are "
@@ -261,17 +268,25 @@ class ExperimentConfig:
                 f"embedding_dim={self.embedding_dim} is not a multiple of "
                 f"num_heads={self.num_heads}; change one of them"
             )
-        if self.session_parallel and self.model != "gru4rec":
-            raise InputError(
-                f"session_parallel=True carries the state of gru4rec, and model={self.model} has "
-                "none; set it to False"
-            )
+        self._check_model()
         self._check_loss()
         for measure in (*self.metrics, self.val_metric):
             if not re.fullmatch(r"[A-Za-z_]+(\(.*\))?@[1-9][0-9]*", measure):
                 raise InputError(
                     f"metrics and val_metric need a measure with a cutoff such as nDCG@10, "
                     f"not {measure!r}"
+                )
+
+    def _check_model(self) -> None:
+        """Whether what is set has an effect on this model."""
+        if self.model in BASELINES:
+            return
+        for name, models in _SETTINGS_OF_MODELS.items():
+            value = getattr(self, name)
+            if self.model not in models and value != FIELDS[name].default:
+                raise InputError(
+                    f"{name}={value} is a setting of {' and '.join(models)} and has no effect on "
+                    f"model={self.model}; leave it out"
                 )
 
     def _check_loss(self) -> None:
@@ -354,6 +369,19 @@ class ExperimentConfig:
 
 FIELDS = {field.name: field for field in dataclasses.fields(ExperimentConfig)}
 _TYPES = typing.get_type_hints(ExperimentConfig)
+
+# Settings that only these networks have.
+_SETTINGS_OF_MODELS = {
+    "num_heads": ("sasrec", "gsasrec", "bert4rec"),
+    "key_padding_mask": ("sasrec", "gsasrec", "bert4rec"),
+    "block": ("sasrec", "bert4rec"),
+    "feed_forward_dim": ("sasrec", "bert4rec"),
+    "activation": ("sasrec", "bert4rec"),
+    "attention_dropout_rate": ("sasrec", "bert4rec"),
+    "initialization": ("sasrec", "bert4rec"),
+    "mask_probability": ("bert4rec",),
+    "session_parallel": ("gru4rec",),
+}
 
 # What people type who come from TRON, gSASRec, RecBole or RecTools.
 _NAMES_ELSEWHERE = {

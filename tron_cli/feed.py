@@ -8,10 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
-from tron_cli.batches import Batch, session_order, training_batch
+from tron_cli.batches import Batch, cloze_batch, session_order, training_batch
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Sessions
 from tron_cli.lanes import Lanes
+from tron_cli.models import Model
 
 
 class Feed(Protocol):
@@ -25,8 +26,10 @@ class Feed(Protocol):
     def batch(self, step: int) -> Batch: ...
 
 
-def build_feed(config: ExperimentConfig, sessions: Sessions, *, padded: bool) -> Feed:
-    """What a configuration trains on. padded: see `Batch`."""
+def build_feed(config: ExperimentConfig, sessions: Sessions, model: Model, *, padded: bool) -> Feed:
+    """What a configuration's model trains on. padded: see `Batch`."""
+    if model.mask_item is not None:
+        return Cloze(config, sessions, model.num_items)
     if config.session_parallel:
         return Lanes(
             sessions,
@@ -59,6 +62,24 @@ class WholeSessions:
         data_pass, place = divmod(step, self.steps_per_pass)
         order = _order_of_pass(len(self._sessions), config.shuffling_style, config.seed, data_pass)
         return order[place * config.train_batch_size : (place + 1) * config.train_batch_size]
+
+
+class Cloze(WholeSessions):
+    """The same sessions with masked events, which are the targets; masks differ in every step."""
+
+    def __init__(self, config: ExperimentConfig, sessions: Sessions, num_items: int) -> None:
+        super().__init__(config, sessions, padded=False)
+        self._num_items = num_items
+
+    def batch(self, step: int) -> Batch:
+        return cloze_batch(
+            self._sessions,
+            self.chosen(step),
+            self._config.sequence_length,
+            num_items=self._num_items,
+            mask_probability=self._config.mask_probability,
+            random=np.random.default_rng([self._config.seed, step]),
+        )
 
 
 @functools.lru_cache(maxsize=1)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Networks: modules with `forward(batch, rows_UD) -> hidden_ND`; see models/__init__.py.
 MODELS = {
+    "bert4rec": "tron_cli.models.bert4rec:BERT4Rec",
     "gru4rec": "tron_cli.models.gru4rec:GRU4Rec",
     "gsasrec": "tron_cli.models.gsasrec:GSASRec",
     "sasrec": "tron_cli.models.sasrec:SASRec",

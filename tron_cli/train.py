@@ -88,7 +88,7 @@ def train(
         optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
         progress = Progress()
     on_gpu = device.type == "cuda"
-    feed = build_feed(config, sessions, padded=on_gpu and model.fixed_shapes)
+    feed = build_feed(config, sessions, model, padded=on_gpu and model.fixed_shapes)
     steps_per_epoch = min(feed.steps_per_pass, config.max_batches_per_epoch or feed.steps_per_pass)
     total_steps = config.max_epochs * steps_per_epoch
     distribution = _distribution(config, sessions, dataset.num_items, device)

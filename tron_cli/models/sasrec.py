@@ -41,6 +41,8 @@ class SASRec(Transformer):
     "normal" draws all matrices and tables from N(0, 0.02).
     """
 
+    causal = True
+
     def __init__(
         self,
         *,
@@ -83,12 +85,14 @@ class SASRec(Transformer):
                     feed_forward_dim=feed_forward_dim,
                     activation=activation,
                     attention_dropout_rate=attention_dropout_rate,
+                    causal=self.causal,
                 )
                 for _ in range(num_blocks)
             ],
             scaled=norm_first,
             input_norm=None if norm_first else nn.LayerNorm(embedding_dim, eps),
             output_norm=nn.LayerNorm(embedding_dim) if norm_first else None,
+            causal=self.causal,
         )
         if initialization == "normal":
             self.blocks.apply(_normal_weights)

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tron_cli.models import Model
+
 # A table of so many rows and columns.
 Draw = Callable[[int, int], torch.Tensor]
 
 
-class ItemTables(nn.Module):
+class ItemTables(Model):
     """The embeddings of the inputs, and the table whose rows hidden states are compared with.
 
     The bias of an item is one more column of the latter, met by a constant 1.
@@ -30,15 +32,20 @@ class ItemTables(nn.Module):
         output_bias: bool,
         draw: Draw,
         draw_outputs: Draw,
+        with_mask: bool = False,
     ) -> None:
-        """Rows 0 to num_items, drawn by `draw`; those of a separate output table by the other."""
+        """Rows 0 to num_items, drawn by `draw`; those of a separate output table by the other.
+
+        with_mask: inputs have a row more, for the mask.
+        """
         super().__init__()
         self.num_items = num_items
         self.embedding_dim = embedding_dim
         self.output_bias = output_bias
         output_dim = embedding_dim + int(output_bias)
         input_dim = output_dim if reuse_item_embeddings else embedding_dim
-        self.item_embedding = embedding(draw(num_items + 1, input_dim))
+        self.item_embedding = embedding(draw(num_items + 1 + int(with_mask), input_dim))
+        self.mask_item = num_items + 1 if with_mask else None
         self.output_embedding = (
             self.item_embedding
             if reuse_item_embeddings
@@ -47,7 +54,6 @@ class ItemTables(nn.Module):
 
     @property
     def item_table(self) -> torch.Tensor:
-        """[num_items + 1, D], D + 1 with an output bias: row i scores item i; row 0 is no item."""
         return self.output_embedding.weight
 
     def embedded(self, inputs_N: torch.Tensor, rows_UD: torch.Tensor | None) -> torch.Tensor:

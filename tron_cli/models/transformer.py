@@ -23,13 +23,12 @@ class Transformer(ItemTables):
     """Item and position embeddings, dropout, blocks: packed batch -> hidden states.
 
     positions: place 0 of the position embeddings is that of the first event of a window of
-    sequence_length ("end": a shorter history ends where the window does), or that of the first
-    event of a history ("start"); "none": no position embeddings. key_padding_mask: False lets every
-    event attend also to the padding in front of a history that is shorter than the window, as
-    SASRec does in RecTools. That padding is a zero vector at the input of every block.
+    sequence_length, and of a mask ("end": a shorter history ends where the window does), or that of
+    the first event of a history ("start"); "none": no position embeddings. key_padding_mask: False
+    lets every event attend also to the padding in front of a history that is shorter than the
+    window, as SASRec does in RecTools. That padding is a zero vector at the input of every block.
     """
 
-    mask_item: int | None = None
     fixed_shapes = True
 
     def __init__(
@@ -49,9 +48,11 @@ class Transformer(ItemTables):
         scaled: bool = False,
         input_norm: nn.Module | None = None,
         output_norm: nn.Module | None = None,
+        causal: bool = True,
     ) -> None:
         """scaled: item embeddings are multiplied with sqrt(D). blocks: makes them, each
-        (x_ND, groups, padding_B) -> x_ND."""
+        (x_ND, groups, padding_B) -> x_ND. causal: that they let no event see later ones; else the
+        model is to fill in masks, and its window has a place for one behind the history."""
         super().__init__(
             num_items=num_items,
             embedding_dim=embedding_dim,
@@ -59,13 +60,15 @@ class Transformer(ItemTables):
             output_bias=output_bias,
             draw=draw,
             draw_outputs=draw_outputs,
+            with_mask=not causal,
         )
         self.sequence_length = sequence_length
+        self.window = sequence_length + int(not causal)
         self.positions = positions
         self.key_padding_mask = key_padding_mask
-        self.one_row_serves_all = positions in ("start", "none") and key_padding_mask
+        self.one_row_serves_all = causal and positions in ("start", "none") and key_padding_mask
         self.position_embedding = (
-            None if positions == "none" else embedding(draw(sequence_length, embedding_dim))
+            None if positions == "none" else embedding(draw(self.window, embedding_dim))
         )
         self.item_scale = math.sqrt(embedding_dim) if scaled else 1.0
         self.input_norm = input_norm or nn.Identity()
@@ -82,7 +85,7 @@ class Transformer(ItemTables):
         if self.position_embedding is not None:
             x_ND = x_ND + self.position_embedding(self._position_ids(batch))
         x_ND = self.dropout(self.input_norm(x_ND))
-        padding_B = None if self.key_padding_mask else self.sequence_length - batch.lengths_B
+        padding_B = None if self.key_padding_mask else self.window - batch.lengths_B
         for block in self.blocks:
             x_ND = block(x_ND, batch.groups, padding_B)
         return self.comparable(self.norm(x_ND))
@@ -90,4 +93,4 @@ class Transformer(ItemTables):
     def _position_ids(self, batch: Batch) -> torch.Tensor:
         if self.positions == "start":
             return batch.places_N
-        return self.sequence_length - batch.lengths_B[batch.rows_N] + batch.places_N
+        return self.window - batch.lengths_B[batch.rows_N] + batch.places_N
