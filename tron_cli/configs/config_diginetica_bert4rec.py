@@ -1,0 +1,23 @@
+"""BERT4Rec on Diginetica: cross-entropy on masked items."""
+
+from tron_cli.config import ExperimentConfig
+
+config = ExperimentConfig(
+    dataset_name="diginetica",
+    model="bert4rec",
+    # The paper's share for short histories (arXiv 1904.06690): fewer masks leave a session of four
+    # events without a target.
+    mask_probability=0.6,
+    num_heads=2,
+    feed_forward_dim=800,
+    activation="gelu",
+    loss="ce",
+    num_uniform_negatives=0,
+    num_batch_negatives=0,
+    topk_sampling=False,
+    lr=1e-3,
+    # A small data set overfits: TRON's dropout for it.
+    dropout_rate=0.2,
+    max_epochs=100,
+    early_stopping_patience=2,
+)

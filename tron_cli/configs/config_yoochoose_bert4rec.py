@@ -1,0 +1,21 @@
+"""BERT4Rec on Yoochoose: cross-entropy on masked items."""
+
+from tron_cli.config import ExperimentConfig
+
+config = ExperimentConfig(
+    dataset_name="yoochoose",
+    model="bert4rec",
+    # The paper's share for short histories (arXiv 1904.06690): fewer masks leave a session of four
+    # events without a target.
+    mask_probability=0.6,
+    num_heads=2,
+    feed_forward_dim=800,
+    activation="gelu",
+    loss="ce",
+    num_uniform_negatives=0,
+    num_batch_negatives=0,
+    topk_sampling=False,
+    lr=1e-3,
+    max_epochs=10,
+    early_stopping_patience=2,
+)
