@@ -399,6 +399,8 @@ _NAMES_ELSEWHERE = {
     "k": "recommendation_limit",
     "learner": "optimizer",
     "loss_type": "loss",
+    "mask_prob": "mask_probability",
+    "mask_ratio": "mask_probability",
     "recommend_batch_size": "eval_batch_size",
     "reg_weight": "ease_l2",
     "regularization": "ease_l2",
