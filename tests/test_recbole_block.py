@@ -1,4 +1,4 @@
-"""SASRec's options beside TRON's form: RecBole's block, its initialization, attended padding."""
+"""SASRec's options beside TRON's form: RecBole's block and LiGR's, attended padding."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_post_norm_equals_torchs_encoder(positions, heads, activation):
 
 
 def described(block: nn.Module, x: torch.Tensor, attend: Attention) -> torch.Tensor:
-    """Either form of the block, in plain operations."""
+    """The forms of the block, in plain operations."""
 
     def attended(x: torch.Tensor) -> torch.Tensor:
         weights, biases = block.query_key_value.weight.chunk(3), block.query_key_value.bias.chunk(3)
@@ -88,10 +88,19 @@ def described(block: nn.Module, x: torch.Tensor, attend: Attention) -> torch.Ten
 
     def fed(x: torch.Tensor) -> torch.Tensor:
         first, second = block.feed_forward[0], block.feed_forward[3]
+        if first.bias is None:  # SwiGLU, whose two inner layers are one matrix
+            gate, value = x @ first.weight[:20].T, x @ first.weight[20:].T
+            return (gate / (1 + torch.exp(-gate)) * value) @ second.weight.T
         x = x @ first.weight.T + first.bias
         x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
         return x @ second.weight.T + second.bias
 
+    if block.attention_gate is not None:
+        first, second = block.attention_gate, block.feed_forward_gate
+        open_BLD = 1 / (1 + torch.exp(-(x @ first.weight.T + first.bias)))
+        x = x + open_BLD * attended(norm(block.attention_norm, x, 1e-5))
+        open_BLD = 1 / (1 + torch.exp(-(x @ second.weight.T + second.bias)))
+        return x + open_BLD * fed(norm(block.feed_forward_norm, x, 1e-5))
     if block.norm_first:
         x = x + attended(norm(block.attention_norm, x, 1e-5))
         return x + fed(norm(block.feed_forward_norm, x, 1e-5))
@@ -101,12 +110,20 @@ def described(block: nn.Module, x: torch.Tensor, attend: Attention) -> torch.Ten
 
 @pytest.mark.parametrize("key_padding_mask", [True, False])
 @pytest.mark.parametrize("positions", ["start", "end", "none"])
-@pytest.mark.parametrize("form", ["pre-norm", "post-norm"])
-def test_states_and_gradients_are_those_described(form, positions, key_padding_mask):
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("form", ["pre-norm", "post-norm", "ligr"])
+def test_states_and_gradients_are_those_described(form, activation, positions, key_padding_mask):
     """Without the mask every event attends to the padding in front of its history."""
-    model = shaken(make_model(block=form, positions=positions, key_padding_mask=key_padding_mask))
+    model = shaken(
+        make_model(
+            block=form,
+            activation=activation,
+            positions=positions,
+            key_padding_mask=key_padding_mask,
+        )
+    )
     batch = make_batch()
-    first = form == "pre-norm"
+    first = form != "post-norm"
     expected = padded_states(
         model,
         batch,
@@ -140,7 +157,11 @@ def test_padding_in_a_batch_of_fixed_shape_is_attended_alike():
 
 @pytest.mark.parametrize(
     ("form", "positions", "key_padding_mask"),
-    list(itertools.product(["pre-norm", "post-norm"], ["start", "none", "end"], [True, False])),
+    list(
+        itertools.product(
+            ["pre-norm", "post-norm", "ligr"], ["start", "none", "end"], [True, False]
+        )
+    ),
 )
 def test_one_row_serves_all_where_later_events_change_nothing(form, positions, key_padding_mask):
     model = shaken(make_model(block=form, positions=positions, key_padding_mask=key_padding_mask))
@@ -158,13 +179,15 @@ def test_without_positions_there_is_no_table_of_them():
     torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("form", ["pre-norm", "post-norm"])
+@pytest.mark.parametrize(
+    ("form", "activation"), [("pre-norm", "relu"), ("post-norm", "gelu"), ("ligr", "swiglu")]
+)
 @pytest.mark.parametrize("reuse", [True, False])
-def test_normal_initialization(form, reuse):
+def test_normal_initialization(form, activation, reuse):
     """All matrices and tables N(0, 0.02), all biases 0, all scales 1."""
     model = make_model(
         block=form, initialization="normal", num_items=3000, embedding_dim=64, sequence_length=50,
-        feed_forward_dim=128, reuse_item_embeddings=reuse,
+        feed_forward_dim=128, reuse_item_embeddings=reuse, activation=activation,
     )  # fmt: skip
     for name, weights in model.named_parameters():
         if weights.dim() == 2:

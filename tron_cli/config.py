@@ -82,14 +82,15 @@ class ExperimentConfig:
     )
     block: str = _setting(
         "pre-norm",
-        "sasrec, bert4rec: TRON's layers on scaled embeddings (pre-norm) or RecBole's (post-norm)",
-        choices=("pre-norm", "post-norm"),
+        "sasrec, bert4rec: TRON's layers on scaled embeddings (pre-norm), these with gated "
+        "residuals (ligr), or RecBole's (post-norm)",
+        choices=("pre-norm", "post-norm", "ligr"),
     )
     feed_forward_dim: int = _setting(
         0, "sasrec, bert4rec: inner width of the feed-forward networks; 0: embedding_dim", low=0
     )
     activation: str = _setting(
-        "relu", "sasrec, bert4rec: of the feed-forward networks", choices=("relu", "gelu")
+        "relu", "sasrec, bert4rec: of the feed-forward networks", choices=("relu", "gelu", "swiglu")
     )
     attention_dropout_rate: float | None = _setting(
         None,

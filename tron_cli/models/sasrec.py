@@ -1,4 +1,4 @@
-"""SASRec: a causal transformer over packed sessions, as TRON and as RecBole build it.
+"""SASRec: a causal transformer over packed sessions, in TRON's, RecBole's and LiGR's form.
 
 Kang and McAuley, Self-Attentive Sequential Recommendation (ICDM 2018). Its own block, with which
 gSASRec was published too, is in gsasrec.py.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tron_cli.models.attention import Padding, packed_attention
 from tron_cli.models.dropout import Dropout
@@ -26,16 +27,30 @@ if TYPE_CHECKING:
 _NORMAL_STD = 0.02
 _POST_NORM_EPS = 1e-12
 
-_ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+class SwiGLU(nn.Module):
+    """silu of half of the columns times the other half; Shazeer, arXiv 2002.05202."""
+
+    def forward(self, x_NK: torch.Tensor) -> torch.Tensor:
+        """[N, K] -> [N, K / 2]."""
+        gate, value = x_NK.chunk(2, dim=1)
+        return F.silu(gate) * value
+
+
+_ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "swiglu": SwiGLU}
 
 
 class SASRec(Transformer):
-    """Two of its forms, and what lies between them.
+    """Its forms, and what lies between them.
 
     block="pre-norm" is TRON's (arXiv 2307.14906): input = item embedding * sqrt(D) + position
     embedding, dropout, pre-norm layers, final LayerNorm. block="post-norm" is RecBole's: the input
     is not scaled but normalized, norms follow the residuals, and none comes last; its further
     settings there are activation="gelu", initialization="normal" and positions="start".
+    block="ligr" is TRON's form with gated residuals, LiGR's layer (arXiv 2502.03417), which makes
+    SASRec with a sampled softmax eSASRec (arXiv 2508.06450); its further settings are
+    activation="swiglu" and a feed_forward_dim of four times embedding_dim.
+
     feed_forward_dim: 0 is embedding_dim. attention_dropout_rate: of the attention weights; None is
     dropout_rate. initialization: "xavier" is TRON's, with a separate output table N(0, 1);
     "normal" draws all matrices and tables from N(0, 0.02).
@@ -62,7 +77,7 @@ class SASRec(Transformer):
         initialization: str = "xavier",
         key_padding_mask: bool = True,
     ) -> None:
-        norm_first = block == "pre-norm"
+        norm_first = block != "post-norm"
         eps = 1e-5 if norm_first else _POST_NORM_EPS
         super().__init__(
             num_items=num_items,
@@ -82,6 +97,7 @@ class SASRec(Transformer):
                     dropout_rate,
                     norm_first=norm_first,
                     norm_eps=eps,
+                    gated=block == "ligr",
                     feed_forward_dim=feed_forward_dim,
                     activation=activation,
                     attention_dropout_rate=attention_dropout_rate,
@@ -102,7 +118,10 @@ class Block(nn.Module):
     """A layer with the arithmetic and initialization of nn.TransformerEncoderLayer.
 
     norm_first: norms stand before attention and feed-forward; else after their residuals, and then
-    nothing is dropped inside the feed-forward network, as in RecBole.
+    nothing is dropped inside the feed-forward network, as in RecBole. gated: with norm_first, what
+    attention and feed-forward add to x is multiplied with sigmoid(x W + b), each with a gate of its
+    own. activation="swiglu": the feed-forward network has no biases, and its inner layer is
+    silu(x U) * (x V).
     causal: events attend to themselves and the earlier events of their row; else to all of them.
     """
 
@@ -114,6 +133,7 @@ class Block(nn.Module):
         *,
         norm_first: bool = True,
         norm_eps: float = 1e-5,
+        gated: bool = False,
         feed_forward_dim: int = 0,
         activation: str = "relu",
         attention_dropout_rate: float | None = None,
@@ -131,16 +151,19 @@ class Block(nn.Module):
         self.query_key_value = Linear(dim, 3 * dim)
         self.attention_output = Linear(dim, dim)
         self.feed_forward_norm = nn.LayerNorm(dim, norm_eps)
+        swiglu = activation == "swiglu"
         self.feed_forward = nn.Sequential(
-            Linear(dim, inner_dim),
+            Linear(dim, 2 * inner_dim if swiglu else inner_dim, bias=not swiglu),
             _ACTIVATIONS[activation](),
             Dropout(dropout_rate if norm_first else 0.0),
-            Linear(inner_dim, dim),
+            Linear(inner_dim, dim, bias=not swiglu),
         )
         self.dropout = Dropout(dropout_rate)
         nn.init.xavier_uniform_(self.query_key_value.weight)
         nn.init.zeros_(self.query_key_value.bias)
         nn.init.zeros_(self.attention_output.bias)
+        self.attention_gate = Linear(dim, dim) if gated else None
+        self.feed_forward_gate = Linear(dim, dim) if gated else None
 
     def forward(
         self,
@@ -150,8 +173,10 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """[N, D] -> [N, D]. padding_B: how many places of padding each row attends to; None: 0."""
         if self.norm_first:
-            x_ND = x_ND + self._attended(x_ND, groups, padding_B)
-            return x_ND + self.dropout(self.feed_forward(self.feed_forward_norm(x_ND)))
+            attended_ND = self._attended(x_ND, groups, padding_B)
+            x_ND = x_ND + _through(self.attention_gate, x_ND, attended_ND)
+            fed_ND = self.dropout(self.feed_forward(self.feed_forward_norm(x_ND)))
+            return x_ND + _through(self.feed_forward_gate, x_ND, fed_ND)
         x_ND = self.attention_norm(x_ND + self._attended(x_ND, groups, padding_B))
         return self.feed_forward_norm(x_ND + self.dropout(self.feed_forward(x_ND)))
 
@@ -179,6 +204,10 @@ class Block(nn.Module):
         return self.query_key_value(self.attention_norm(x_ND) if self.norm_first else x_ND)
 
 
+def _through(gate: nn.Module | None, x_ND: torch.Tensor, added_ND: torch.Tensor) -> torch.Tensor:
+    return added_ND if gate is None else gate(x_ND).sigmoid() * added_ND
+
+
 def _small_normal(rows: int, columns: int) -> torch.Tensor:
     return standard_normal(rows, columns).mul_(_NORMAL_STD)
 
@@ -186,4 +215,5 @@ def _small_normal(rows: int, columns: int) -> torch.Tensor:
 def _normal_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=_NORMAL_STD)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
