@@ -81,18 +81,18 @@ def run(name: str, data_dir: Path, output_dir: Path) -> Path:
     started = output_dir / f"{name}.started.json"
     seconds = None
     if (run_dir / "last.pt").exists():
-        found = _tron(["train", "--resume", str(run_dir), *where])
+        found = tron(["train", "--resume", str(run_dir), *where])
         if path.exists():  # trained before, and only evaluated again
             seconds = json.loads(path.read_text())["training_seconds"]
     else:
         output_dir.mkdir(parents=True, exist_ok=True)
-        started.write_text(json.dumps({"commit": _commit(), "hardware": _hardware()}))
+        started.write_text(json.dumps({"commit": commit(), "hardware": hardware()}))
         clock = time.perf_counter()
-        found = _tron([*train, *where, "--output-dir", str(output_dir), "--name", name])
+        found = tron([*train, *where, "--output-dir", str(output_dir), "--name", name])
         seconds = round(time.perf_counter() - clock)
 
     def evaluated(*options: str) -> dict[str, Any]:
-        report = _tron(["evaluate", found["checkpoint"], *options, *where])
+        report = tron(["evaluate", found["checkpoint"], *options, *where])
         return {key: value for key, value in report.items() if key != "checkpoint"}
 
     config = json.loads((run_dir / "config.json").read_text())
@@ -173,14 +173,16 @@ def _training(result: dict[str, Any]) -> str:
     return f"{result['steps']:,} steps{spent}, `{result['commit'][:9]}`, seed {result['seed']}"
 
 
-def _tron(words: list[str]) -> dict[str, Any]:
+def tron(words: list[str]) -> dict[str, Any]:
     """Run a tron command with --json; its log goes to our stderr."""
     command = [sys.executable, "-m", "tron_cli", *words, "--json"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of the package, and whether files differ from it."""
+
     def git(*words: str) -> str:
         done = subprocess.run(
             ["git", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
@@ -191,7 +193,8 @@ def _commit() -> str:
     return git("rev-parse", "HEAD") + ("-modified" if changed else "")
 
 
-def _hardware() -> str:
+def hardware() -> str:
+    """Processor, threads and PyTorch's version."""
     import torch
 
     if torch.cuda.is_available():
@@ -205,11 +208,12 @@ def _hardware() -> str:
     return f"{model}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
 
 
-def _write_table() -> None:
+def replaced_in_readme(begin: str, end: str, text: str) -> None:
+    """Put a text between two marks of the README."""
     readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}")
+    before, _, rest = readme.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    readme.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def main() -> None:
@@ -222,7 +226,7 @@ def main() -> None:
     commands.add_parser("table", help="rewrite the README's table")
     arguments = parser.parse_args()
     if arguments.command == "table":
-        _write_table()
+        replaced_in_readme(BEGIN, END, table())
     else:
         for name in arguments.experiments:
             print(run(name, arguments.data_dir.resolve(), arguments.output_dir.resolve()))

@@ -1,0 +1,144 @@
+"""Every model and baseline on the same data for the same epochs; the README's table of the field.
+
+    python -m benchmarks.field run yoochoose1_64 tron gru4rec    # prepared datasets in --data-dir
+    python -m benchmarks.field table                             # rewrite the README's table
+
+A first setting each, not a tuned one: the packaged configuration with the epochs of the budget. A
+run writes DATASET-METHOD.json into benchmarks/results/field: commands, commit, seed, hardware,
+figures, and the processor time of training and evaluation, which other work on the machine does
+not change much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy import ROOT, commit, hardware, replaced_in_readme, tron
+
+RESULTS = ROOT / "benchmarks" / "results" / "field"
+BEGIN, END = "<!-- field: begin -->", "<!-- field: end -->"
+
+# The dataset's packaged configs, and the epochs of each network.
+DATASETS = {"yoochoose1_64": ("config_yoochoose", 3), "diginetica": ("config_diginetica", 2)}
+
+_CE = ("loss=ce", "num_uniform_negatives=0", "num_batch_negatives=0", "topk_sampling=False")
+# Title, what follows the dataset's config in its name, and overrides.
+METHODS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "tron": ("TRON", "", ()),
+    "tron-ligr": (
+        "TRON on LiGR blocks", "", ("block=ligr", "activation=swiglu", "feed_forward_dim=800")
+    ),
+    "sasrec-ce": ("SASRec, cross-entropy", "", (*_CE, "lr=1e-3")),
+    "sasrec-sce": ("SASRec, SCE", "", (*_CE[1:], "loss=sce", "lr=1e-3")),
+    "recbole": ("SASRec as RecBole has it, cross-entropy", "_recbole", ()),
+    "gsasrec": ("gSASRec, gBCE, 256 negatives", "_gsasrec", ()),
+    "sasrec-bce": ("SASRec, BCE, 1 negative", "_sasrec", ()),
+    "gru4rec": ("GRU4Rec+, BPR-max", "_gru4rec", ()),
+    "bert4rec": ("BERT4Rec, cross-entropy", "_bert4rec", ()),
+    "session_knn": ("session-kNN (V-SKNN)", "", ("model=session_knn",)),
+    "markov": ("first-order Markov", "", ("model=markov",)),
+    "ease": ("EASE", "", ("model=ease",)),
+    "session_popular": ("most popular in the session", "", ("model=session_popular",)),
+    "popular": ("most popular", "", ("model=popular",)),
+}  # fmt: skip
+BASELINES = ("session_knn", "markov", "ease", "session_popular", "popular")
+
+
+def run(dataset: str, method: str, data_dir: Path, output_dir: Path) -> Path:
+    """Train and evaluate one method; returns its result file."""
+    title, suffix, overrides = METHODS[method]
+    config, epochs = DATASETS[dataset]
+    budget = () if method in BASELINES else (f"max_epochs={epochs}",)
+    name = f"{dataset}-{method}"
+    words = [
+        "train", "--config", f"{config}{suffix}", f"dataset_name={dataset}", *overrides, *budget,
+    ]  # fmt: skip
+    where = ["--data-dir", str(data_dir)]
+    before = _processor_seconds()
+    found = tron([*words, *where, "--output-dir", str(output_dir), "--name", name])
+    trained = _processor_seconds()
+    report = tron(["evaluate", found["checkpoint"], "--full-sessions", *where])
+    evaluated = _processor_seconds()
+    config_file = output_dir / name / "config.json"
+    result = {
+        "experiment": name,
+        "dataset": dataset,
+        "method": method,
+        "title": title,
+        "commands": [f"tron {' '.join(words)}", "tron evaluate RUN --full-sessions"],
+        "commit": commit(),
+        "hardware": hardware(),
+        "seed": json.loads(config_file.read_text())["seed"],
+        "epochs": None if method in BASELINES else epochs,
+        "training_processor_seconds": round(trained - before, 1),
+        "evaluation_processor_seconds": round(evaluated - trained, 1),
+        "validation": found["validation"],
+        "test": {key: value for key, value in report.items() if key != "checkpoint"},
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
+
+
+def table() -> str:
+    """Markdown of all committed results, a table a dataset, the best R@20 first."""
+    blocks = []
+    for dataset, (_, epochs) in DATASETS.items():
+        results = [json.loads(path.read_text()) for path in RESULTS.glob(f"{dataset}-*.json")]
+        results.sort(key=lambda result: -result["test"]["metrics"]["R@20"]["value"])
+        test = results[0]["test"]
+        lines = [
+            f"**{dataset}**, {epochs} epochs: {test['events']:,} test events of "
+            f"{test['sessions']:,} sessions, {test['items']:,} items",
+            "",
+            "| method | R@20 (std. error) | RR@20 (std. error) | nDCG@20 | training | evaluation |",
+            "|---|---:|---:|---:|---:|---:|",
+            *(_row(result) for result in results),
+        ]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _row(result: dict[str, Any]) -> str:
+    figures = result["test"]["metrics"]
+    cells = [
+        result["title"],
+        *(f"{figures[n]['value']:.4f} ({figures[n]['stderr']:.4f})" for n in ("R@20", "RR@20")),
+        f"{figures['nDCG@20']['value']:.4f}",
+        f"{result['training_processor_seconds']:,.0f} s",
+        f"{result['evaluation_processor_seconds']:,.0f} s",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _processor_seconds() -> float:
+    """Of all finished child processes."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run_parser = commands.add_parser("run", help="train and evaluate")
+    run_parser.add_argument("dataset", choices=DATASETS)
+    run_parser.add_argument("methods", nargs="+", choices=METHODS)
+    run_parser.add_argument("--data-dir", type=Path, default=ROOT / "datasets")
+    run_parser.add_argument("--output-dir", type=Path, default=ROOT / "runs")
+    commands.add_parser("table", help="rewrite the README's table")
+    arguments = parser.parse_args()
+    if arguments.command == "table":
+        replaced_in_readme(BEGIN, END, table())
+        return
+    for method in arguments.methods:
+        where = (arguments.data_dir.resolve(), arguments.output_dir.resolve())
+        print(run(arguments.dataset, method, *where))
+
+
+if __name__ == "__main__":
+    main()
