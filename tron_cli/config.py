@@ -99,10 +99,10 @@ class ExperimentConfig:
         below=1,
     )
     initialization: str = _setting(
-        "xavier",
-        "sasrec, bert4rec: TRON's (xavier), or N(0, 0.02) for all matrices and tables as in "
-        "RecBole (normal)",
-        choices=("xavier", "normal"),
+        "default",
+        "transformers: that of the original (default), or N(0, 0.02) for all matrices and tables "
+        "as in RecBole (normal)",
+        choices=("default", "normal"),
     )
     reuse_item_embeddings: bool | None = _setting(
         None,
@@ -379,7 +379,7 @@ _SETTINGS_OF_MODELS = {
     "feed_forward_dim": ("sasrec", "bert4rec"),
     "activation": ("sasrec", "bert4rec"),
     "attention_dropout_rate": ("sasrec", "bert4rec"),
-    "initialization": ("sasrec", "bert4rec"),
+    "initialization": ("sasrec", "gsasrec", "bert4rec"),
     "mask_probability": ("bert4rec",),
     "session_parallel": ("gru4rec",),
 }

@@ -51,6 +51,7 @@ def look_up(
     """
     assert batch.targets_N is not None
     num_events = len(batch.inputs_N)
+    num_ids = num_events + len(batch.targets_N)
     ids = torch.cat([batch.inputs_N, batch.targets_N, negatives.uniform.flatten()])
     if not sparse and len(ids) >= len(table_VD):
         return Looked(table_VD, batch, negatives)
@@ -62,11 +63,9 @@ def look_up(
         dataclasses.replace(
             batch,
             inputs_N=place[:num_events],
-            targets_N=place[num_events : 2 * num_events],
+            targets_N=place[num_events:num_ids],
         ),
-        dataclasses.replace(
-            negatives, uniform=place[2 * num_events :].view(negatives.uniform.shape)
-        ),
+        dataclasses.replace(negatives, uniform=place[num_ids:].view(negatives.uniform.shape)),
     )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from tron_cli.models.attention import Padding, packed_attention
 from tron_cli.models.dropout import Dropout
-from tron_cli.models.initialize import standard_normal
+from tron_cli.models.initialize import small_normal, small_normal_weights, standard_normal
 from tron_cli.models.transformer import Transformer
 from tron_cli.products import Linear
 
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 
 class GSASRec(Transformer):
-    """Item plus position embedding, dropout, blocks, final LayerNorm. All tables begin N(0, 1)."""
+    """Item plus position embedding, dropout, blocks, final LayerNorm.
+
+    initialization: "default" draws all tables from N(0, 1), as its code does, which takes long to
+    unlearn where items are many; "normal" draws tables and matrices from N(0, 0.02).
+    """
 
     def __init__(
         self,
@@ -38,8 +42,11 @@ class GSASRec(Transformer):
         positions: str,
         reuse_item_embeddings: bool,
         output_bias: bool,
+        initialization: str = "default",
         key_padding_mask: bool = True,
     ) -> None:
+        is_normal = initialization == "normal"
+        draw = small_normal if is_normal else standard_normal
         super().__init__(
             num_items=num_items,
             sequence_length=sequence_length,
@@ -49,13 +56,15 @@ class GSASRec(Transformer):
             key_padding_mask=key_padding_mask,
             reuse_item_embeddings=reuse_item_embeddings,
             output_bias=output_bias,
-            draw=standard_normal,
-            draw_outputs=standard_normal,
+            draw=draw,
+            draw_outputs=draw,
             blocks=lambda: [
                 GSASRecBlock(embedding_dim, num_heads, dropout_rate) for _ in range(num_blocks)
             ],
             output_norm=nn.LayerNorm(embedding_dim),
         )
+        if is_normal:
+            self.blocks.apply(small_normal_weights)
 
 
 class GSASRecBlock(nn.Module):

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from torch import nn
 
 _NUMBERS_AT_ONCE = 1 << 22
+_SMALL = 0.02  # standard deviation
 
 
 def xavier_uniform(rows: int, columns: int) -> torch.Tensor:
@@ -27,6 +29,19 @@ def xavier_uniform(rows: int, columns: int) -> torch.Tensor:
 def standard_normal(rows: int, columns: int) -> torch.Tensor:
     """[rows, columns], distributed as by nn.init.normal_."""
     return _drawn(rows, columns, lambda part, source: part.normal_(generator=source))
+
+
+def small_normal(rows: int, columns: int) -> torch.Tensor:
+    """[rows, columns] of N(0, 0.02), RecBole's choice after BERT's."""
+    return standard_normal(rows, columns).mul_(_SMALL)
+
+
+def small_normal_weights(module: nn.Module) -> None:
+    """The same for the matrix of a linear layer, whose biases are then zero; others stay."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=_SMALL)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def _drawn(

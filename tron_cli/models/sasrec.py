@@ -16,16 +16,19 @@ from torch.nn import functional as F
 
 from tron_cli.models.attention import Padding, packed_attention
 from tron_cli.models.dropout import Dropout
-from tron_cli.models.initialize import standard_normal, xavier_uniform
+from tron_cli.models.initialize import (
+    small_normal,
+    small_normal_weights,
+    standard_normal,
+    xavier_uniform,
+)
 from tron_cli.models.transformer import Transformer
 from tron_cli.products import Linear
 
 if TYPE_CHECKING:
     from tron_cli.batches import AttentionGroup
 
-# Of RecBole, after BERT.
-_NORMAL_STD = 0.02
-_POST_NORM_EPS = 1e-12
+_POST_NORM_EPS = 1e-12  # RecBole's
 
 
 class SwiGLU(nn.Module):
@@ -52,7 +55,7 @@ class SASRec(Transformer):
     activation="swiglu" and a feed_forward_dim of four times embedding_dim.
 
     feed_forward_dim: 0 is embedding_dim. attention_dropout_rate: of the attention weights; None is
-    dropout_rate. initialization: "xavier" is TRON's, with a separate output table N(0, 1);
+    dropout_rate. initialization: "default" is TRON's, Xavier with a separate output table N(0, 1);
     "normal" draws all matrices and tables from N(0, 0.02).
     """
 
@@ -74,7 +77,7 @@ class SASRec(Transformer):
         feed_forward_dim: int = 0,
         activation: str = "relu",
         attention_dropout_rate: float | None = None,
-        initialization: str = "xavier",
+        initialization: str = "default",
         key_padding_mask: bool = True,
     ) -> None:
         norm_first = block != "post-norm"
@@ -88,8 +91,8 @@ class SASRec(Transformer):
             key_padding_mask=key_padding_mask,
             reuse_item_embeddings=reuse_item_embeddings,
             output_bias=output_bias,
-            draw=_small_normal if initialization == "normal" else xavier_uniform,
-            draw_outputs=_small_normal if initialization == "normal" else standard_normal,
+            draw=small_normal if initialization == "normal" else xavier_uniform,
+            draw_outputs=small_normal if initialization == "normal" else standard_normal,
             blocks=lambda: [
                 Block(
                     embedding_dim,
@@ -111,7 +114,7 @@ class SASRec(Transformer):
             causal=self.causal,
         )
         if initialization == "normal":
-            self.blocks.apply(_normal_weights)
+            self.blocks.apply(small_normal_weights)
 
 
 class Block(nn.Module):
@@ -206,14 +209,3 @@ class Block(nn.Module):
 
 def _through(gate: nn.Module | None, x_ND: torch.Tensor, added_ND: torch.Tensor) -> torch.Tensor:
     return added_ND if gate is None else gate(x_ND).sigmoid() * added_ND
-
-
-def _small_normal(rows: int, columns: int) -> torch.Tensor:
-    return standard_normal(rows, columns).mul_(_NORMAL_STD)
-
-
-def _normal_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=_NORMAL_STD)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

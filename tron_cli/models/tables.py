@@ -36,7 +36,7 @@ class ItemTables(Model):
     ) -> None:
         """Rows 0 to num_items, drawn by `draw`; those of a separate output table by the other.
 
-        with_mask: inputs have a row more, for the mask.
+        with_mask: tables have a row more, for the mask.
         """
         super().__init__()
         self.num_items = num_items
@@ -44,12 +44,13 @@ class ItemTables(Model):
         self.output_bias = output_bias
         output_dim = embedding_dim + int(output_bias)
         input_dim = output_dim if reuse_item_embeddings else embedding_dim
-        self.item_embedding = embedding(draw(num_items + 1 + int(with_mask), input_dim))
+        rows = num_items + 1 + int(with_mask)
         self.mask_item = num_items + 1 if with_mask else None
+        self.item_embedding = embedding(draw(rows, input_dim))
         self.output_embedding = (
             self.item_embedding
             if reuse_item_embeddings
-            else embedding(draw_outputs(num_items + 1, output_dim))
+            else embedding(draw_outputs(rows, output_dim))
         )
 
     @property
