@@ -35,9 +35,14 @@ METHODS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "sasrec-ce": ("SASRec, cross-entropy", "", (*_CE, "lr=1e-3")),
     "sasrec-sce": ("SASRec, SCE", "", (*_CE[1:], "loss=sce", "lr=1e-3")),
     "recbole": ("SASRec as RecBole has it, cross-entropy", "_recbole", ()),
-    "gsasrec": ("gSASRec, gBCE, 256 negatives", "_gsasrec", ()),
+    "gsasrec": ("gSASRec, gBCE, 16 negatives", "_gsasrec", ()),
     "sasrec-bce": ("SASRec, BCE, 1 negative", "_sasrec", ()),
-    "gru4rec": ("GRU4Rec+, BPR-max", "_gru4rec", ()),
+    "gru4rec": ("GRU4Rec+, BPR-max, session-parallel", "_gru4rec", ("lr=0.1",)),
+    # As many events a step as there are lanes.
+    "gru4rec-whole": (
+        "GRU4Rec+, BPR-max, whole sessions", "_gru4rec",
+        ("lr=0.1", "session_parallel=False", "train_batch_size=11"),
+    ),
     "bert4rec": ("BERT4Rec, cross-entropy", "_bert4rec", ()),
     "session_knn": ("session-kNN (V-SKNN)", "", ("model=session_knn",)),
     "markov": ("first-order Markov", "", ("model=markov",)),
