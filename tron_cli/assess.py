@@ -16,6 +16,7 @@ from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
 from tron_cli.evaluate import predict
 from tron_cli.metrics import Figure, parse_measures, score
+from tron_cli.models import Model
 from tron_cli.registry import BASELINES
 from tron_cli.trec import check_writable, write_qrels, write_run
 
@@ -58,6 +59,11 @@ def assess(
             check_writable(path)
     depth = max(config.recommendation_limit, *(measure["cutoff"] for measure in measures))
     model = checkpoint.build_model(device)
+    if options.one_pass and isinstance(model, Model) and model.mask_item is not None:
+        raise InputError(
+            f"--one-pass is not for model={config.model}, which predicts from a mask behind each "
+            "history, so that one pass predicts one event; leave it out"
+        )
     predictions = predict(
         model,
         sessions,
@@ -86,7 +92,7 @@ def assess(
         "protocol": protocol,
         "split": options.split,
         "events": events,
-        "sessions": len(np.unique(predictions.session_E)),
+        "sessions": int(np.count_nonzero(np.bincount(predictions.session_E))),
         "items": dataset.num_items,
         "checkpoint": str(checkpoint.path),
         "dataset": dataset.name,

@@ -3,8 +3,8 @@
 Formulas: RecTools (github.com/MobileTeleSystems/RecTools), rectools/metrics. A "user" with a list
 there is a predicted event here, and a user of the previous interactions is a training session.
 
-Shapes: E predicted events (e of them at a time), K places of a list, I items; arrays _I have I + 1
-entries, of which entry 0 belongs to no item.
+Shapes: E predicted events (e of them at a time), K places of a list, P distinct (session, item)
+pairs, I items; arrays _I have I + 1 entries, of which entry 0 belongs to no item.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tron_cli.dataset import Sessions
+from tron_cli.events import distinct_pairs
 
 _EVENTS_AT_ONCE = 1 << 22  # of the training split
 _PLACES_AT_ONCE = 1 << 20  # of the lists
@@ -80,10 +81,8 @@ def count_items(train: Sessions, num_items: int, *, progress: str | None = None)
         item_N = train.items[low:high].astype(np.int64)
         session_N = np.repeat(np.arange(after - first), np.diff(train.offsets[first : after + 1]))
         events_I += np.bincount(item_N, minlength=num_items + 1)
-        # Sorted, not np.unique: that hashes, and takes a hundred times as long.
-        pair_N = np.sort(session_N * (num_items + 1) + item_N)
-        first_N = np.diff(pair_N, prepend=-1) > 0
-        sessions_I += np.bincount(pair_N[first_N] % (num_items + 1), minlength=num_items + 1)
+        _, item_P = distinct_pairs(session_N, item_N)
+        sessions_I += np.bincount(item_P, minlength=num_items + 1)
         bar.update(high - low)
         first = after
     bar.close()

@@ -18,7 +18,7 @@ from tron_cli.baselines.predict import predict_baseline
 from tron_cli.batches import pack
 from tron_cli.dataset import Sessions
 from tron_cli.errors import RunError
-from tron_cli.events import Predictions
+from tron_cli.events import Predictions, distinct_pairs
 from tron_cli.models import Model
 from tron_cli.ranking import Catalogue, SeenItems
 
@@ -264,8 +264,7 @@ def _seen(
     event_P = np.repeat(np.arange(len(begin_E)), length_E)
     place_P = np.arange(length_E.sum()) - (np.cumsum(length_E) - length_E)[event_P]
     item_P = sessions.items[begin_E[event_P] + place_P].astype(np.int64)
-    width = int(item_P.max()) + 1
-    event_P, item_P = np.divmod(np.unique(event_P * width + item_P), width)
+    event_P, item_P = distinct_pairs(event_P, item_P)
     is_target = item_P == target_E[event_P]
     missed_E = np.zeros(len(begin_E), dtype=bool)
     missed_E[event_P[is_target]] = True

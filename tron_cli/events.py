@@ -1,6 +1,6 @@
 """Which events of a split are predicted, and from which history each.
 
-Shapes: E predicted events, P (event, item of its history) pairs.
+Shapes: E predicted events, P (event, item of its history) or other (row, item) pairs.
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ class Histories:
         """Event and item of the distinct items before each target, from the session's beginning."""
         event_P, place_P = ranges(self.begin_E, self.position_E)
         item_P = self.items[place_P].astype(np.int64)
-        width = int(item_P.max(initial=0)) + 1
-        event_P, item_P = np.divmod(np.unique(event_P * width + item_P), width)
-        return event_P, item_P
+        return distinct_pairs(event_P, item_P)
 
 
 def predicted_events(
@@ -120,6 +118,14 @@ def predicted_events(
         start_E=np.maximum(begin_E, end_E - window),
         position_E=position_E,
     )
+
+
+def distinct_pairs(row_P: np.ndarray, item_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row and item (int64, neither negative) of each pair once, in ascending order."""
+    width = int(item_P.max(initial=0)) + 1
+    # Sorted, not np.unique: that hashes, and takes a hundred times as long.
+    key_P = np.sort(row_P * width + item_P)
+    return np.divmod(key_P[np.diff(key_P, prepend=-1) > 0], width)
 
 
 def ranges(low_R: np.ndarray, high_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from tron_cli.baselines.base import Baseline
 from tron_cli.baselines.ranking import Candidates, Excluded, best_items
 from tron_cli.dataset import Sessions
 from tron_cli.errors import InputError
-from tron_cli.events import Histories, ranges
+from tron_cli.events import Histories, distinct_pairs, ranges
 
 MOST_ITEMS = 20_000  # whose two float64 matrices take 6.4 GB
 _PAIRS_AT_ONCE = 1 << 22
@@ -45,7 +45,7 @@ class EASE(Baseline):
         """weights: float32 [I + 1, I + 1], entry (i, j) what item i of a history adds to item j."""
         width = self.num_items + 1
         session_N = np.repeat(np.arange(len(sessions)), sessions.lengths)
-        session_D, item_D = np.divmod(np.unique(session_N * width + sessions.items), width)
+        session_D, item_D = distinct_pairs(session_N, sessions.items)
         matrix = torch.zeros(width, width, dtype=torch.float64)
         _add_together(matrix, session_D, item_D, len(sessions))
         matrix.diagonal().add_(self.l2)
@@ -91,9 +91,7 @@ class EASE(Baseline):
     def scores(self, histories: Histories) -> np.ndarray:
         """float64 [E, I + 1]: of each item; -inf for item 0, which is none."""
         event_P, item_P, _ = histories.pairs()
-        event_P, item_P = np.divmod(
-            np.unique(event_P * (self.num_items + 1) + item_P), self.num_items + 1
-        )
+        event_P, item_P = distinct_pairs(event_P, item_P)
         first_E = np.searchsorted(event_P, np.arange(len(histories)))
         score_EI = np.add.reduceat(self.weights[item_P], first_E, axis=0, dtype=np.float64)
         score_EI[:, 0] = -np.inf
