@@ -82,7 +82,17 @@ def test_importing_all_of_prepare_loads_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-ARITHMETIC = ("losses", "negatives", "logits", "lookup", "products", "registry")
+ARITHMETIC = (
+    "losses",
+    "cross_entropy",
+    "scalable_cross_entropy",
+    "samplers",
+    "negatives",
+    "logits",
+    "lookup",
+    "products",
+    "registry",
+)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +123,9 @@ def test_imports_point_one_way() -> None:
         ("train", {"cli", "assess", "prepare"}),
         ("run", {"cli", "train", "evaluate", "assess", "prepare"}),
         ("prepare", {"cli", "train", "evaluate", "assess", "models", "checkpoint", "config"}),
+        ("registry", {"config", "models", "baselines", "losses", "samplers", "negatives"}),
+        ("baselines", {"cli", "train", "fit", "evaluate", "assess", "checkpoint", "prepare"}),
+        ("feed", {"cli", "train", "evaluate", "assess", "checkpoint", "prepare", "losses"}),
     ],
 )
 def test_lower_layers_do_not_know_the_upper_ones(lower: str, uppers: set[str]) -> None:
@@ -126,6 +139,16 @@ def test_the_command_line_imports_torch_only_in_commands() -> None:
         module.split(".")[0] for module in imported(MODULES["tron_cli.cli"], in_functions=False)
     }
     assert not found & {"torch", "numpy", "polars", "ir_measures"}
+
+
+def test_reading_a_configuration_loads_no_torch() -> None:
+    script = (
+        "import sys; from tron_cli.config import load_config, packaged_configs\n"
+        "for name in packaged_configs(): load_config(name)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_there_is_no_utils() -> None:
