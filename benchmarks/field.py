@@ -95,6 +95,8 @@ def table() -> str:
     blocks = []
     for dataset, (_, epochs) in DATASETS.items():
         results = [json.loads(path.read_text()) for path in RESULTS.glob(f"{dataset}-*.json")]
+        if not results:
+            continue
         results.sort(key=lambda result: -result["test"]["metrics"]["R@20"]["value"])
         test = results[0]["test"]
         lines = [

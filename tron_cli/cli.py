@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="tron",
-    help="Train and evaluate session-based recommenders on catalogues of millions of items.",
+    help="Train, evaluate and compare session-based recommenders on catalogues of millions of "
+    "items.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,6 +44,8 @@ app.add_typer(prepare_app, name="prepare")
 app.add_typer(config_app, name="config")
 
 log = logging.getLogger("tron")
+
+CONFIG_HELP = "A Python config, one of otto-de/TRON's JSON files, or the name of a packaged config."
 
 DataDir = Annotated[Path, typer.Option("--data-dir", help="Folder of the prepared datasets.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -123,9 +126,7 @@ def _options(
 @app.command()
 def train(
     overrides: Overrides = None,
-    config: Annotated[
-        str | None, typer.Option(help="A config file, or the name of a packaged config.")
-    ] = None,
+    config: Annotated[str | None, typer.Option(help=CONFIG_HELP)] = None,
     data_dir: DataDir = Path("datasets"),
     output_dir: Annotated[
         Path | None, typer.Option(help="Where the run's folder is made; default: runs.")
@@ -144,7 +145,7 @@ def train(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Train a model; the best checkpoint by validation is kept."""
+    """Train a model, keeping the best checkpoint by validation, or fit a baseline."""
     from tron_cli.checkpoint import load_checkpoint
     from tron_cli.profile import StepProfiler
 
@@ -426,7 +427,7 @@ def demo(
 
 @config_app.command("show")
 def config_show(
-    config: Annotated[str, typer.Argument(help="A config file, or the name of a packaged config.")],
+    config: Annotated[str, typer.Argument(help=CONFIG_HELP)],
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
