@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import field as the_field
 from benchmarks.accuracy import BEGIN, END, EXPERIMENTS, table
 from tron_cli.config import FIELDS, load_config, packaged_configs, parse_overrides
 from tron_cli.errors import InputError
+from tron_cli.registry import BASELINES, CATALOGUE_LOSSES, LOSSES, MODELS, SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,6 +23,13 @@ def commands() -> list[str]:
     blocks = "".join(re.findall(r"^```\w*\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE))
     joined = blocks.replace("\\\n", " ")
     return [line for line in joined.splitlines() if line.startswith("tron ")]
+
+
+NO_NEGATIVES = ["num_uniform_negatives=0", "num_batch_negatives=0", "topk_sampling=False"]
+
+
+def section(heading: str) -> str:
+    return re.search(rf"^## {heading}\n(.*?)(?=^## )", README, re.DOTALL | re.MULTILINE).group(1)
 
 
 @cache
@@ -33,7 +42,9 @@ def help_text(*command: str) -> str:
 
 
 def test_every_setting_stands_in_the_table_with_its_default():
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", README, flags=re.MULTILINE))
+    rows = dict(
+        re.findall(r"^\| `(\w+)` \| (.*?) \|", section("Configuration"), flags=re.MULTILINE)
+    )
     for name, field in FIELDS.items():
         shown = rows[name].strip("`")
         if name == "dataset_name":
@@ -51,7 +62,8 @@ def test_every_setting_stands_in_the_table_with_its_default():
 
 
 def test_names_of_other_tools_get_the_hint_that_the_table_gives():
-    rows = re.findall(r"^\| `(\w+)` \| .*? \| .*? \| (.*) \|$", README, flags=re.MULTILINE)
+    table = section("Configuration")
+    rows = re.findall(r"^\| `(\w+)` \| .*? \| .*? \| (.*) \|$", table, flags=re.MULTILINE)
     named = [(name, other) for name, cells in rows for other in re.findall(r"`(\w+)", cells)]
     assert len(named) > 60
     for name, other in named:
@@ -85,11 +97,85 @@ def test_the_results_are_those_of_the_committed_files():
         assert f"**{experiment.dataset}**" in shown
 
 
+def test_the_field_is_that_of_the_committed_files():
+    shown = README.partition(the_field.BEGIN)[2].partition(the_field.END)[0].strip()
+    assert shown == the_field.table()
+
+
+@pytest.mark.parametrize(
+    ("heading", "registered"),
+    [
+        ("Models", MODELS),
+        ("Losses", {**LOSSES, **CATALOGUE_LOSSES}),
+        ("Negatives", SAMPLERS),
+        ("Baselines", BASELINES),
+    ],
+)
+def test_everything_registered_has_its_row(heading, registered):
+    rows = re.findall(r"^\| `([\w-]+)` \|", section(heading), flags=re.MULTILINE)
+    assert sorted(rows) == sorted(registered)
+
+
+def test_every_packaged_config_is_named_and_every_named_one_exists():
+    assert set(re.findall(r"\bconfig_\w+", README)) == set(packaged_configs())
+
+
+def test_settings_of_the_published_forms_are_accepted():
+    """Each run of settings in the table of models, by the model of its row or of those above."""
+    model, tried = "", 0
+    for row in re.findall(r"^\|.*\|$", section("Models"), flags=re.MULTILINE)[2:]:
+        name, _, form, _ = (cell.strip() for cell in row.strip("|").split("|"))
+        model = name.strip("`") or model
+        for words in re.findall(r"`((?:\w+=[\w.-]+ ?)+)`", form):
+            overrides = words.split()
+            if "loss=ce" in overrides or "loss=gbce" in overrides:
+                continue  # these have something to say about negatives too: see below
+            config, _ = load_config("config_synthetic", [f"model={model}", *overrides])
+            assert config.model == model
+            tried += 1
+    assert tried >= 6
+
+
+@pytest.mark.parametrize("setting", ["num_uniform_negatives=8", "topk_sampling=True"])
+def test_losses_refuse_what_the_table_says(setting):
+    """And take what it does not name."""
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\| (\w+) \| .*\|$", section("Losses"), re.M))
+    assert {name for name, negatives in rows.items() if negatives == "none"} == {*CATALOGUE_LOSSES}
+    for loss in rows:
+        overrides = {"loss": loss, **dict(word.split("=") for word in NO_NEGATIVES)}
+        overrides |= {"num_uniform_negatives": "8"} if loss in LOSSES else {}
+        overrides |= {"topk_sampling_k": "4", "reject_in_batch_items": "False"}
+        overrides |= dict([setting.split("=")])
+        words = [f"{key}={value}" for key, value in overrides.items()]
+        if loss in CATALOGUE_LOSSES or (loss == "gbce" and setting == "topk_sampling=True"):
+            with pytest.raises(InputError, match=f"loss={loss} .*{setting}"):
+                load_config("config_synthetic", words)
+        else:
+            load_config("config_synthetic", words)
+
+
+def test_links_within_the_repository_lead_somewhere():
+    for page in ("README.md", "ARCHITECTURE.md"):
+        for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", (ROOT / page).read_text()):
+            path, _, anchor = target.partition("#")
+            text = (ROOT / (path or page)).read_text()
+            headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in headings]
+            assert not anchor or anchor in slugs, target
+
+
 def test_every_module_stands_in_the_architecture():
+    """By its name, and in the folder that the table gives it."""
     architecture = (ROOT / "ARCHITECTURE.md").read_text()
-    for path in (ROOT / "tron_cli").rglob("*.py"):
-        if path.name not in ("__init__.py", "__main__.py") and path.parent.name not in (
-            "configs",
-            "models",
-        ):
-            assert f"{path.name}`" in architecture, path.name
+    named = set()
+    for cell in re.findall(r"^\| (`.*?`) \|", architecture, flags=re.MULTILINE):
+        folder = Path()
+        for name in re.findall(r"`([\w/]+\.py)`", cell):
+            path = Path(name) if "/" in name else folder / name
+            folder = path.parent
+            named.add(path)
+    package = ROOT / "tron_cli"
+    there = {path.relative_to(package) for path in package.rglob("*.py")}
+    assert named <= there
+    unnamed = {path for path in there - named if path.name not in ("__init__.py", "__main__.py")}
+    assert {path.parent.name for path in unnamed} == {"configs"}
