@@ -402,16 +402,16 @@ def test_what_is_recorded_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> No
     def recorder(
         device: torch.device = cuda,
         dtype: torch.dtype = torch.bfloat16,
-        profiled: bool = False,
+        records: bool = True,
         **changes: Any,
     ) -> Any:
-        return training._recorder(settings(**changes), device, dtype, profiled=profiled)
+        return training._recorder(settings(**changes), device, dtype, records=records)
 
     assert recorder() == recorder(dtype=torch.float32) == "a recorder"
     assert recorder(cuda_graphs=False) is None
     assert recorder(device=CPU) is None
     assert recorder(dtype=torch.float16) is None
-    assert recorder(profiled=True) is None
+    assert recorder(records=False) is None  # a profiler, or a model of other shapes in every step
 
 
 # --- batches prepared ahead -----------------------------------------------------------------------

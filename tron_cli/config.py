@@ -264,13 +264,10 @@ class ExperimentConfig:
             )
         if not self.metrics:
             raise InputError("metrics must name at least one measure, such as R@20")
-        if self.embedding_dim % self.num_heads:
-            raise InputError(
-                f"embedding_dim={self.embedding_dim} is not a multiple of "
-                f"num_heads={self.num_heads}; change one of them"
-            )
-        self._check_model()
-        self._check_loss()
+        self._check_effects()
+        if self.model in MODELS:
+            self._check_model()
+            self._check_loss()
         for measure in (*self.metrics, self.val_metric):
             if not re.fullmatch(r"[A-Za-z_]+(\(.*\))?@[1-9][0-9]*", measure):
                 raise InputError(
@@ -278,36 +275,46 @@ class ExperimentConfig:
                     f"not {measure!r}"
                 )
 
+    def _check_effects(self) -> None:
+        """Whether what is set has an effect; what only networks have may stand by a baseline."""
+        for name, (key, choices) in _SETTINGS_OF.items():
+            value, default, choice = getattr(self, name), FIELDS[name].default, getattr(self, key)
+            if choice in choices or value == default:
+                continue
+            if self.model in BASELINES and BASELINES.keys().isdisjoint(choices):
+                continue
+            raise InputError(
+                f"{name}={value} is a setting of {key}={' or '.join(choices)} and has no effect on "
+                f"{key}={choice}; leave it out, or add {name}={default}"
+            )
+
     def _check_model(self) -> None:
-        """Whether what is set has an effect on this model."""
-        if self.model in BASELINES:
-            return
-        for name, models in _SETTINGS_OF_MODELS.items():
-            value = getattr(self, name)
-            if self.model not in models and value != FIELDS[name].default:
-                raise InputError(
-                    f"{name}={value} is a setting of {' and '.join(models)} and has no effect on "
-                    f"model={self.model}; leave it out"
-                )
+        """Whether the settings of the network make sense together."""
+        if self.embedding_dim % self.num_heads:
+            raise InputError(
+                f"embedding_dim={self.embedding_dim} is not a multiple of "
+                f"num_heads={self.num_heads}; change one of them"
+            )
+        if self.session_parallel and self.sampling_style != "batchwise":
+            self._need(
+                "session_parallel=True shows one event of a session a step, so that its others "
+                "cannot be rejected",
+                {"reject_uniform_session_items": False},
+            )
 
     def _check_loss(self) -> None:
         """Whether loss and negatives make sense together."""
         negatives = self.num_uniform_negatives + self.num_batch_negatives
-        batchwise = self.sampling_style == "batchwise"
-        has_negatives = {
-            f"num_uniform_negatives={self.num_uniform_negatives}": self.num_uniform_negatives,
-            f"num_batch_negatives={self.num_batch_negatives}": self.num_batch_negatives,
-            "topk_sampling=True": self.topk_sampling,
-        }
-        rejects = {
-            "reject_uniform_session_items=True": self.reject_uniform_session_items
-            and not batchwise,
-            "reject_in_batch_items=True": self.reject_in_batch_items and batchwise,
-        }
         if self.loss in CATALOGUE_LOSSES:
-            self._refuse(
+            self._need(
                 f"loss={self.loss} compares with the whole catalogue and draws no negatives",
-                {**has_negatives, "final_activation=True": self.final_activation},
+                {
+                    "num_uniform_negatives": 0,
+                    "num_batch_negatives": 0,
+                    "topk_sampling": False,
+                    "final_activation": False,
+                    "logq_correction": False,
+                },
             )
             return
         if negatives == 0:
@@ -320,38 +327,36 @@ class ExperimentConfig:
                 f"topk_sampling_k={self.topk_sampling_k} exceeds the {negatives} negatives "
                 "(num_uniform_negatives + num_batch_negatives); lower it"
             )
+        all_as_drawn: dict[str, Any] = {"topk_sampling": False, "final_activation": False}
+        if self.num_uniform_negatives:
+            batchwise = self.sampling_style == "batchwise"
+            rejects = "reject_in_batch_items" if batchwise else "reject_uniform_session_items"
+            all_as_drawn[rejects] = False
         if self.loss == "gbce":
             # Its beta holds for negatives drawn uniformly from all items, and all used.
-            others = {key: value for key, value in has_negatives.items() if "uniform" not in key}
-            sampler = {
-                f"negative_sampler={self.negative_sampler}": self.negative_sampler != "uniform"
-            }
-            self._refuse(
+            self._need(
                 "loss=gbce needs plain uniform negatives",
-                {**others, **rejects, **sampler, "final_activation=True": self.final_activation},
+                {**all_as_drawn, "num_batch_negatives": 0, "negative_sampler": "uniform"},
             )
         if self.logq_correction:
             if self.loss != "ssm":
                 raise InputError(
                     f"logq_correction=True corrects loss=ssm, not loss={self.loss}; set it to False"
                 )
-            # Expected draws of an item are known only where nothing is rejected or chosen.
-            self._refuse(
-                "logq_correction needs all negatives as they were drawn",
-                {
-                    "topk_sampling=True": self.topk_sampling,
-                    "final_activation=True": self.final_activation,
-                    **(rejects if self.num_uniform_negatives else {}),
-                },
+            # How many of an item to expect is known only where nothing is rejected or chosen. A
+            # target among the negatives would be in the sum twice.
+            self._need(
+                "logq_correction needs all negatives as they were drawn, but for the target",
+                {**all_as_drawn, "mask_collisions": True},
             )
 
-    def _refuse(self, reason: str, settings: dict[str, Any]) -> None:
-        """Raise an InputError that names those of the settings that are on."""
-        wrong = [name for name, value in settings.items() if value]
+    def _need(self, reason: str, values: dict[str, Any]) -> None:
+        """Raise an InputError that names the settings of other values, and what to add."""
+        wrong = [name for name, value in values.items() if getattr(self, name) != value]
         if wrong:
             raise InputError(
-                f"{reason}, but got {' and '.join(wrong)}; set these to False, 0 or their default, "
-                "or take another loss"
+                f"{reason}, but got {', '.join(f'{name}={getattr(self, name)}' for name in wrong)};"
+                f" add {' '.join(f'{name}={values[name]}' for name in wrong)}"
             )
 
     @property
@@ -371,17 +376,27 @@ class ExperimentConfig:
 FIELDS = {field.name: field for field in dataclasses.fields(ExperimentConfig)}
 _TYPES = typing.get_type_hints(ExperimentConfig)
 
-# Settings that only these networks have.
-_SETTINGS_OF_MODELS = {
-    "num_heads": ("sasrec", "gsasrec", "bert4rec"),
-    "key_padding_mask": ("sasrec", "gsasrec", "bert4rec"),
-    "block": ("sasrec", "bert4rec"),
-    "feed_forward_dim": ("sasrec", "bert4rec"),
-    "activation": ("sasrec", "bert4rec"),
-    "attention_dropout_rate": ("sasrec", "bert4rec"),
-    "initialization": ("sasrec", "gsasrec", "bert4rec"),
-    "mask_probability": ("bert4rec",),
-    "session_parallel": ("gru4rec",),
+_TRANSFORMERS = ("sasrec", "gsasrec", "bert4rec")
+
+# Settings that have an effect only where another one has one of these values. Not gbce_t and
+# bpr_penalty, which files of TRON and gSASRec hold whatever their loss is.
+_SETTINGS_OF = {
+    **dict.fromkeys(
+        ("num_heads", "positions", "key_padding_mask", "initialization"), ("model", _TRANSFORMERS)
+    ),
+    **dict.fromkeys(
+        ("block", "feed_forward_dim", "activation", "attention_dropout_rate"),
+        ("model", ("sasrec", "bert4rec")),
+    ),
+    "mask_probability": ("model", ("bert4rec",)),
+    "session_parallel": ("model", ("gru4rec",)),
+    **dict.fromkeys(("knn_neighbors", "knn_sample_size"), ("model", ("session_knn",))),
+    "ease_l2": ("model", ("ease",)),
+    **dict.fromkeys(
+        ("sce_buckets", "sce_bucket_positions", "sce_bucket_items", "sce_mix"), ("loss", ("sce",))
+    ),
+    "popularity_alpha": ("negative_sampler", ("popularity", "mixed")),
+    "mixed_share": ("negative_sampler", ("mixed",)),
 }
 
 # What people type who come from TRON, gSASRec, RecBole or RecTools.

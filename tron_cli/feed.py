@@ -14,6 +14,8 @@ from tron_cli.dataset import Sessions
 from tron_cli.lanes import Lanes
 from tron_cli.models import Model
 
+_SESSIONS_AT_ONCE = 1 << 16  # counted together
+
 
 class Feed(Protocol):
     """Batches on the CPU, asked for in ascending order of steps, from any first one.
@@ -80,6 +82,30 @@ class Cloze(WholeSessions):
             mask_probability=self._config.mask_probability,
             random=np.random.default_rng([self._config.seed, step]),
         )
+
+
+def expected_in_batch(config: ExperimentConfig, sessions: Sessions, model: Model) -> np.ndarray:
+    """float64 [I]: how many of a position's in-batch negatives are each item, on average.
+
+    They are occurrences among the inputs of a batch of sessions that were chosen at random. Left
+    out of account is what depends on the own session, and BERT4Rec's random replacements.
+    """
+    count_V = np.zeros(model.num_items + 1)
+    for low in range(0, len(sessions), _SESSIONS_AT_ONCE):
+        offsets = sessions.offsets[low : low + _SESSIONS_AT_ONCE + 1]
+        ends = offsets[1:] if model.mask_item is not None else offsets[1:] - 1
+        window = config.sequence_length + int(model.mask_item is not None)
+        begins = np.maximum(offsets[:-1], ends - window)
+        place = np.arange(offsets[0], offsets[-1])
+        session = np.repeat(np.arange(len(ends)), np.diff(offsets))
+        is_input = (place >= begins[session]) & (place < ends[session])
+        items = sessions.items[offsets[0] : offsets[-1]][is_input]
+        count_V += np.bincount(items, minlength=len(count_V))
+    count_I = count_V[1:]
+    rows = min(config.train_batch_size, len(sessions)) - int(config.reject_in_batch_items)
+    inputs_a_row = 1 if config.session_parallel else count_I.sum() / len(sessions)
+    expected = min(config.num_batch_negatives, rows * inputs_a_row)
+    return count_I * (expected / count_I.sum())
 
 
 @functools.lru_cache(maxsize=1)

@@ -38,12 +38,12 @@ class Distribution:
         cls,
         weight_I: np.ndarray,
         *,
-        expected_of: tuple[int, int, np.ndarray] | None,
+        expected_of: tuple[int, np.ndarray] | None,
         device: torch.device,
     ) -> Distribution:
         """weight_I: float64, not negative, in proportion to which items are drawn. expected_of:
-        numbers of drawn and of in-batch negatives, and float64 [I] training occurrences, where the
-        loss asks how many of each item to expect."""
+        how many are drawn for a position, and float64 [I], how many of its in-batch negatives to
+        expect of each item, where the loss asks how many there are of both kinds."""
         share_I = weight_I / weight_I.sum()
         cumulative_V = log_expected_V = None
         if weight_I.min() < weight_I.max():
@@ -52,10 +52,8 @@ class Distribution:
             whole_I = np.maximum(whole_I, weight_I > 0)
             cumulative_V = torch.from_numpy(np.concatenate([[0], whole_I.cumsum()])).to(device)
         if expected_of is not None:
-            drawn, in_batch, count_I = expected_of
-            expected_I = drawn * share_I
-            if in_batch:
-                expected_I = expected_I + in_batch * count_I / count_I.sum()
+            drawn, in_batch_I = expected_of
+            expected_I = drawn * share_I + in_batch_I
             # An item that is never a negative needs no correction.
             log_I = np.log(np.where(expected_I > 0, expected_I, 1.0))
             log_expected_V = torch.from_numpy(np.append(0.0, log_I)).float().to(device)
@@ -198,7 +196,8 @@ def _draw(
         return torch.randint(1, num_items + 1, shape, device=device), None
     if gaps is None:
         draws = torch.rand(shape, dtype=torch.float64, device=device)
-        place = (draws * distribution.total).long()
+        # Rounding may lead to the end itself, where no item is.
+        place = (draws * distribution.total).long().clamp(max=distribution.total - 1)
         return distribution.item_at(place).clamp(1, num_items), None
     rows, width = gaps.gaps_RJ.shape
     draws = torch.rand((rows, shape[-1]), dtype=torch.float64, device=device)

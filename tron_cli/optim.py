@@ -96,8 +96,7 @@ class Optimizer:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Raises InputError where the state is that of another optimizer."""
-        kinds = [set(state) for state in self.state]
-        if "steps" not in saved or [set(values) for values in saved["state"]] != kinds:
+        if "steps" not in saved or _shapes(saved["state"]) != _shapes(self.state):
             raise InputError(
                 "the saved state of the optimizer is that of another optimizer or of another "
                 "version of tron; start a new run"
@@ -315,6 +314,10 @@ def _zeros_like(weights: torch.Tensor) -> torch.Tensor:
         with suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=weights.dtype).view(weights.shape)
+
+
+def _shapes(states: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Size]]:
+    return [{name: value.shape for name, value in state.items()} for state in states]
 
 
 def _touched_rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

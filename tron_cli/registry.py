@@ -7,9 +7,13 @@ which settings it needs; `build` hands it these.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
+
+from tron_cli.errors import InputError
 
 if TYPE_CHECKING:
     from tron_cli.config import ExperimentConfig
@@ -61,7 +65,16 @@ def load(entry: str) -> Any:
 
 
 def settings_of(entry: str, config: ExperimentConfig, **more: Any) -> dict[str, Any]:
-    """The settings that an entry's keyword-only parameters name, from `more` or the config."""
+    """The settings that an entry's keyword-only parameters name, from `more` or the config.
+
+    Raises InputError where one names neither.
+    """
+    values = {**{field.name: getattr(config, field.name) for field in fields(config)}, **more}
     parameters = inspect.signature(load(entry)).parameters.values()
     names = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
-    return {name: more[name] if name in more else getattr(config, name) for name in names}
+    for name in names:
+        if name not in values:
+            near = difflib.get_close_matches(name, values, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"{entry} has a keyword-only parameter {name!r}, no setting{hint}")
+    return {name: values[name] for name in names}

@@ -20,7 +20,7 @@ def popularity(count_I: np.ndarray, *, popularity_alpha: float) -> np.ndarray:
     0.75 is word2vec's choice (Mikolov et al., NeurIPS 2013). count_I: float64, occurrences of each
     item in training.
     """
-    return count_I**popularity_alpha
+    return (count_I / count_I.max()) ** popularity_alpha  # so that none is too large a number
 
 
 def mixed(count_I: np.ndarray, *, popularity_alpha: float, mixed_share: float) -> np.ndarray:
