@@ -100,7 +100,7 @@ ARITHMETIC = (
     [name for name in MODULES if name.startswith("tron_cli.models") or group(name) in ARITHMETIC],
 )
 def test_the_arithmetic_imports_only_arrays_and_itself(name: str) -> None:
-    allowed = {"torch", "numpy", "models", *ARITHMETIC, *sys.stdlib_module_names}
+    allowed = {"torch", "numpy", "errors", "models", *ARITHMETIC, *sys.stdlib_module_names}
     found = {group(module).split(".")[0] for module in imported(MODULES[name])}
     assert found <= allowed
 

@@ -71,7 +71,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tron(checkout: Path, *words: str) -> dict:
     """What the copy's command prints with --json."""
     done = subprocess.run(
-        [sys.executable, "-m", "tron_cli", *words, "--json"],
+        [sys.executable, "-m", "tron_cli", *words, "--device", "cpu", "--json"],
         cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout)},
         capture_output=True, text=True,
     )  # fmt: skip
