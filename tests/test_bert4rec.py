@@ -289,10 +289,12 @@ def torch_encoder(model: BERT4Rec, block: str) -> nn.TransformerEncoder:
 
 @pytest.mark.parametrize("positions", ["end", "start", "none"])
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("key_padding_mask", [True, False])
 def test_hidden_states_are_those_of_torchs_encoder_in_both_directions(
-    positions: str, block: str, rng: np.random.Generator
+    positions: str, block: str, key_padding_mask: bool, rng: np.random.Generator
 ) -> None:
-    model = make_model(positions, block).double()
+    """Without key_padding_mask padding is attended to, zero at the input of every layer."""
+    model = make_model(positions, block, key_padding_mask=key_padding_mask).double()
     batch = cloze(random_sessions(rng, 12, ITEMS))
     table_VD = model.item_embedding.weight.detach().clone().requires_grad_()
     window = LENGTH + 1
@@ -313,9 +315,12 @@ def test_hidden_states_are_those_of_torchs_encoder_in_both_directions(
         normed = model.input_norm
         x_BWD = nn.functional.layer_norm(x_BWD, (8,), normed.weight, normed.bias, 1e-12)
     encoder = torch_encoder(model, block)
-    if block == "pre-norm":
-        encoder.norm.load_state_dict(model.norm.state_dict())
-    expected_ND = encoder(x_BWD, src_key_padding_mask=~is_real_BW)[is_real_BW]
+    final_norm = encoder.norm or nn.Identity()
+    final_norm.load_state_dict(model.norm.state_dict())
+    for layer in encoder.layers:
+        hidden = ~is_real_BW if key_padding_mask else None
+        x_BWD = layer(x_BWD * is_real_BW[:, :, None], src_key_padding_mask=hidden)
+    expected_ND = final_norm(x_BWD)[is_real_BW]
     found_ND = model(batch)
     torch.testing.assert_close(found_ND, expected_ND, rtol=0, atol=1e-10)
     weights_ND = torch.randn_like(expected_ND)

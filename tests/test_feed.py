@@ -165,3 +165,17 @@ def test_padding_changes_no_session(rows: list[list[int]], sessions: Sessions) -
             assert torch.equal(getattr(wide, name)[:events], getattr(batch, name))
         assert not wide.inputs_N[events:].any()
     assert not feed_of(sessions, padded=True, **KINDS["cloze"]).batch(0).padded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_in_one_piece_is_the_same(kind: str, sessions: Sessions) -> None:
+    """As it goes to a device: views of one stretch of memory, masks and lanes among them."""
+    batch = feed_of(sessions, **KINDS[kind]).batch(3)
+    whole = batch.in_one_piece(pinned=False)
+    assert values(whole) == values(batch)
+    assert torch.equal(whole.target_rows_P, batch.target_rows_P)
+    begin = whole.memory.data_ptr()
+    for name in ("inputs_N", "predicting_P", "lanes_B"):
+        tensor = getattr(whole, name)
+        if tensor is not None:
+            assert 0 <= tensor.data_ptr() - begin < 8 * whole.memory.numel()
