@@ -349,6 +349,12 @@ class ExperimentConfig:
                 "logq_correction needs all negatives as they were drawn, but for the target",
                 {**all_as_drawn, "mask_collisions": True},
             )
+            if self.model == "bert4rec":
+                self._need(
+                    "logq_correction cannot expect in-batch negatives that model=bert4rec masks "
+                    "at random",
+                    {"num_batch_negatives": 0},
+                )
 
     def _need(self, reason: str, values: dict[str, Any]) -> None:
         """Raise an InputError that names the settings of other values, and what to add."""

@@ -84,18 +84,17 @@ class Cloze(WholeSessions):
         )
 
 
-def expected_in_batch(config: ExperimentConfig, sessions: Sessions, model: Model) -> np.ndarray:
+def expected_in_batch(config: ExperimentConfig, sessions: Sessions, num_items: int) -> np.ndarray:
     """float64 [I]: how many of a position's in-batch negatives are each item, on average.
 
-    They are occurrences among the inputs of a batch of sessions that were chosen at random. Left
-    out of account is what depends on the own session, and BERT4Rec's random replacements.
+    They are occurrences among the inputs of a batch of sessions that were chosen at random, which
+    are not masked. Left out of account is what depends on the own session.
     """
-    count_V = np.zeros(model.num_items + 1)
+    count_V = np.zeros(num_items + 1)
     for low in range(0, len(sessions), _SESSIONS_AT_ONCE):
         offsets = sessions.offsets[low : low + _SESSIONS_AT_ONCE + 1]
-        ends = offsets[1:] if model.mask_item is not None else offsets[1:] - 1
-        window = config.sequence_length + int(model.mask_item is not None)
-        begins = np.maximum(offsets[:-1], ends - window)
+        ends = offsets[1:] - 1  # the last event is the input of nothing
+        begins = np.maximum(offsets[:-1], ends - config.sequence_length)
         place = np.arange(offsets[0], offsets[-1])
         session = np.repeat(np.arange(len(ends)), np.diff(offsets))
         is_input = (place >= begins[session]) & (place < ends[session])

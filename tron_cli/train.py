@@ -91,7 +91,7 @@ def train(
     feed = build_feed(config, sessions, model, padded=on_gpu and model.fixed_shapes)
     steps_per_epoch = min(feed.steps_per_pass, config.max_batches_per_epoch or feed.steps_per_pass)
     total_steps = config.max_epochs * steps_per_epoch
-    distribution = _distribution(config, sessions, model, device)
+    distribution = _distribution(config, sessions, dataset.num_items, device)
     if profiler is not None and total_steps - progress.step < profiler.steps_needed:
         raise InputError(
             f"profiling takes {profiler.steps_needed:,} steps, warm-up included, and this run has "
@@ -317,16 +317,16 @@ def _with_target(hidden_ND: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def _distribution(
-    config: ExperimentConfig, sessions: Sessions, model: Model, device: torch.device
+    config: ExperimentConfig, sessions: Sessions, num_items: int, device: torch.device
 ) -> Distribution:
     """What the configuration's negatives are drawn from."""
     if config.negative_sampler == "uniform" and not config.logq_correction:
-        return Distribution(model.num_items)
-    count_I = np.bincount(sessions.items, minlength=model.num_items + 1)[1:].astype(np.float64)
+        return Distribution(num_items)
+    count_I = np.bincount(sessions.items, minlength=num_items + 1)[1:].astype(np.float64)
     entry = SAMPLERS[config.negative_sampler]
     expected_of = None
     if config.logq_correction:
-        expected_of = (config.num_uniform_negatives, expected_in_batch(config, sessions, model))
+        expected_of = (config.num_uniform_negatives, expected_in_batch(config, sessions, num_items))
     return Distribution.of(
         load(entry)(count_I, **settings_of(entry, config)), expected_of=expected_of, device=device
     )
