@@ -28,8 +28,7 @@ from tron_cli.batches import Batch, prepared_ahead, training_batch
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Sessions
 from tron_cli.graphs import GraphedSteps
-from tron_cli.models import build_model
-from tron_cli.models.sasrec import SASRec
+from tron_cli.models import Model, build_model
 from tron_cli.negatives import Distribution, Negatives, sample_negatives
 from tron_cli.optim import Optimizer, build_optimizer
 from tron_cli.train import training_step
@@ -49,7 +48,7 @@ def some_sessions(count: int = 40, seed: int = 3, **lengths: int) -> Sessions:
 def draw(batch: Batch, config: ExperimentConfig, num_items: int = ITEMS) -> Negatives:
     return sample_negatives(
         batch,
-        Distribution(num_items),
+        training._distribution(config, some_sessions(), num_items, CPU),
         num_uniform=config.num_uniform_negatives,
         num_batch=config.num_batch_negatives,
         sampling_style=config.sampling_style,
@@ -68,22 +67,29 @@ def padded_negatives(negatives: Negatives, events: int, padding: int) -> Negativ
 
     uniform = pad(negatives.uniform)
     assert uniform is not None
-    return dataclasses.replace(negatives, uniform=uniform, uniform_keep=pad(negatives.uniform_keep))
+    return dataclasses.replace(
+        negatives,
+        uniform=uniform,
+        uniform_keep=pad(negatives.uniform_keep),
+        uniform_log_expected=pad(negatives.uniform_log_expected),
+    )
 
 
-def build(config: ExperimentConfig, dtype: torch.dtype = torch.float64) -> tuple[SASRec, Optimizer]:
+def build(config: ExperimentConfig, dtype: torch.dtype = torch.float64) -> tuple[Model, Optimizer]:
     torch.manual_seed(1)
     model = build_model(config, ITEMS).to(dtype)
     return model, build_optimizer(config.optimizer, model.parameters(), config.lr)
 
 
 def take(
-    model: SASRec, optimizer: Optimizer, batch: Batch, config: ExperimentConfig
+    model: Model,
+    optimizer: Optimizer,
+    batch: Batch,
+    config: ExperimentConfig,
+    distribution: Distribution = Distribution(ITEMS),
 ) -> torch.Tensor:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return training_step(
-        model, optimizer, scaler, batch, config, Distribution(ITEMS), torch.float32
-    )
+    return training_step(model, optimizer, scaler, batch, config, distribution, torch.float32)
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -137,6 +143,9 @@ def test_one_piece_of_memory_holds_the_whole_batch(padded: bool) -> None:
     assert whole.padded is padded
 
 
+CATALOGUE = {"num_uniform_negatives": 0, "num_batch_negatives": 0, "topk_sampling": False}
+
+
 # --- steps of fixed shapes ------------------------------------------------------------------------
 
 
@@ -152,8 +161,15 @@ def test_one_piece_of_memory_holds_the_whole_batch(padded: bool) -> None:
          "mask_collisions": False, "num_batch_negatives": 0},
         {"num_uniform_negatives": 400},  # more ids than the table has rows
         {"num_uniform_negatives": 0, "num_batch_negatives": 30, "topk_sampling_k": 9},
+        {"logq_correction": True, "topk_sampling": False, "sampling_style": "eventwise",
+         "negative_sampler": "mixed"},
+        CATALOGUE | {"loss": "ce", "reuse_item_embeddings": False, "output_bias": True},
+        {"model": "gsasrec", "loss": "gbce", "sampling_style": "eventwise", "topk_sampling": False,
+         "num_batch_negatives": 0},
+        {"key_padding_mask": False, "block": "post-norm", "loss": "bpr"},
     ],
-    ids=["tron", "bpr-max", "eventwise", "sessionwise", "many", "in-batch"],
+    ids=["tron", "bpr-max", "eventwise", "sessionwise", "many", "in-batch", "logq", "ce", "gsasrec",
+         "attended padding"],
 )  # fmt: skip
 def test_a_padded_step_is_the_step(
     monkeypatch: pytest.MonkeyPatch, optimizer: str, changes: dict[str, Any]
@@ -245,6 +261,27 @@ CHANGES_OF_SHAPES = [
     {"optimizer": "row_adam", "sampling_style": "eventwise", "reject_uniform_session_items": True,
      "loss": "bce", "topk_sampling": False},
     {"optimizer": "row_adam", "sampling_style": "sessionwise", "reject_in_batch_items": False},
+    {"optimizer": "row_adam", "negative_sampler": "popularity"},
+    {"optimizer": "row_adam", "negative_sampler": "mixed", "sampling_style": "sessionwise",
+     "reject_uniform_session_items": True, "loss": "bpr-max", "final_activation": True},
+    {"optimizer": "adam", "negative_sampler": "popularity", "sampling_style": "eventwise",
+     "reject_uniform_session_items": True, "loss": "bpr"},
+    {"optimizer": "row_adam", "negative_sampler": "mixed", "logq_correction": True,
+     "topk_sampling": False, "reject_in_batch_items": False},
+    {"optimizer": "row_adam", "negative_sampler": "popularity", "logq_correction": True,
+     "topk_sampling": False, "sampling_style": "eventwise"},
+    CATALOGUE | {"optimizer": "adam", "loss": "ce"},
+    CATALOGUE | {"optimizer": "row_adam", "loss": "ce", "reuse_item_embeddings": False},
+    CATALOGUE | {"optimizer": "row_adam", "loss": "sce", "output_bias": True},
+    CATALOGUE | {"optimizer": "adagrad", "loss": "sce", "sce_mix": True, "sce_bucket_items": 20,
+                 "reuse_item_embeddings": False},
+    {"optimizer": "row_adam", "model": "gsasrec", "loss": "gbce", "sampling_style": "eventwise",
+     "topk_sampling": False, "num_batch_negatives": 0},
+    {"optimizer": "row_adam", "model": "gsasrec", "key_padding_mask": False, "num_heads": 2},
+    {"optimizer": "row_adam", "key_padding_mask": False, "positions": "none"},
+    {"optimizer": "adam", "block": "post-norm", "activation": "gelu", "initialization": "normal",
+     "key_padding_mask": False},
+    {"optimizer": "adam", "block": "ligr", "activation": "swiglu", "feed_forward_dim": 12},
 ]  # fmt: skip
 
 
@@ -265,12 +302,14 @@ def test_no_shape_of_a_step_depends_on_data(gpu_branches: None, changes: dict[st
     """Fake tensors have shapes and no values: an operation that needs a value raises."""
     config = settings(**changes)
     model, optimizer = build(config)
+    assert model.fixed_shapes
     optimizer.leaves_out_rows = False
+    distribution = training._distribution(config, some_sessions(), ITEMS, CPU)
     batch = training_batch(some_sessions(), np.arange(8), config.sequence_length, padded=True)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         as_fake = {tensor: fake.from_tensor(tensor) for tensor in batch._tensors()}
         fake_batch = batch._over(torch.cat([as_fake[t].flatten() for t in batch._tensors()]))
-        take(model, optimizer, fake_batch, config)
+        take(model, optimizer, fake_batch, config, distribution)
 
 
 def test_the_check_of_shapes_finds_a_step_that_waits(gpu_branches: None) -> None:
@@ -326,9 +365,7 @@ def sized_sessions() -> Sessions:
 BATCHES = [range(8), range(8, 16), range(8), range(8), range(8, 16), range(3), range(8, 16)]
 
 
-def run_steps(
-    config: ExperimentConfig, recorder: FakeRecorder | None
-) -> tuple[list[float], SASRec]:
+def run_steps(config: ExperimentConfig, recorder: FakeRecorder | None) -> tuple[list[float], Model]:
     model, optimizer = build(config, torch.float32)
     sessions = sized_sessions()
     steps = GraphedSteps(
@@ -352,7 +389,7 @@ def config() -> ExperimentConfig:
     return settings(sequence_length=40, optimizer="row_adam")
 
 
-def check_same(one: tuple[list[float], SASRec], two: tuple[list[float], SASRec]) -> None:
+def check_same(one: tuple[list[float], Model], two: tuple[list[float], Model]) -> None:
     assert one[0] == two[0]
     for weights, others in zip(one[1].parameters(), two[1].parameters(), strict=True):
         assert torch.equal(weights, others)
