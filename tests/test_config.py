@@ -391,3 +391,43 @@ def test_gbce_refuses_negatives_for_which_its_beta_does_not_hold(change):
         ExperimentConfig(dataset_name="shop", **{**PLAIN_UNIFORM, **change})
     plain = {"sampling_style": "batchwise", "reject_in_batch_items": False}
     ExperimentConfig(dataset_name="shop", **{**PLAIN_UNIFORM, **plain})
+
+
+# What each loss or correction refuses, and what its sentence says to add.
+CURES = [
+    ({"loss": "ce"}, "num_uniform_negatives=0 num_batch_negatives=0 topk_sampling=False"),
+    ({"loss": "sce", "num_uniform_negatives": 0, "topk_sampling": False, "final_activation": True},
+     "num_batch_negatives=0 final_activation=False"),
+    ({"loss": "gbce", "negative_sampler": "popularity"},
+     "topk_sampling=False reject_in_batch_items=False num_batch_negatives=0 "
+     "negative_sampler=uniform"),
+    ({"logq_correction": True, "mask_collisions": False},
+     "topk_sampling=False reject_in_batch_items=False mask_collisions=True"),
+    ({"model": "gru4rec", "session_parallel": True, "sampling_style": "eventwise",
+      "reject_uniform_session_items": True}, "reject_uniform_session_items=False"),
+    ({"popularity_alpha": 0.5}, "popularity_alpha=0.75"),
+    ({"negative_sampler": "popularity", "mixed_share": 0.1}, "mixed_share=0.5"),
+    ({"sce_bucket_items": 100}, "sce_bucket_items=256"),
+    ({"model": "gru4rec", "positions": "start"}, "positions=end"),
+    ({"ease_l2": 3.0}, "ease_l2=100.0"),
+    ({"model": "ease", "knn_neighbors": 3}, "knn_neighbors=200"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "cure"), CURES)
+def test_what_does_not_fit_together_is_cured_by_what_the_sentence_says(values, cure):
+    """Word for word, as a user would copy it behind the command."""
+    with pytest.raises(InputError) as error:
+        config(**values)
+    assert str(error.value).endswith(f" add {cure}")
+    config(**{**values, **parse_overrides(cure.split())})
+
+
+def test_baselines_do_not_mind_what_only_networks_have():
+    """So that a network's file serves with model=popular behind it."""
+    for name in ("popular", "session_knn", "ease"):
+        config(
+            model=name, loss="gbce", num_heads=3, sce_mix=True, popularity_alpha=0.1,
+            mask_probability=0.3, session_parallel=True, num_uniform_negatives=0,
+            num_batch_negatives=0, logq_correction=True,
+        )  # fmt: skip

@@ -11,10 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from tests.conftest import pack_sessions, random_sessions, tiny_settings
 from tron_cli import logits, losses, products
-from tron_cli.batches import pack
+from tron_cli import train as training
+from tron_cli.batches import pack, training_batch
+from tron_cli.config import ExperimentConfig
 from tron_cli.logits import dot_products
-from tron_cli.negatives import Negatives
+from tron_cli.models import build_model
+from tron_cli.negatives import Negatives, sample_negatives
 
 LOSSES = {
     "bce": losses.bce,
@@ -581,3 +585,83 @@ def test_nan_in_a_negative_shows_in_the_loss():
                 mask_collisions=mask_collisions,
             )  # fmt: skip
             assert losses.ssm(positive_N, negative_NK, keep_NK).isnan().all()
+
+
+# --- the loss of a training step ------------------------------------------------------------------
+
+STEP = {
+    "bce": {},
+    "bpr": {},
+    "ssm": {},
+    "ssm with logQ": {"logq_correction": True, "negative_sampler": "popularity"},
+    "bpr-max": {},
+    "bpr-max with penalty": {"bpr_penalty": 0.7},
+    # beta is 0.4, as in the closed form above
+    "gbce": {"num_uniform_negatives": 2, "num_batch_negatives": 0, "gbce_t": 0.75},
+}
+WITHOUT_ELU = ("gbce", "ssm with logQ")
+
+
+@pytest.mark.parametrize("style", ["eventwise", "sessionwise", "batchwise"])
+@pytest.mark.parametrize(
+    ("name", "final_activation"),
+    [(name, False) for name in STEP] + [(name, True) for name in STEP if name not in WITHOUT_ELU],
+)
+def test_the_loss_of_a_step_is_the_mean_of_the_formula(name, style, final_activation):
+    """In float64: scores by loops, ELU by hand, for hidden states that the model gives."""
+    num_items = 11
+    generator = np.random.default_rng(4)
+    sessions = pack_sessions(
+        [*random_sessions(generator, 12, num_items), [*range(1, num_items + 1)]]
+    )
+    config = ExperimentConfig(
+        **tiny_settings(
+            loss=name.split()[0],
+            sampling_style=style,
+            final_activation=final_activation,
+            **{
+                "num_uniform_negatives": 7,
+                "num_batch_negatives": 3,
+                "topk_sampling": False,
+                "reject_in_batch_items": False,
+                "dropout_rate": 0.0,
+                **STEP[name],
+            },
+        )
+    )
+    torch.manual_seed(6)
+    model = build_model(config, num_items).double()
+    with torch.no_grad():
+        model.item_table.mul_(4.0)  # scores on both sides of zero, and far from it
+    batch = training_batch(sessions, np.arange(5), config.sequence_length)
+    distribution = training._distribution(config, sessions, num_items, torch.device("cpu"))
+    drawn = []
+
+    def note(*arguments, **options):
+        drawn.append(sample_negatives(*arguments, **options))
+        return drawn[0]
+
+    with mock.patch.object(training, "sample_negatives", note):
+        loss = training.training_loss(model, batch, config, distribution)
+    (negatives,) = drawn
+    hidden_ND, table_VD = model(batch).detach(), model.item_table.detach()
+    total = 0.0
+    for event, target in enumerate(batch.targets_N.tolist()):
+        row = int(batch.rows_N[event])
+        own = {"batchwise": (), "sessionwise": (row,), "eventwise": (event,)}[style]
+        items = [
+            *negatives.uniform[own].tolist(),
+            *batch.inputs_N[negatives.in_batch_BM[row]].tolist(),
+        ]
+        scores = []
+        for item in items:
+            score = float(table_VD[item] @ hidden_ND[event])
+            if distribution.log_expected_V is not None:
+                score -= float(distribution.log_expected_V[item])
+            if item != target:
+                scores.append(score)
+        positive = float(table_VD[target] @ hidden_ND[event])
+        if final_activation:
+            positive, *scores = (x if x > 0 else 0.5 * math.expm1(x) for x in (positive, *scores))
+        total += closed_form(name.removesuffix(" with logQ"), positive, scores)
+    assert float(loss) == pytest.approx(total / len(batch.targets_N), rel=1e-9)

@@ -439,3 +439,12 @@ def test_the_state_of_another_optimizer_is_refused():
     for saved in (adagrad, {"state": {}, "param_groups": []}):
         with pytest.raises(InputError, match="that of another optimizer"):
             optimizer.load_state_dict(saved)
+
+
+def test_the_state_of_other_parameters_is_refused():
+    """As that of a version of tron which had the same tables in another order."""
+    one, two = torch.nn.Parameter(torch.zeros(5, 2)), torch.nn.Parameter(torch.zeros(3, 2))
+    saved = build_optimizer("row_adam", [one, two], 0.1).state_dict()
+    build_optimizer("row_adam", [one, two], 0.1).load_state_dict(saved)
+    with pytest.raises(InputError, match=r"another version of tron; start a new run"):
+        build_optimizer("row_adam", [two, one], 0.1).load_state_dict(saved)

@@ -76,5 +76,7 @@ def settings_of(entry: str, config: ExperimentConfig, **more: Any) -> dict[str, 
         if name not in values:
             near = difflib.get_close_matches(name, values, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"{entry} has a keyword-only parameter {name!r}, no setting{hint}")
+            raise InputError(
+                f"{entry} has a keyword-only parameter {name!r}, which is no setting{hint}"
+            )
     return {name: values[name] for name in names}
