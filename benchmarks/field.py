@@ -37,12 +37,7 @@ METHODS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "recbole": ("SASRec as RecBole has it, cross-entropy", "_recbole", ()),
     "gsasrec": ("gSASRec, gBCE, 16 negatives", "_gsasrec", ()),
     "sasrec-bce": ("SASRec, BCE, 1 negative", "_sasrec", ()),
-    "gru4rec": ("GRU4Rec+, BPR-max, session-parallel", "_gru4rec", ("lr=0.1",)),
-    # As many events a step as there are lanes.
-    "gru4rec-whole": (
-        "GRU4Rec+, BPR-max, whole sessions", "_gru4rec",
-        ("lr=0.1", "session_parallel=False", "train_batch_size=11"),
-    ),
+    "gru4rec": ("GRU4Rec+, BPR-max", "_gru4rec", ("lr=0.1",)),
     "bert4rec": ("BERT4Rec, cross-entropy", "_bert4rec", ()),
     "session_knn": ("session-kNN (V-SKNN)", "", ("model=session_knn",)),
     "markov": ("first-order Markov", "", ("model=markov",)),
@@ -55,7 +50,7 @@ BASELINES = ("session_knn", "markov", "ease", "session_popular", "popular")
 
 def run(dataset: str, method: str, data_dir: Path, output_dir: Path) -> Path:
     """Train and evaluate one method; returns its result file."""
-    title, suffix, overrides = METHODS[method]
+    _, suffix, overrides = METHODS[method]
     config, epochs = DATASETS[dataset]
     budget = () if method in BASELINES else (f"max_epochs={epochs}",)
     name = f"{dataset}-{method}"
@@ -73,7 +68,6 @@ def run(dataset: str, method: str, data_dir: Path, output_dir: Path) -> Path:
         "experiment": name,
         "dataset": dataset,
         "method": method,
-        "title": title,
         "commands": [f"tron {' '.join(words)}", "tron evaluate RUN --full-sessions"],
         "commit": commit(),
         "hardware": hardware(),
@@ -114,7 +108,7 @@ def table() -> str:
 def _row(result: dict[str, Any]) -> str:
     figures = result["test"]["metrics"]
     cells = [
-        result["title"],
+        METHODS[result["method"]][0],
         *(f"{figures[n]['value']:.4f} ({figures[n]['stderr']:.4f})" for n in ("R@20", "RR@20")),
         f"{figures['nDCG@20']['value']:.4f}",
         f"{result['training_processor_seconds']:,.0f} s",
