@@ -408,7 +408,6 @@ CURES = [
     ({"popularity_alpha": 0.5}, "popularity_alpha=0.75"),
     ({"negative_sampler": "popularity", "mixed_share": 0.1}, "mixed_share=0.5"),
     ({"sce_bucket_items": 100}, "sce_bucket_items=256"),
-    ({"model": "gru4rec", "positions": "start"}, "positions=end"),
     ({"ease_l2": 3.0}, "ease_l2=100.0"),
     ({"model": "ease", "knn_neighbors": 3}, "knn_neighbors=200"),
 ]  # fmt: skip

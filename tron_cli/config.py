@@ -385,11 +385,10 @@ _TYPES = typing.get_type_hints(ExperimentConfig)
 _TRANSFORMERS = ("sasrec", "gsasrec", "bert4rec")
 
 # Settings that have an effect only where another one has one of these values. Not gbce_t and
-# bpr_penalty, which files of TRON and gSASRec hold whatever their loss is.
+# bpr_penalty, which files of TRON and gSASRec hold whatever their loss is, nor positions, which
+# those of TRON's packaged configs hold to which people add model=gru4rec.
 _SETTINGS_OF = {
-    **dict.fromkeys(
-        ("num_heads", "positions", "key_padding_mask", "initialization"), ("model", _TRANSFORMERS)
-    ),
+    **dict.fromkeys(("num_heads", "key_padding_mask", "initialization"), ("model", _TRANSFORMERS)),
     **dict.fromkeys(
         ("block", "feed_forward_dim", "activation", "attention_dropout_rate"),
         ("model", ("sasrec", "bert4rec")),
