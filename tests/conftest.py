@@ -27,6 +27,16 @@ def random_sessions(
     return [rng.integers(1, num_items + 1, length).tolist() for length in lengths]
 
 
+def cyclic_sessions(count: int, seed: int, *, cycle: int = 20) -> list[list[int]]:
+    """Each item is followed by the next one, the last by the first: what follows is known."""
+    random = np.random.default_rng(seed)
+    starts, lengths = random.integers(cycle, size=count), random.integers(2, 9, size=count)
+    return [
+        [int(start + place) % cycle + 1 for place in range(length)]
+        for start, length in zip(starts, lengths, strict=True)
+    ]
+
+
 def write_dataset(
     data_dir: Path,
     *,

@@ -4,11 +4,10 @@ On sessions that no training saw; the right answer is known by hand, and there i
 history, so that anything below nearly all of them is a defect.
 """
 
-import numpy as np
 import pytest
 import torch
+from conftest import cyclic_sessions, tiny_settings, write_dataset
 
-from tests.conftest import tiny_settings, write_dataset
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.errors import InputError
@@ -32,21 +31,12 @@ def make_config(**changes) -> ExperimentConfig:
     return ExperimentConfig(**tiny_settings(**changes))
 
 
-def cyclic_sessions(count: int, seed: int) -> list[list[int]]:
-    """Each item is followed by the next one, the last by the first."""
-    random = np.random.default_rng(seed)
-    return [
-        [int(item) % CYCLE + 1 for item in start + np.arange(length)]
-        for start, length in zip(
-            random.integers(CYCLE, size=count), random.integers(2, 9, size=count), strict=True
-        )
-    ]
-
-
 def found_share(folder, **settings) -> float:
     """R@1 on the validation sessions after training with these settings."""
     dataset = write_dataset(
-        folder, train=cyclic_sessions(600, seed=1), val=cyclic_sessions(40, seed=2)
+        folder,
+        train=cyclic_sessions(600, seed=1, cycle=CYCLE),
+        val=cyclic_sessions(40, seed=2, cycle=CYCLE),
     )
     config = make_config(
         **{

@@ -7,11 +7,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import pack_sessions, random_sessions, tiny_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tests.conftest import pack_sessions, random_sessions, tiny_settings
 from tron_cli import logits, losses, products
 from tron_cli import train as training
 from tron_cli.batches import pack, training_batch

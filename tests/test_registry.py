@@ -1,8 +1,8 @@
 """What a registered class or function gets of a configuration."""
 
 import pytest
+from conftest import tiny_settings
 
-from tests.conftest import tiny_settings
 from tron_cli import registry
 from tron_cli.config import ExperimentConfig
 from tron_cli.errors import InputError

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_dataset
+from conftest import cyclic_sessions, write_dataset
 from test_model import build_pair, make_config, make_sessions
 from torch.nn import functional as F
 
@@ -340,49 +340,7 @@ def test_learning_rate_when_all_steps_are_warm_up():
 
 # --- the loop: what is learned, and from which sessions -------------------------------------------
 
-CYCLE = 20
 CPU = torch.device("cpu")
-
-
-def cyclic_sessions(count: int, seed: int) -> list[list[int]]:
-    """Each item is followed by the next one, the last by the first."""
-    random = np.random.default_rng(seed)
-    return [
-        [int(item) % CYCLE + 1 for item in start + np.arange(length)]
-        for start, length in zip(
-            random.integers(CYCLE, size=count), random.integers(2, 9, size=count), strict=True
-        )
-    ]
-
-
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("loss", [*LOSSES, "gbce"])
-def test_every_loss_and_sampling_style_learns_a_cycle(tmp_path, loss, style):
-    """The contract of all models: next = item % I + 1 is found, on sessions never seen."""
-    dataset = write_dataset(
-        tmp_path, train=cyclic_sessions(200, seed=1), val=cyclic_sessions(40, seed=2)
-    )
-    config = make_config(
-        loss=loss,
-        sampling_style=style,
-        embedding_dim=16,
-        num_blocks=1,
-        num_uniform_negatives=16,
-        num_batch_negatives=0 if loss == "gbce" else 8,
-        # Nearly all items are inputs of some session of the batch: rejection would leave none.
-        reject_in_batch_items=False,
-        topk_sampling=loss not in ("bce", "gbce"),
-        topk_sampling_k=12,
-        train_batch_size=20,
-        max_epochs=12,
-        lr=2e-2,
-        metrics=("R@1",),
-        val_metric="R@1",
-        precision="float32",
-    )
-    (tmp_path / "run").mkdir()
-    best = load_checkpoint(train(config, dataset, tmp_path / "run", device=CPU))
-    assert best.metrics["R@1"] >= 0.95
 
 
 def test_row_adam_is_adam_where_each_step_touches_each_item(tmp_path):
@@ -439,7 +397,7 @@ def seen_sessions(monkeypatch):
         seen.append([int(sessions[session][0]) for session in chosen])
         return training_batch(sessions, chosen, sequence_length, **options)
 
-    monkeypatch.setattr("tron_cli.train.training_batch", record)
+    monkeypatch.setattr("tron_cli.feed.training_batch", record)
     return seen
 
 
