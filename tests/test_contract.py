@@ -20,11 +20,11 @@ CPU = torch.device("cpu")
 STYLES = ("eventwise", "sessionwise", "batchwise")
 # What each network needs to learn it in a second.
 OF_MODEL = {
-    "bert4rec": {"mask_probability": 0.2, "max_epochs": 12},
+    "bert4rec": {"mask_probability": 0.2, "max_epochs": 10},
     "gru4rec": {"lr": 3e-2},
 }
 # gBCE's negatives: uniform, and a share of the items, for its beta undoes sampling.
-PLAIN = {"num_uniform_negatives": 4, "num_batch_negatives": 0, "max_epochs": 20}
+PLAIN = {"num_uniform_negatives": 4, "num_batch_negatives": 0}
 
 
 def make_config(**changes) -> ExperimentConfig:
@@ -48,7 +48,7 @@ def found_share(folder, **settings) -> float:
             "reject_in_batch_items": False,
             "topk_sampling": False,
             "train_batch_size": 20,
-            "max_epochs": 4,
+            "max_epochs": 3,
             "lr": 2e-2,
             "metrics": ("R@1",),
             "val_metric": "R@1",
@@ -67,7 +67,7 @@ def found_share(folder, **settings) -> float:
 def test_every_model_loss_and_sampling_style(tmp_path, model, loss, style):
     settings = {"model": model, "loss": loss, "sampling_style": style, **OF_MODEL.get(model, {})}
     if loss == "gbce":
-        settings |= PLAIN
+        settings |= {**PLAIN, "max_epochs": 20 if model == "bert4rec" else 8}
     assert found_share(tmp_path, **settings) >= 0.95
 
 
@@ -82,9 +82,9 @@ def test_every_model_and_catalogue_loss(tmp_path, model, loss):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("style", STYLES)
 def test_session_parallel(tmp_path, loss, style):
-    settings = {"loss": loss, "sampling_style": style, "max_epochs": 6, "lr": 2e-2}
+    settings = {"loss": loss, "sampling_style": style, "max_epochs": 3, "lr": 4e-2}
     if loss == "gbce":
-        settings |= PLAIN
+        settings |= {**PLAIN, "max_epochs": 8}
     found = found_share(tmp_path, model="gru4rec", session_parallel=True, **settings)
     assert found >= 0.95
 
@@ -104,7 +104,7 @@ def test_every_sampler_and_sampling_style(tmp_path, sampler, style, logq):
 def test_top_k_of_a_separate_table_with_a_bias(tmp_path, model, loss):
     """And gradients of the rows touched."""
     settings = {"model": model, "loss": loss, **OF_MODEL.get(model, {})}
-    settings["max_epochs"] = 2 * settings.get("max_epochs", 4)
+    settings["max_epochs"] = 16 if model == "bert4rec" else 7
     found = found_share(
         tmp_path, topk_sampling=True, topk_sampling_k=6, reuse_item_embeddings=False,
         output_bias=True, optimizer="row_adam", **settings,
@@ -118,9 +118,9 @@ def test_final_activation(tmp_path, loss):
     assert found_share(tmp_path, final_activation=True, **settings) >= 0.95
 
 
-@pytest.mark.parametrize("model", sorted({*BASELINES} - {"popular", "session_popular"}))
-def test_every_baseline_that_looks_at_the_last_item(tmp_path, model):
-    assert found_share(tmp_path, model=model, ease_l2=1.0) >= (0.95 if model == "markov" else 0.0)
+def test_markov(tmp_path):
+    """The one baseline that is asked what comes next, not what goes with the history."""
+    assert found_share(tmp_path, model="markov") >= 0.95
 
 
 @pytest.mark.parametrize("name", ["popularity", "mixed"])
