@@ -91,8 +91,9 @@ def test_a_checkpoint_gives_every_baseline_back(name: str, tmp_path: Path) -> No
     rng = np.random.default_rng(3)
     rows = random_sessions(rng, 40, 15)
     dataset = write_dataset(tmp_path, train=rows[:30], val=rows[30:], num_items=15)
+    own = {"knn_neighbors": 4} if name == "session_knn" else {}
     config = ExperimentConfig(
-        dataset_name="tiny", model=name, val_metric="R@5", sequence_length=3, knn_neighbors=4
+        dataset_name="tiny", model=name, val_metric="R@5", sequence_length=3, **own
     )
     path = fit(config, dataset, tmp_path / "run")
     checkpoint = load_checkpoint(path)
