@@ -13,8 +13,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/tron demo
 
+# Tests are many and small: one process a core, each with one thread.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

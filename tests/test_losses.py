@@ -664,4 +664,4 @@ def test_the_loss_of_a_step_is_the_mean_of_the_formula(name, style, final_activa
         if final_activation:
             positive, *scores = (x if x > 0 else 0.5 * math.expm1(x) for x in (positive, *scores))
         total += closed_form(name.removesuffix(" with logQ"), positive, scores)
-    assert float(loss) == pytest.approx(total / len(batch.targets_N), rel=1e-9)
+    assert loss.item() == pytest.approx(total / len(batch.targets_N), rel=1e-9)
