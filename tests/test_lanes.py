@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -17,8 +18,26 @@ from hypothesis import strategies as st
 from tron_cli.batches import Batch, session_order
 from tron_cli.dataset import Sessions
 from tron_cli.lanes import Lanes
+from tron_cli.negatives import Distribution, sample_negatives
 
 STYLES = ("no_shuffling", "shuffle_without_replacement", "shuffle_with_replacement")
+
+
+def test_uniform_negatives_of_lanes_are_not_rejected() -> None:
+    """As in TRON's GRU4Rec; of the same events as whole sessions they are."""
+    batch = Lanes(
+        pack_sessions([[1, 2, 3], [2, 3, 1]]), lanes=2, sequence_length=5, style="no_shuffling",
+        seed=0,
+    ).batch(0)  # fmt: skip
+    options = {
+        "num_uniform": 200, "num_batch": 1, "sampling_style": "batchwise",
+        "reject_uniform_session_items": False, "reject_in_batch_items": True,
+    }  # fmt: skip
+    assert batch.inputs_N.tolist() == [1, 2]
+    drawn = sample_negatives(batch, Distribution(4), **options).uniform
+    assert set(drawn.tolist()) == {1, 2, 3, 4}
+    whole = dataclasses.replace(batch, lanes_B=None)
+    assert set(sample_negatives(whole, Distribution(4), **options).uniform.tolist()) == {3, 4}
 
 
 def numbered(lengths: list[int]) -> list[list[int]]:

@@ -181,8 +181,8 @@ class ExperimentConfig:
     )
     reject_in_batch_items: bool = _setting(
         True,
-        "in-batch negatives come from other sessions only; batchwise: and no uniform negative is "
-        "an input of the batch",
+        "in-batch negatives come from other sessions only; batchwise, without session_parallel: "
+        "and no uniform negative is an input of the batch",
     )
     topk_sampling: bool = _setting(True, "train on the highest-scored negatives only")
     topk_sampling_k: int = _setting(100, "negatives that top-k sampling keeps", low=1)

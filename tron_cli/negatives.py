@@ -109,10 +109,10 @@ def sample_negatives(
 
     Uniform negatives (or those of another distribution) are drawn from the items 1..I with
     replacement: one set an event with a target (eventwise), a session (sessionwise) or a batch
-    (batchwise). Rejected are, batchwise with reject_in_batch_items, the inputs of the batch;
-    eventwise and sessionwise with reject_uniform_session_items, the inputs of the own session. A
-    draw under rejection is from the items that remain, in their proportion; where none remains the
-    set is marked as not kept.
+    (batchwise). Rejected are, batchwise with reject_in_batch_items, the inputs of the batch (in
+    session-parallel batches nothing, as in TRON's GRU4Rec); eventwise and sessionwise with
+    reject_uniform_session_items, the inputs of the own session. A draw under rejection is from the
+    items that remain, in their proportion; where none remains the set is marked as not kept.
 
     In-batch negatives are occurrences among the inputs of the other sessions (of all sessions
     without reject_in_batch_items), without replacement; all of them where there are fewer than
@@ -123,7 +123,7 @@ def sample_negatives(
     gaps = None
     if sampling_style == "batchwise":
         shape = torch.Size([num_uniform])
-        if reject_in_batch_items:
+        if reject_in_batch_items and batch.lanes_B is None:
             rejected_N = inputs_N
             if batch.padded:
                 rejected_N = inputs_N.masked_fill(inputs_N == 0, num_items + 1)

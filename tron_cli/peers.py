@@ -150,11 +150,6 @@ def differences_from_tron(config: ExperimentConfig) -> list[str]:
             "bf16 on CUDA where it exists, float32 on CPU (TRON: precision=fp16, CUDA only)"
         )
     if config.model == "gru4rec":
-        if config.sampling_style == "batchwise" and config.reject_in_batch_items:
-            differences.append(
-                "reject_in_batch_items keeps the batch's inputs out of the uniform negatives too "
-                "(TRON: in SASRec only)"
-            )
         differences.append("sessions under way at the end of an epoch go on (TRON: dropped)")
     else:
         differences.append(
