@@ -324,8 +324,16 @@ def test_only_the_kinds_to_keep(tmp_path: Path, rng: np.random.Generator) -> Non
     assert (first["events"], second["events"]) == (len(rows), len(views))
     assert second["dropped_events"] == len(rows) - len(views)
     wrong = TableColumns("item", "time", user="user", event="kind", keep_events=("buy", "sell"))
-    with pytest.raises(InputError, match="no event of the kinds buy, sell: its kind holds cart, v"):
+    with pytest.raises(InputError, match="no event of the kind buy or sell: its kind holds cart, "):
         prepare_table(tmp_path / "all.csv", wrong, tmp_path, "none")
+
+
+def test_every_kind_to_keep_must_occur(tmp_path: Path, rng: np.random.Generator) -> None:
+    file = write_csv(tmp_path / "all.csv", shop(rng, users=200, days=4))
+    wrong = TableColumns("item", "time", user="user", event="kind", keep_events=("view", "crat"))
+    with pytest.raises(InputError, match=r"all\.csv has no event of the kind crat: .* cart, view;"):
+        prepare_table(file, wrong, tmp_path, "none")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])

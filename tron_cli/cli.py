@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tron_cli import __version__
-from tron_cli.errors import InputError, RunError
+from tron_cli.errors import InputError, RunError, shortened
 from tron_cli.files import written_aside
 from tron_cli.prepare.commands import app as prepare_app
 
@@ -103,7 +103,7 @@ def _run(arguments: list[str], debug: bool) -> int:
 def _fail(sentence: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"tron: {sentence}", file=sys.stderr)
+    print(f"tron: {shortened(sentence)}", file=sys.stderr)
     return code
 
 

@@ -206,11 +206,13 @@ class _TableReader:
                     session=_keys(frame[owner]), item=self.columns.item, time=self.columns.time
                 ),
             )
-        if self.columns.event and kinds.isdisjoint(self.columns.keep_events):
+        missing = [kind for kind in self.columns.keep_events if kind not in kinds]
+        if missing:
             found = ", ".join(kind or "nothing" for kind in sorted(kinds)[:10])
             raise InputError(
-                f"{self.file} has no event of the kinds {', '.join(self.columns.keep_events)}: "
-                f"its {self.columns.event} holds {found}"
+                f"{self.file} has no event of the kind {' or '.join(missing)}: its "
+                f"{self.columns.event} holds {found}{', ...' if len(kinds) > 10 else ''}; correct "
+                "--keep-events"
             )
 
     def _blocks(self, wanted: list[str]) -> Iterator[Columns]:
