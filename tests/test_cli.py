@@ -191,18 +191,108 @@ def test_debug_shows_the_traceback(place: str, command: Command) -> None:
     assert "no config 'nothing'" in err.splitlines()[-1]
 
 
-def test_a_bug_is_one_sentence_that_names_debug(
+class Panic(BaseException):
+    """What polars raises where its Rust code panics is no Exception either."""
+
+
+OUT_OF_DEVICE_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+OUT_OF_HOST_MEMORY = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 4000000000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+FAILURES = [
+    (RuntimeError("inner failure"), "RuntimeError: inner failure"),
+    (KeyError("a key"), "KeyError: 'a key'"),
+    (Panic("index out of range\nbacktrace:\n 0: rust"), "Panic: index out of range backtrace:"),
+    (ValueError("x" * 10_000), "ValueError: xxx"),
+    (OUT_OF_DEVICE_MEMORY, "the GPU is out of memory"),
+    (OUT_OF_HOST_MEMORY, "the machine is out of memory"),
+    (MemoryError(), "the machine is out of memory"),
+    (RuntimeError("out of memory is a phrase in my data"), "RuntimeError: out of memory is a"),
+    (PermissionError(13, "Permission denied", "/some/file"), "Permission denied: /some/file"),
+]
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def broken(*_args: object, **_named: object) -> None:
+        raise error
+
+    return broken
+
+
+def named_log(err: str) -> Path:
+    found = re.search(r"the traceback is in (\S+)$", err.strip())
+    assert found, err
+    return Path(found[1])
+
+
+@pytest.mark.parametrize(("error", "says"), FAILURES, ids=lambda value: type(value).__name__)
+def test_an_unexpected_failure_names_the_file_of_its_traceback(
+    error: BaseException,
+    says: str,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Commands without a run's folder write to a new file of the user's own."""
+    monkeypatch.setattr("tron_cli.config.packaged_configs", raising(error))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code, out, err = command("config", "list")
+    assert (code, out) == (1, "")
+    assert says in err
+    assert is_one_sentence(err)
+    assert len(err.removeprefix("tron: ").strip()) <= 500
+    log = named_log(err)
+    assert log.parent == tmp_path
+    assert log.stat().st_mode & 0o077 == 0
+    text = log.read_text()
+    assert "Traceback" in text
+    assert type(error).__name__ in text
+    assert "config list" in text
+
+
+@pytest.mark.parametrize(("error", "says"), FAILURES[:6], ids=lambda value: type(value).__name__)
+def test_the_traceback_of_a_failed_training_is_in_the_log_of_the_run(
+    error: BaseException,
+    says: str,
+    shop: list[str],
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tron_cli.train.training_loss", raising(error))
+    code, out, err = command("train", *shop, "--name", "a")
+    assert (code, out) == (1, "")
+    last = err.strip().splitlines()[-1]
+    assert says in last
+    assert "Traceback" not in err
+    assert named_log(last) == tmp_path / "runs" / "a" / "train.log"
+    text = named_log(last).read_text()
+    assert "sessions, 30 items" in text, "what was logged before stays"
+    assert "in training_step" in text
+    assert type(error).__name__ in text
+
+
+def test_a_traceback_that_cannot_be_written_can_be_shown(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken() -> list[str]:
-        raise RuntimeError("inner failure")
-
-    monkeypatch.setattr("tron_cli.config.packaged_configs", broken)
-    code, _, err = command("config", "list")
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr("tron_cli.config.packaged_configs", raising(RuntimeError("inner failure")))
+    with monkeypatch.context() as disk:
+        disk.setattr("tempfile.NamedTemporaryFile", raising(full))
+        code, _, err = command("config", "list")
     assert code == 1
     assert "inner failure" in err
     assert "--debug" in err
     assert is_one_sentence(err)
+
+
+def test_torch_says_what_we_expect_where_memory_ends() -> None:
+    from tron_cli.errors import sentence_of
+
+    with pytest.raises(RuntimeError) as failure:
+        torch.empty(1 << 58, dtype=torch.uint8)
+    assert sentence_of(failure.value).startswith("the machine is out of memory")
 
 
 # ---- config ---------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tron_cli import __version__
-from tron_cli.errors import InputError, RunError, shortened
+from tron_cli.errors import InputError, RunError, explained, shortened
 from tron_cli.files import written_aside
 from tron_cli.prepare.commands import app as prepare_app
 
@@ -79,7 +79,8 @@ def main() -> None:
 
 def _run(arguments: list[str], debug: bool) -> int:
     try:
-        app(arguments)
+        with explained():
+            app(arguments)
         return 0
     except SystemExit as end:  # Typer's own: 0 for --help, 2 for wrong usage
         return end.code if isinstance(end.code, int) else 1
@@ -87,17 +88,6 @@ def _run(arguments: list[str], debug: bool) -> int:
         return _fail(str(error), 2, debug)
     except RunError as error:
         return _fail(str(error), 1, debug)
-    except OSError as error:
-        file = f": {error.filename}" if error.filename else ""
-        return _fail(f"{error.strerror or error}{file}", 1, debug)
-    except MemoryError:
-        return _fail("out of memory; try a smaller batch or dataset", 1, debug)
-    except Exception as error:
-        if "out of memory" in str(error):
-            sentence = "the device is out of memory; lower train_batch_size or eval_batch_size"
-        else:
-            sentence = f"{type(error).__name__}: {error}; run again with --debug for the traceback"
-        return _fail(sentence, 1, debug)
 
 
 def _fail(sentence: str, code: int, debug: bool) -> int:
@@ -181,6 +171,7 @@ def run_training(
     from tron_cli.dataset import Dataset
     from tron_cli.fit import fit
     from tron_cli.registry import BASELINES
+    from tron_cli.run import LOG
     from tron_cli.train import train as train_model
 
     if (config_name is None) == (resume is None):
@@ -197,16 +188,18 @@ def run_training(
         dataset = Dataset.open(data_dir / experiment.dataset_name)
     device = training_device(device_name, config_name)
     run_dir = resume or _run_dir(output_dir or Path("runs"), name, experiment)
-    if experiment.model in BASELINES:
-        if profiler is not None:
-            raise InputError(
-                f"model={experiment.model} is fitted at once and has no steps to profile; leave "
-                "out --profile"
-            )
-        return fit(experiment, dataset, run_dir)
-    return train_model(
-        experiment, dataset, run_dir, device=device, resume=resume is not None, profiler=profiler
-    )
+    if experiment.model in BASELINES and profiler is not None:
+        raise InputError(
+            f"model={experiment.model} is fitted at once and has no steps to profile; leave out "
+            "--profile"
+        )
+    with explained(run_dir / LOG):
+        if experiment.model in BASELINES:
+            return fit(experiment, dataset, run_dir)
+        return train_model(
+            experiment, dataset, run_dir, device=device, resume=resume is not None,
+            profiler=profiler,
+        )  # fmt: skip
 
 
 def _resumed(

@@ -1,4 +1,13 @@
-"""The two kinds of failure that a user sees, each as one sentence without a traceback."""
+"""Failures as a user sees them: one sentence each, without a traceback."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 MAX_CHARACTERS = 500
 
@@ -33,3 +42,60 @@ def shortened(sentence: str) -> str:
         for char in sentence
     )
     return printable if len(printable) <= MAX_CHARACTERS else shortened(printable)
+
+
+@contextmanager
+def explained(log_file: Path | None = None) -> Iterator[None]:
+    """Raise a RunError with one sentence for every failure that is neither of the above.
+
+    Its traceback is appended to log_file and the sentence names that; without one, or where its
+    folder is not there, a new file in the system's temporary folder is written.
+    """
+    try:
+        yield
+    except (InputError, RunError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # some are no Exception, such as a panic in polars
+        written = _written_traceback(error, log_file)
+        where = f"the traceback is in {written}" if written else "run again with --debug"
+        raise RunError(f"{sentence_of(error)}; {where}") from error
+
+
+def sentence_of(error: BaseException) -> str:
+    """A sentence, without its end, for a failure of any type."""
+    if _is_out_of_device_memory(error):
+        return "the GPU is out of memory; lower train_batch_size or eval_batch_size"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error):
+        return "the machine is out of memory; try smaller batches or less data"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return f"{type(error).__name__}: {error}"
+
+
+def _is_out_of_device_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")  # what never loaded it cannot have raised its errors
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def _written_traceback(error: BaseException, log_file: Path | None) -> Path | None:
+    """The file that the traceback was written to, or None where it could not be."""
+    import tempfile
+
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    text = f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR {' '.join(sys.argv)}\n{''.join(lines)}"
+    if log_file is not None:
+        try:
+            with log_file.open("a", encoding="utf-8", errors="backslashreplace") as log:
+                log.write(text)
+            return log_file
+        except OSError:
+            pass  # such as a full disk: the temporary folder may be on another
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="tron-", suffix=".log", delete=False, encoding="utf-8",
+            errors="backslashreplace",
+        ) as file:  # fmt: skip
+            file.write(text)
+    except OSError:
+        return None
+    return Path(file.name)

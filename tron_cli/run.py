@@ -31,6 +31,8 @@ from tron_cli.files import written_aside
 from tron_cli.models import Model
 from tron_cli.optim import Optimizer
 
+LOG = "train.log"
+
 log = logging.getLogger("tron")
 
 
@@ -61,7 +63,7 @@ class RunFiles:
     @contextmanager
     def logged(self) -> Iterator[None]:
         """Copy what is said into the run's train.log meanwhile."""
-        handler = logging.FileHandler(self.run_dir / "train.log", encoding="utf-8")
+        handler = logging.FileHandler(self.run_dir / LOG, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
         try:
