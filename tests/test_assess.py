@@ -262,6 +262,14 @@ def test_a_run_file_is_as_deep_as_the_limit_or_the_largest_cutoff(
         assert len(run.read_text().splitlines()) == report["events"] * depth
 
 
+def test_lists_are_no_longer_than_the_catalogue(dataset: Dataset, tmp_path: Path) -> None:
+    """A limit of a billion would take 8 GB for each event."""
+    checkpoint = random_checkpoint(dataset, tmp_path / "model.pt", recommendation_limit=10**9)
+    run = tmp_path / "run.txt"
+    report = assess(checkpoint, dataset, EvaluationOptions(run=run), CPU)
+    assert len(run.read_text().splitlines()) == report["events"] * dataset.num_items
+
+
 def test_no_forward_pass_sees_more_histories_than_eval_batch_size(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

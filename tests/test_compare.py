@@ -287,6 +287,19 @@ def test_the_cutoff_is_the_reference_s_limit_and_0_leaves_the_figures_out(
             compared(paths, dataset, cutoff=cutoff)
 
 
+def test_lists_are_no_longer_than_the_catalogue(tmp_path: Path, dataset: Dataset) -> None:
+    path = checkpoint_file(dataset, tmp_path / "a.pt", recommendation_limit=10**9)
+    for cutoff in (None, 1000):
+        report = compared([path, path], dataset, cutoff=cutoff)
+        assert report["cutoff"] == 30
+        for model in report["models"].values():
+            assert model["beyond_accuracy"]["catalogue_coverage"] == 1
+    large = write_dataset(tmp_path, name="large", test=[[1, 2], [3, 4]], num_items=1200)
+    path = checkpoint_file(large, tmp_path / "b.pt", recommendation_limit=10**9)
+    with pytest.raises(InputError, match=r"recommendation_limit=1000000000: pass --cutoff"):
+        compared([path, path], large)
+
+
 def test_other_windows_are_refused_unless_whole_sessions_are_predicted(
     tmp_path: Path, dataset: Dataset, test_sessions: list[list[int]]
 ) -> None:

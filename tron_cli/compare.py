@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,14 @@ def compare(
     """
     config = checkpoints[reference].config
     protocol = options.protocol or dataset.protocol
-    depth = config.recommendation_limit if cutoff is None else cutoff
-    if not 0 <= depth <= MAX_CUTOFF:
-        raise InputError(f"--cutoff must be from 0 to {MAX_CUTOFF}, got {depth}")
+    if cutoff is not None:
+        check_cutoff(cutoff)
+    depth = min(config.recommendation_limit if cutoff is None else cutoff, dataset.num_items)
+    if depth > MAX_CUTOFF:
+        raise InputError(
+            f"{checkpoints[reference].path} has recommendation_limit={config.recommendation_limit}"
+            f": pass --cutoff, from 0 to {MAX_CUTOFF}, for shorter lists"
+        )
     for checkpoint in checkpoints:
         check_fit(checkpoint, dataset, protocol)
     sessions = chosen_sessions(dataset, options)
@@ -140,7 +145,7 @@ def compare(
                 beyond_accuracy(predictions.top_EK, predictions.target_E, counts, reference_EK)
             )
         if of_reference is None:
-            of_reference = _kept(predictions)
+            of_reference = predictions
         del predictions  # before the next model's come
     assert of_reference is not None
     events = len(of_reference.rank_E)
@@ -167,6 +172,12 @@ def compare(
         "missed_because_filtered": int((of_reference.rank_E == 0).sum()),
         "left_out": left_out(dataset, options.split, protocol, sessions, events),
     }
+
+
+def check_cutoff(cutoff: int) -> None:
+    """Raises InputError where lists of this length are not made."""
+    if not 0 <= cutoff <= MAX_CUTOFF:
+        raise InputError(f"--cutoff must be from 0 to {MAX_CUTOFF}, got {cutoff}")
 
 
 def check_choice(checkpoints: int, reference: int) -> None:
@@ -238,13 +249,6 @@ def _filter_rated(checkpoints: Sequence[Checkpoint], options: EvaluationOptions)
                 "--no-filter-rated for all of them"
             )
     return first.config.filter_rated
-
-
-def _kept(predictions: Predictions) -> Predictions:
-    """The same with lists of int32: they are by far the largest of what is kept."""
-    if predictions.top_EK is None:
-        return predictions
-    return replace(predictions, top_EK=predictions.top_EK.astype(np.int32))
 
 
 def _differences(

@@ -73,9 +73,11 @@ def predict(
     every-step predicts the last sequence_length events of a session, with full_sessions all.
     one_pass: TRON's way instead: one pass over the last sequence_length + 1 events of a session.
     filter_rated: items of the whole history before the target cannot be recommended; a target
-    among them is a miss. top_items: also return that many best items of each event.
+    among them is a miss. top_items: also return that many best items of each event, or the whole
+    catalogue where it has fewer.
     Sessions of fewer than two events predict nothing. Raises RunError where scores are not finite.
     """
+    top_items = min(top_items, model.num_items)
     if isinstance(model, Baseline):
         return predict_baseline(
             model,
@@ -249,7 +251,7 @@ def _rank(
         seen = SeenItems(
             torch.cat([seen.event_P, missed]), torch.cat([seen.item_P, targets[missed]])
         )
-    top_EK = catalogue.top_items(hidden_ED, targets, top_items, seen).cpu().numpy()
+    top_EK = catalogue.top_items(hidden_ED, targets, top_items, seen).int().cpu().numpy()
     return session_E, event_E, target_E, rank_E, top_EK
 
 
@@ -279,7 +281,7 @@ def _in_order(parts: list[tuple[np.ndarray, ...]], top_items: int) -> Prediction
     if not parts:
         empty = np.zeros(0, dtype=np.int64)
         return Predictions(
-            empty, empty, empty, empty, np.zeros((0, top_items), np.int64) if top_items else None
+            empty, empty, empty, empty, np.zeros((0, top_items), np.int32) if top_items else None
         )
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     order = np.lexsort((columns[1], columns[0]))

@@ -18,7 +18,7 @@ class Predictions:
 
     session_E, event_E: int64, session of the split and place of the target in it, both from 0.
     target_E: int64 item ids. rank_E: int64, 1 the best; 0 where the target is filtered out: a miss.
-    top_EK: int64 item ids in order of rank, 0 where there are no more; None unless asked for.
+    top_EK: int32 item ids in order of rank, 0 where there are no more; None unless asked for.
     """
 
     session_E: np.ndarray

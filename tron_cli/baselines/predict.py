@@ -58,15 +58,16 @@ def predict_baseline(
             rank_E, top_EK = baseline.rank(histories, excluded=excluded, top_items=top_items)
             event_E = histories.position_E - histories.begin_E
             columns = [histories.session_E, event_E, histories.target_E, rank_E]
-            parts.append((*columns, top_EK) if top_EK is not None else tuple(columns))
+            top = [] if top_EK is None else [top_EK.astype(np.int32)]
+            parts.append((*columns, *top))
             bar.update(int(histories.session_E[-1]) + 1 - bar.n)
     bar.close()
     if not parts:
         nothing = np.zeros(0, dtype=np.int64)
-        no_items = np.zeros((0, top_items), dtype=np.int64)
+        no_items = np.zeros((0, top_items), dtype=np.int32)
         return Predictions(nothing, nothing, nothing, nothing, no_items if top_items else None)
-    session_E, event_E, target_E, rank_E, *top = map(np.concatenate, zip(*parts, strict=True))
-    return Predictions(session_E, event_E, target_E, rank_E, top[0] if top else None)
+    session_E, event_E, target_E, rank_E, *tops = map(np.concatenate, zip(*parts, strict=True))
+    return Predictions(session_E, event_E, target_E, rank_E, tops[0] if tops else None)
 
 
 def _pieces(work_R: np.ndarray) -> Iterator[tuple[int, int]]:
