@@ -139,12 +139,23 @@ def _parse_measure(word: str) -> Measure:
     try:
         measure.validate_params()
         # Some measures, such as Accuracy, are undefined for a miss; a figure needs every event.
-        values_of_ranks([measure], [0, 1], cutoff)
-    except (AssertionError, ValueError, KeyError, subprocess.CalledProcessError) as error:
+        (values,) = values_of_ranks([measure], [0, 1, cutoff + 1], cutoff + 1).values()
+    except (AssertionError, TypeError, ValueError, KeyError, subprocess.SubprocessError) as error:
         raise InputError(
             f"ir-measures cannot compute {word!r} from the rank of one relevant item; "
             "try R@20, RR@20 or nDCG@10"
         ) from error
+    miss, first, beyond = values
+    if first == miss:
+        raise InputError(
+            f"{word!r} is {miss:g} wherever the target stands: a target has relevance 1 and no "
+            f"item has another; try {measure.NAME}@{cutoff} without parameters, R@20 or nDCG@10"
+        )
+    if beyond != miss:
+        raise InputError(
+            f"{word!r} counts items beyond its cutoff of {cutoff}; try {measure.NAME}@{cutoff} "
+            "without parameters, R@20 or nDCG@10"
+        )
     return measure
 
 
