@@ -6,6 +6,10 @@
         train|val|test/items.npy      int32, the items of all sessions back to back
         train|val|test/offsets.npy    int64, session s is items[offsets[s]:offsets[s + 1]]
         train|val|test/times.npy      int64 milliseconds since 1970 UTC, where the source has times
+        train|val|test/session_ids.npy    int64, original id of each session, where it has one; or
+        train|val|test/session_ids.txt    UTF-8, one a line, where not all are integers, and
+        train|val|test/session_ids_offsets.npy    int64: id s is txt[offsets[s]:offsets[s + 1] - 1]
+        train|val|test/user_ids...        likewise the original id of each session's user
 
 Item ids are 1..num_items; 0 means padding. Opening maps the files and reads none of them, so that a
 dataset of any size opens at once and several processes share its pages.
@@ -39,11 +43,15 @@ class Sessions:
     """The sessions of one split, back to back.
 
     items: int32 [E]; offsets: int64 [S + 1]; times: int64 [E] milliseconds since 1970 UTC, or None.
+    session_ids, user_ids: [S], original ids, int64 or str objects, or None. They are there while a
+    dataset is prepared; of a prepared one, ask `Dataset.session_ids`.
     """
 
     items: np.ndarray
     offsets: np.ndarray
     times: np.ndarray | None = None
+    session_ids: np.ndarray | None = None
+    user_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -55,6 +63,28 @@ class Sessions:
     def lengths(self) -> np.ndarray:
         """int64 [S], events of each session."""
         return np.diff(self.offsets)
+
+
+class TextIds:
+    """Ids that are text, mapped from disk: `ids[rows]` reads those of the rows asked for.
+
+    text: uint8, UTF-8 with a line feed behind each id; offsets: int64 [S + 1], where each begins.
+    """
+
+    def __init__(self, text: np.ndarray, offsets: np.ndarray) -> None:
+        self._text = text
+        self._offsets = offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """The ids of some rows (int64 [n]): str objects [n]."""
+        ids = np.empty(len(rows), object)
+        starts, ends = self._offsets[rows], self._offsets[rows + 1] - 1
+        for at, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+            ids[at] = self._text[start:end].tobytes().decode()
+        return ids
 
 
 class Dataset:
@@ -127,6 +157,38 @@ class Dataset:
             raise self._damaged("the list of item ids", error) from error
         if len(ids) != self.num_items:
             raise self._damaged("the list of item ids", f"{len(ids):,}, not {self.num_items:,}")
+        return ids
+
+    def session_ids(self, split: str) -> np.ndarray | TextIds | None:
+        """Map the original ids of a split's sessions, one each in their order.
+
+        `ids[rows]` with int64 rows gives int64, or str objects where not all ids are integers.
+        None where the source names no sessions: a user's log cut at pauses, a history per user.
+        """
+        return self._ids_of(split, "session_ids")
+
+    def user_ids(self, split: str) -> np.ndarray | TextIds | None:
+        """Map the original id of each session's user, as `session_ids`; None where unknown."""
+        return self._ids_of(split, "user_ids")
+
+    def _ids_of(self, split: str, kind: str) -> np.ndarray | TextIds | None:
+        folder = self.path / split
+        numbers, offsets = folder / f"{kind}.npy", folder / f"{kind}_offsets.npy"
+        what = f"the list of {kind.replace('_', ' ')} of the {split} split"
+        ids: np.ndarray | TextIds
+        try:
+            if numbers.exists():
+                ids = _map(numbers)
+            elif offsets.exists():
+                text = np.memmap(folder / f"{kind}.txt", np.uint8, "r")
+                ids = TextIds(text, _map(offsets))
+            else:
+                return None
+        except (OSError, EOFError, ValueError) as error:
+            raise self._damaged(what, error) from error
+        sessions = self.split_info(split)["sessions"]
+        if len(ids) != sessions:
+            raise self._damaged(what, f"{len(ids):,}, not {sessions:,}")
         return ids
 
     def _damaged(self, what: str, reason: object) -> InputError:
@@ -216,13 +278,14 @@ class DatasetWriter:
     ) -> None:
         """Append chunks of sessions (each with offsets from 0) to a split.
 
-        All chunks have times, or none has. unseen_events: dropped before, because the training
-        period lacks their item; lost_predictions: predictions of the dataset's protocol that were
-        possible before. These and further counts go into dataset.json.
+        All chunks have times, or none has; likewise session and user ids. unseen_events: dropped
+        before, because the training period lacks their item; lost_predictions: predictions of the
+        dataset's protocol that were possible before. These and further counts go into dataset.json.
         """
         folder = self._folder / name
         folder.mkdir()
         digest = hashlib.sha256()
+        ids = [_IdsFile(folder, kind) for kind in ("session_ids", "user_ids")]
         lengths: list[np.ndarray] = []
         span: list[int] = []
         items_file, times_file = folder / "items.bin", folder / "times.bin"
@@ -236,6 +299,12 @@ class DatasetWriter:
                     span = [min(span), max(span)]
                     times_out.write(np.ascontiguousarray(chunk.times, dtype=np.int64).data)
                 lengths.append(np.diff(chunk.offsets))
+                for file, values in zip(ids, (chunk.session_ids, chunk.user_ids), strict=True):
+                    if values is not None:
+                        assert len(values) == len(lengths[-1])
+                        file.append(values)
+        for file in ids:
+            file.finish()
         length = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
         offsets = np.zeros(len(length) + 1, np.int64)
         np.cumsum(length, out=offsets[1:])
@@ -296,6 +365,34 @@ def _is_running(process: int) -> bool:
     except PermissionError:
         pass  # somebody else's
     return True
+
+
+class _IdsFile:
+    """The ids of one split's sessions on their way to disk: nothing is there before the first."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self._text, self._numbers = folder / f"{kind}.txt", folder / f"{kind}.npy"
+        self._raw, self._offsets = folder / f"{kind}.bin", folder / f"{kind}_offsets.npy"
+
+    def append(self, ids: np.ndarray) -> None:
+        """Ids of further sessions: all int64, or all str objects."""
+        values = ids
+        if ids.dtype == object:
+            texts = [f"{text}\n".encode() for text in ids]
+            values = np.fromiter(map(len, texts), np.int64, len(texts))
+            with self._text.open("ab") as text_out:
+                text_out.write(b"".join(texts))
+        with self._raw.open("ab") as out:
+            out.write(np.ascontiguousarray(values, np.int64).data)
+
+    def finish(self) -> None:
+        """Turn what was appended into arrays."""
+        if self._text.exists():
+            ends = np.cumsum(np.fromfile(self._raw, np.int64))
+            np.save(self._offsets, np.concatenate(([0], ends)))
+            self._raw.unlink()
+        elif self._raw.exists():
+            _with_header(self._raw, self._numbers, np.dtype(np.int64))
 
 
 def _with_header(raw: Path, file: Path, dtype: np.dtype[Any]) -> None:

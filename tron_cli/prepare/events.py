@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,15 @@ class Events:
     """A log of events, in any order.
 
     sessions: int64 [E], any number that names the session; items: int32 [E], positions in item_ids;
-    times: int64 [E], milliseconds since 1970 UTC; item_ids: the original ids, int64 [I] or str [I].
+    times: int64 [E], milliseconds since 1970 UTC; item_ids: the original ids, int64 [I] or str [I];
+    users: int64 [E], any number that names the user, or None.
     """
 
     sessions: np.ndarray
     items: np.ndarray
     times: np.ndarray
     item_ids: np.ndarray
+    users: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -51,27 +54,76 @@ class ItemIndex:
     def ids(self) -> np.ndarray:
         """The distinct ids by position: int64 where every one is an integer's plain spelling."""
         ids = list(self._positions)
-        spelled = pl.Series(ids, dtype=pl.String) if ids and isinstance(ids[0], str) else None
-        if spelled is None:
+        if not ids or not isinstance(ids[0], str):
             return np.array(ids, np.int64)
-        numbers = spelled.cast(pl.Int64, strict=False)
-        if (numbers.cast(pl.String) == spelled).fill_null(False).all():
-            return numbers.to_numpy()
-        return np.array(ids, dtype=object)
+        spelled = plain_integers(pl.Series(ids, dtype=pl.String))
+        return spelled.to_numpy() if spelled.dtype == pl.Int64 else np.array(ids, dtype=object)
+
+
+class IdKeys:
+    """Gives int64 keys to the ids of sessions or users, which come in blocks, and takes them back.
+
+    An integer is its own key. The key of a text is its 64-bit hash: what is kept in memory is each
+    distinct text once, whatever the number of events.
+    """
+
+    def __init__(self) -> None:
+        self._texts = pl.DataFrame(schema={"key": pl.Int64, "text": pl.String})
+        self._new: list[pl.DataFrame] = []
+
+    def keys(self, ids: pl.Series) -> np.ndarray:
+        """int64 [n]: the key of each id."""
+        if ids.dtype == pl.Int64:
+            return ids.to_numpy()
+        keys = ids.hash().reinterpret(signed=True)
+        self._new.append(pl.DataFrame({"key": keys, "text": ids}).unique("key"))
+        if sum(map(len, self._new)) > max(len(self._texts), 1 << 20):
+            self._gather()
+        return keys.to_numpy()
+
+    def _gather(self) -> None:
+        self._texts = pl.concat([self._texts, *self._new]).unique("key").sort("key")
+        self._new = []
+
+    @cached_property
+    def _distinct(self) -> pl.Series:
+        """The ids in ascending order of their keys, when all blocks have come."""
+        self._gather()
+        return plain_integers(self._texts["text"])
+
+    def ids(self, keys: np.ndarray) -> np.ndarray:
+        """Original id of each key: int64 where all ids are integers' plain spelling, else str."""
+        if not len(self._distinct):
+            return keys
+        places = self._texts["key"].search_sorted(pl.Series(keys, dtype=pl.Int64))
+        ids = self._distinct.gather(places)
+        return ids.to_numpy() if ids.dtype == pl.Int64 else np.array(ids.to_list(), object)
+
+
+def plain_integers(texts: pl.Series) -> pl.Series:
+    """The texts as Int64 where every one is an integer's plain spelling, else as they are."""
+    numbers = texts.cast(pl.Int64, strict=False)
+    return numbers if (numbers.cast(pl.String) == texts).fill_null(False).all() else texts
 
 
 def collect_events(file: Path, blocks: Iterable[Columns], bad: BadLines) -> Events:
-    """One log of all blocks, which have the columns session and time (int64) and item (any ids)."""
+    """One log of all blocks: int64 columns session, time and perhaps user; item of any ids."""
     index = ItemIndex()
-    sessions, items, times = [], [], []
+    sessions, items, times, users = [], [], [], []
     for block in blocks:
+        if "user" in block.frame.columns:
+            users.append(block.frame["user"].to_numpy())
         sessions.append(block.frame["session"].to_numpy())
         items.append(index.positions(block.frame["item"]))
         times.append(block.frame["time"].to_numpy())
     if not sum(map(len, items)):
         raise InputError(f"{file} holds no readable event ({bad.count:,} bad lines: {bad.first})")
     return Events(
-        np.concatenate(sessions), np.concatenate(items), np.concatenate(times), index.ids()
+        np.concatenate(sessions),
+        np.concatenate(items),
+        np.concatenate(times),
+        index.ids(),
+        np.concatenate(users) if users else None,
     )
 
 
@@ -79,15 +131,19 @@ def to_sessions(events: Events) -> Sessions:
     """Group events into sessions, in the order in which the file first shows them.
 
     The events of each are stably sorted by time: of equal times the file's first comes first. The
-    items stay positions in item_ids.
+    items stay positions in item_ids; session_ids and user_ids are the numbers of the events.
     """
-    codes, count = _by_appearance(events.sessions)
+    codes, ids = _by_appearance(events.sessions)
+    users = None
+    if events.users is not None:
+        users = np.empty(len(ids), np.int64)
+        users[codes] = events.users
     items, times = events.items, events.times
     same = codes[1:] == codes[:-1]
     if not ((codes[1:] > codes[:-1]) | (same & (times[1:] >= times[:-1]))).all():
         order = np.lexsort((times, codes))
         items, times = items[order], times[order]
-    return Sessions(items, _offsets(np.bincount(codes, minlength=count)), times)
+    return Sessions(items, _offsets(np.bincount(codes, minlength=len(ids))), times, ids, users)
 
 
 def by_first_event(sessions: Sessions) -> Sessions:
@@ -116,7 +172,7 @@ def take(sessions: Sessions, rows: np.ndarray) -> Sessions:
     offsets = _offsets(lengths)
     events = np.arange(offsets[-1]) + np.repeat(sessions.offsets[rows] - offsets[:-1], lengths)
     times = None if sessions.times is None else sessions.times[events]
-    return Sessions(sessions.items[events], offsets, times)
+    return Sessions(sessions.items[events], offsets, times, *_ids_at(sessions, rows))
 
 
 def take_where(sessions: Sessions, keep: np.ndarray) -> Sessions:
@@ -124,7 +180,8 @@ def take_where(sessions: Sessions, keep: np.ndarray) -> Sessions:
     if keep.all():
         return sessions
     kept = drop_events(sessions, np.repeat(keep, sessions.lengths))
-    return Sessions(kept.items, _offsets(sessions.lengths[keep]), kept.times)
+    ids = _ids_at(sessions, keep)
+    return Sessions(kept.items, _offsets(sessions.lengths[keep]), kept.times, *ids)
 
 
 def drop_events(sessions: Sessions, keep: np.ndarray) -> Sessions:
@@ -134,7 +191,18 @@ def drop_events(sessions: Sessions, keep: np.ndarray) -> Sessions:
     kept_before = np.zeros(len(keep) + 1, np.int64)
     np.cumsum(keep, out=kept_before[1:])
     times = None if sessions.times is None else sessions.times[keep]
-    return Sessions(sessions.items[keep], kept_before[sessions.offsets], times)
+    return replace(
+        sessions, items=sessions.items[keep], offsets=kept_before[sessions.offsets], times=times
+    )
+
+
+def _ids_at(sessions: Sessions, rows: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The session and user ids of some rows (int64, or bool [S])."""
+    session_ids, user_ids = sessions.session_ids, sessions.user_ids
+    return (
+        None if session_ids is None else session_ids[rows],
+        None if user_ids is None else user_ids[rows],
+    )
 
 
 def first_times(sessions: Sessions) -> np.ndarray:
@@ -155,11 +223,12 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
     return offsets
 
 
-def _by_appearance(keys: np.ndarray) -> tuple[np.ndarray, int]:
-    """(int64 [E] with the distinct keys numbered in order of first appearance, how many)."""
+def _by_appearance(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [E] with the distinct keys numbered in order of first appearance, these keys)."""
     # Logs mostly hold a session's events together, so only the runs of equal keys are sorted.
     starts = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
     distinct, first, inverse = np.unique(keys[starts], return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")
     number = np.empty(len(distinct), np.int64)
-    number[np.argsort(first, kind="stable")] = np.arange(len(distinct))
-    return np.repeat(number[inverse], np.diff(np.append(starts, len(keys)))), len(distinct)
+    number[order] = np.arange(len(distinct))
+    return np.repeat(number[inverse], np.diff(np.append(starts, len(keys)))), distinct[order]

@@ -15,11 +15,12 @@ _BLANKS = b" ,\t"
 
 def read_integer_lines(
     file: Path, bad: BadLines, *, per_line: int | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Non-negative integers separated by blanks, commas or tabs, in blocks of whole lines.
 
-    Yields (numbers int64 [n], how many each line that has any holds, int64 [lines]). per_line: how
-    many every line must hold. Blank lines are stepped over; the file may be a gzip.
+    Yields (numbers int64 [n], how many each line that has any holds, int64 [lines], these lines'
+    numbers from 1, int64 [lines]). per_line: how many every line must hold. Blank lines are stepped
+    over; the file may be a gzip.
     """
     for block, first_line in text_blocks(file):
         data = np.frombuffer(block, np.uint8)
@@ -39,7 +40,8 @@ def read_integer_lines(
             expected = "integers" if per_line is None else f"{per_line} integers"
             problem = f"expected {expected} of at most {MAX_DIGITS} digits, found {text[:60]!r}"
             bad.reject(file, first_line + line, problem)
-        yield numbers[~is_bad[lines]], counts[(counts > 0) & ~is_bad]
+        kept = np.flatnonzero((counts > 0) & ~is_bad)
+        yield numbers[~is_bad[lines]], counts[kept], first_line + kept
 
 
 def _is_digit(data: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ second last one and train on all but their last three; the others train on all b
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ import numpy as np
 from tron_cli.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
 from tron_cli.prepare.columns import BadLines
-from tron_cli.prepare.events import Events, first_times, take_where, to_sessions
-from tron_cli.prepare.filters import Steps
+from tron_cli.prepare.events import Events, to_sessions
+from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.integers import read_integer_lines
 from tron_cli.prepare.raw import locate
 from tron_cli.prepare.split import split_last_items
@@ -38,15 +39,15 @@ def prepare_ml1m(
     with DatasetWriter(dataset_path(data_dir, name, raw), force=force) as writer:
         file = locate("ml1m", raw, data_dir)["ml-1m.txt"]
         bad = BadLines(skip=skip_bad_lines)
-        users, histories, item_ids = _read(file, bad)
+        histories, item_ids = _read(file, bad)
         steps = Steps()
         steps.record("read", histories, "")
-        enough = histories.lengths >= MIN_EVENTS
-        users, histories = users[enough], take_where(histories, enough)
+        histories = drop_short(histories, MIN_EVENTS)
         steps.record("short histories", histories, f"fewer than {MIN_EVENTS} events")
         # The numbers are drawn from 0..6039 and compared with user ids, which are 1..6040.
         drawn = np.random.RandomState(SPLIT_SEED).choice(USERS, VAL_USERS, replace=False)
-        validates = np.isin(users, drawn)
+        assert histories.user_ids is not None
+        validates = np.isin(histories.user_ids, drawn)
         splits = split_last_items(
             histories, np.flatnonzero(validates), train_without=np.where(validates, 3, 2)
         )
@@ -70,13 +71,13 @@ def prepare_ml1m(
         )
 
 
-def _read(file: Path, bad: BadLines) -> tuple[np.ndarray, Sessions, np.ndarray]:
-    """(user ids, their histories in the order of the file, original item ids ascending)."""
-    pairs = np.concatenate([block for block, _ in read_integer_lines(file, bad, per_line=2)])
+def _read(file: Path, bad: BadLines) -> tuple[Sessions, np.ndarray]:
+    """(histories in the order of the file with their users, original item ids ascending)."""
+    pairs = np.concatenate([block for block, *_ in read_integer_lines(file, bad, per_line=2)])
     if not len(pairs):
         raise InputError(f"{file} holds no event: expected `user item` a line")
     users, items = pairs[::2], pairs[1::2]
     item_ids, positions = np.unique(items, return_inverse=True)
-    rows = np.arange(len(users))
-    histories = to_sessions(Events(users, positions.astype(np.int32), rows, item_ids))
-    return users[first_times(histories)], Sessions(histories.items, histories.offsets), item_ids
+    lines = np.arange(len(users))  # in place of times
+    histories = to_sessions(Events(users, positions.astype(np.int32), lines, item_ids, users))
+    return replace(histories, times=None, session_ids=None), item_ids

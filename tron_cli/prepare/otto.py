@@ -15,7 +15,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -113,13 +113,14 @@ def prepare_otto(
 
 
 class _Spool:
-    """Sessions on disk in the order they came; in memory only the length and start of each."""
+    """Sessions on disk in the order they came; in memory only each one's length, start and id."""
 
     def __init__(self, folder: Path) -> None:
         self._aids = (folder / "aids.bin").open("w+b")
         self._times = (folder / "times.bin").open("w+b")
         self._lengths: list[np.ndarray] = []
         self._starts: list[np.ndarray] = []
+        self._session_ids: list[np.ndarray] = []
         self.events = 0
 
     def __enter__(self) -> _Spool:
@@ -130,12 +131,14 @@ class _Spool:
         self._times.close()
 
     def append(self, sessions: Sessions) -> None:
-        """Sessions of aids (int32), none empty, with times."""
+        """Sessions of aids (int32), none empty, with times and ids."""
         assert sessions.times is not None
+        assert sessions.session_ids is not None
         self._aids.write(sessions.items.data)
         self._times.write(sessions.times.data)
         self._lengths.append(sessions.lengths)
         self._starts.append(first_times(sessions))
+        self._session_ids.append(sessions.session_ids)
         self.events += len(sessions.items)
 
     @property
@@ -152,13 +155,15 @@ class _Spool:
         """All of it, block by block; only the blocks with a `wanted` row (bool [S])."""
         self._aids.flush()
         self._times.flush()
-        lengths = self.lengths
+        lengths, ids = self.lengths, np.concatenate(self._session_ids)
         events_before = 0
         for start in range(0, len(lengths), SPOOL_SESSIONS):
             rows = slice(start, start + SPOOL_SESSIONS)
             offsets = np.append(0, np.cumsum(lengths[rows]))
             if wanted is None or wanted[rows].any():
-                yield _SpoolBlock(rows, offsets, self._aids.name, self._times.name, events_before)
+                yield _SpoolBlock(
+                    rows, offsets, ids[rows], self._aids.name, self._times.name, events_before
+                )
             events_before += int(offsets[-1])
 
 
@@ -168,6 +173,7 @@ class _SpoolBlock:
 
     rows: slice
     offsets: np.ndarray
+    session_ids: np.ndarray
     aids_file: str
     times_file: str
     events_before: int
@@ -180,7 +186,7 @@ class _SpoolBlock:
                 (self.times_file, np.dtype(np.int64)),
             )
         )
-        return Sessions(aids, self.offsets, times)
+        return Sessions(aids, self.offsets, times, self.session_ids)
 
 
 class _Tally:
@@ -360,11 +366,12 @@ def _count(flags: np.ndarray) -> int:
 
 
 def _sessions(clicks: Clicks) -> Sessions:
-    return Sessions(clicks.aids, np.append(0, np.cumsum(clicks.lengths)), clicks.times)
+    offsets = np.append(0, np.cumsum(clicks.lengths))
+    return Sessions(clicks.aids, offsets, clicks.times, clicks.sessions)
 
 
 def _indexed(sessions: Sessions, index: np.ndarray) -> Sessions:
-    return Sessions(_positions(sessions, index), sessions.offsets, sessions.times)
+    return replace(sessions, items=_positions(sessions, index))
 
 
 def _positions(sessions: Sessions, index: np.ndarray) -> np.ndarray:

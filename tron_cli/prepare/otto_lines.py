@@ -31,11 +31,13 @@ PIECE_BYTES = 1 << 21  # long arrays, which still fit into a core's cache
 class Clicks:
     """The clicks of some lines, session after session, each session stably sorted by time.
 
-    lengths: int64 [S], clicks of each session, also zero; aids: int32 [E]; times: int64 [E] ms;
+    sessions: int64 [S], the session numbers, -1 where a line has none; lengths: int64 [S], clicks
+    of each session, also zero; aids: int32 [E]; times: int64 [E] ms;
     other_aids: int32, of the events that are no clicks. lines: how many were read, blank ones
     included; bad: (line within these lines from 1, what is wrong) of those that could not be read.
     """
 
+    sessions: np.ndarray
     lengths: np.ndarray
     aids: np.ndarray
     times: np.ndarray
@@ -57,11 +59,13 @@ def read_clicks(text: bytearray) -> Clicks:
     for part in parts:
         bad += [(lines + line, problem) for line, problem in part.bad]
         lines += part.lines
+    sessions = np.concatenate([part.sessions for part in parts])
     lengths = np.concatenate([part.lengths for part in parts])
     aids = np.concatenate([part.aids for part in parts])
     times = np.concatenate([part.times for part in parts])
     others = np.concatenate([part.other_aids for part in parts])
-    return Clicks(lengths, *_sorted_by_time(lengths, aids, times), others, lines, bad)
+    clicks = _sorted_by_time(lengths, aids, times)
+    return Clicks(sessions, lengths, *clicks, others, lines, bad)
 
 
 def _pieces(text: bytearray) -> Iterator[tuple[int, int]]:
@@ -212,6 +216,7 @@ def _read_canonical(text: bytearray, start: int, stop: int) -> Clicks | None:
     aids = aids.astype(np.int32)
     click, other = np.flatnonzero(is_click), np.flatnonzero(~is_click)
     return Clicks(
+        sessions=sessions,
         lengths=np.diff(clicks_before[events_before]),
         aids=aids[click],
         times=high[click],
@@ -257,6 +262,7 @@ def _last_digits(text: np.ndarray, digits: np.ndarray | int) -> np.ndarray | Non
 
 def _read_any(text: bytes) -> Clicks:
     """Read lines as JSON, one by one."""
+    sessions: list[int] = []
     lengths: list[int] = []
     aids: list[int] = []
     times: list[int] = []
@@ -267,16 +273,18 @@ def _read_any(text: bytes) -> Clicks:
         if not line.strip():
             continue
         try:
-            events = _events(line)
+            number, events = _session(line)
         except ValueError as error:
             bad.append((number, str(error)))
             continue
         clicks = [(aid, time) for aid, time, is_click in events if is_click]
+        sessions.append(number)
         lengths.append(len(clicks))
         aids += [aid for aid, _ in clicks]
         times += [time for _, time in clicks]
         other_aids += [aid for aid, _, is_click in events if not is_click]
     return Clicks(
+        np.array(sessions, np.int64),
         np.array(lengths, np.int64),
         np.array(aids, np.int32),
         np.array(times, np.int64),
@@ -286,8 +294,8 @@ def _read_any(text: bytes) -> Clicks:
     )
 
 
-def _events(line: bytes) -> list[tuple[int, int, bool]]:
-    """(aid, time, is it a click) of the events of a line; ValueError says what is wrong with it."""
+def _session(line: bytes) -> tuple[int, list[tuple[int, int, bool]]]:
+    """(number, (aid, time, is it a click) of each event) of a line; ValueError: what is wrong."""
     try:
         session = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -295,7 +303,9 @@ def _events(line: bytes) -> list[tuple[int, int, bool]]:
     events = session.get("events") if isinstance(session, dict) else None
     if not isinstance(events, list):
         raise ValueError('expected an object with a list of "events"')
-    return [_event(event) for event in events]
+    number = session.get("session")
+    is_number = type(number) is int and 0 <= number < 2**63
+    return number if is_number else -1, [_event(event) for event in events]
 
 
 def _event(event: Any) -> tuple[int, int, bool]:

@@ -6,6 +6,7 @@ that the last training lines can validate.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,8 @@ def prepare_sequences(
 ) -> Dataset:
     """Prepare files with one session a line; without `val` the last 5 % of the training lines.
 
-    Sessions of fewer than two events are dropped and counted. The catalogue is the items of train
+    A session's id is the number of its line. Sessions of fewer than two events are dropped and
+    counted. The catalogue is the items of train
     and val; test loses the others.
     """
     files = [train, *([val] if val else []), test]
@@ -49,7 +51,7 @@ def prepare_sequences(
         )
         bounds = np.cumsum([0, *(len(part.items) for part in parts)])
         parts = [
-            Sessions(positions[start:end].astype(np.int32), part.offsets)
+            replace(part, items=positions[start:end].astype(np.int32))
             for part, start, end in zip(parts, bounds[:-1], bounds[1:], strict=True)
         ]
         steps.record("read", _joined(parts), "")
@@ -89,15 +91,18 @@ def prepare_sequences(
 
 
 def _read(file: Path, bad: BadLines) -> Sessions:
-    blocks = list(read_integer_lines(file, bad))
-    items = np.concatenate([numbers for numbers, _ in blocks])
-    if not len(items):
+    """The sessions of a file; the id of each is the number of its line."""
+    numbers, counts, lines = zip(*read_integer_lines(file, bad), strict=True)
+    if not sum(map(len, numbers)):
         raise InputError(f"{file} holds no session: expected integer item ids, one session a line")
-    lengths = np.concatenate([counts for _, counts in blocks])
-    return Sessions(items, np.concatenate(([0], np.cumsum(lengths))))
+    offsets = np.concatenate(([0], np.cumsum(np.concatenate(counts))))
+    return Sessions(np.concatenate(numbers), offsets, session_ids=np.concatenate(lines))
 
 
 def _joined(parts: list[Sessions]) -> Sessions:
     lengths = np.concatenate([part.lengths for part in parts])
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    return Sessions(np.concatenate([part.items for part in parts]), offsets)
+    return Sessions(
+        np.concatenate([part.items for part in parts]),
+        np.concatenate(([0], np.cumsum(lengths))),
+        session_ids=np.concatenate([part.session_ids for part in parts]),
+    )

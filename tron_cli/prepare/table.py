@@ -25,7 +25,7 @@ from tron_cli.prepare.columns import (
     read_json_lines,
     read_parquet,
 )
-from tron_cli.prepare.events import collect_events, split_at_gaps, to_sessions
+from tron_cli.prepare.events import IdKeys, collect_events, split_at_gaps, to_sessions
 from tron_cli.prepare.filters import Steps, apply_filters
 from tron_cli.prepare.raw import open_raw
 from tron_cli.prepare.split import Splits, by_start, sample_rows, split_by_time, split_last_items
@@ -88,6 +88,8 @@ def prepare_table(
         if gap is not None:
             events = replace(events, sessions=split_at_gaps(events.sessions, events.times, gap))
         sessions = to_sessions(events)
+        if columns.session is None:  # neither pieces of a log nor whole histories have ids
+            sessions = replace(sessions, session_ids=None)
         kinds = f"only {', '.join(columns.keep_events)}" if columns.event else ""
         steps.record("kinds of events" if kinds else "read", sessions, kinds)
         sessions = apply_filters(
@@ -138,6 +140,8 @@ def prepare_table(
             files=[input_file],
             steps=steps,
             bad=bad,
+            session_keys=reader.owners,
+            user_keys=reader.owners,
         )
 
 
@@ -177,6 +181,7 @@ class _TableReader:
             raise InputError(f"--input {file} is not a file")
         self.file, self.columns, self.bad = file, columns, bad
         self.rows = 0
+        self.owners = IdKeys()  # sessions or users
 
     def __iter__(self) -> Iterator[Columns]:
         owner = self.columns.session or self.columns.user
@@ -200,12 +205,11 @@ class _TableReader:
             block = block.parse(parsers, self.bad)
             self.rows += len(block.lines)
             frame = block.frame
-            yield replace(
-                block,
-                frame=frame.select(
-                    session=_keys(frame[owner]), item=self.columns.item, time=self.columns.time
-                ),
-            )
+            keys = pl.Series(self.owners.keys(frame[owner]))
+            frame = frame.select(session=keys, item=self.columns.item, time=self.columns.time)
+            if self.columns.user:
+                frame = frame.with_columns(user="session")
+            yield replace(block, frame=frame)
         missing = [kind for kind in self.columns.keep_events if kind not in kinds]
         if missing:
             found = ", ".join(kind or "nothing" for kind in sorted(kinds)[:10])
@@ -260,8 +264,3 @@ def _item_ids(column: pl.Series) -> pl.Series:
 _OWNER = Parser(_ids, "an id")
 _ITEM = Parser(_item_ids, "an id in one line")
 _KIND = Parser(lambda column: column.cast(pl.String).fill_null(""), "a kind of event")
-
-
-def _keys(ids: pl.Series) -> pl.Series:
-    """int64 keys of sessions or users; of text its 64-bit hash, so that none of it is kept."""
-    return ids if ids.dtype == pl.Int64 else ids.hash().reinterpret(signed=True)

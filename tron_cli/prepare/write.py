@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 from tron_cli.dataset import DATASET_NAME, Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
 from tron_cli.prepare.columns import BadLines
-from tron_cli.prepare.events import by_first_event, drop_events, take_where
+from tron_cli.prepare.events import IdKeys, by_first_event, drop_events, take, take_where
 from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.raw import describe
 from tron_cli.prepare.split import Splits
+
+CHUNK_SESSIONS = 1 << 18  # written at a time: ids that are text are objects meanwhile
 
 
 def dataset_path(data_dir: Path, name: str, *inputs: Path | None) -> Path:
@@ -56,12 +59,29 @@ def write_splits(
     files: list[Path],
     steps: Steps,
     bad: BadLines,
+    session_keys: IdKeys | None = None,
+    user_keys: IdKeys | None = None,
 ) -> Dataset:
     """Index the items, drop from test what the catalogue lacks, write and open the dataset.
 
     item_ids: original id of each position; catalogue: int64 [I], the position of item i in entry
-    i - 1, made of the items of splits.period.
+    i - 1, made of the items of splits.period. session_keys, user_keys: give the ids of the keys
+    that the sessions hold; without them the keys are the ids.
     """
+
+    def chunks(sessions: Sessions) -> Iterator[Sessions]:
+        # Only now: dropped events may have been the first ones of their sessions.
+        ordered = by_first_event(sessions)
+        for start in range(0, len(ordered), CHUNK_SESSIONS):
+            chunk = take(ordered, np.arange(start, min(start + CHUNK_SESSIONS, len(ordered))))
+            yield Sessions(
+                index[chunk.items],
+                chunk.offsets,
+                chunk.times,
+                _ids(session_keys, chunk.session_ids),
+                _ids(user_keys, chunk.user_ids),
+            )
+
     index = np.zeros(len(item_ids), np.int32)
     index[catalogue] = np.arange(1, len(catalogue) + 1)
     test, unseen_events, lost_predictions = _drop_unseen(splits.test, index > 0, protocol)
@@ -74,17 +94,17 @@ def write_splits(
     in_train = np.zeros(len(item_ids), bool)
     in_train[splits.train.items] = True
     writer.write_items(item_ids[catalogue])
-    writer.write_split("train", [_indexed(splits.train, index)])
+    writer.write_split("train", chunks(splits.train))
     writer.write_split(
         "val",
-        [_indexed(splits.val, index)],
+        chunks(splits.val),
         unseen_events=0,
         lost_predictions=0,
         events_unseen_in_train=int(np.count_nonzero(~in_train[splits.val.items])),
     )
     writer.write_split(
         "test",
-        [_indexed(test, index)],
+        chunks(test),
         unseen_events=unseen_events,
         lost_predictions=lost_predictions,
         short_sessions=len(splits.test) - len(test),
@@ -122,10 +142,8 @@ def _predictions(sessions: Sessions) -> int:
     return int(np.maximum(sessions.lengths - 1, 0).sum())
 
 
-def _indexed(sessions: Sessions, index: np.ndarray) -> Sessions:
-    # Only now: dropped events may have been the first ones of their sessions.
-    ordered = by_first_event(sessions)
-    return Sessions(index[ordered.items], ordered.offsets, ordered.times)
+def _ids(keys: IdKeys | None, of_sessions: np.ndarray | None) -> np.ndarray | None:
+    return of_sessions if keys is None or of_sessions is None else keys.ids(of_sessions)
 
 
 def _story(steps: Steps) -> str:
