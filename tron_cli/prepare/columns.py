@@ -13,6 +13,7 @@ import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -48,7 +49,10 @@ class BadLines:
 
 @dataclass(frozen=True)
 class Parser:
-    """How the values of a column are read: `parse` makes a null of what is not `expected`."""
+    """How the values of a column are read: `parse` makes a null of what is not `expected`.
+
+    It raises TypeError for a column whose type cannot be that.
+    """
 
     parse: Callable[[pl.Series], pl.Series]
     expected: str
@@ -90,7 +94,9 @@ class Columns:
         try:
             if not column.dtype.is_nested():
                 return parser.parse(column)
-        except pl.exceptions.PolarsError:
+        except InputError as error:
+            raise InputError(f"{self.file}: {error}") from error
+        except (pl.exceptions.PolarsError, TypeError):
             pass  # a type of Parquet that cannot become what is expected
         raise InputError(
             f"{self.file}: expected {parser.expected} in {name}, found the type {column.dtype}; "
@@ -113,13 +119,12 @@ def read_delimited(
     which may then hold separators and line breaks. Raises InputError where no line can be read.
     """
     found = False
-    for block, first_line in text_blocks(file, separator if quoted else None):
-        records = _records(block, first_line, separator, quoted)
+    columns: list[int] = []
+    for block, start in text_blocks(file, separator if quoted else None):
+        records = _records(block, start, separator, quoted)
         if names is None:
             header = int(np.argmax(records.fields > 0))
             names = _header(file, records.text(header), separator)
-            for name in wanted:
-                find_column(file, names, name)
             records.fields[header] = 0
         is_bad = (records.fields != len(names)) | records.unclosed
         for record in np.flatnonzero(is_bad & (records.fields > 0)).tolist():
@@ -128,12 +133,14 @@ def read_delimited(
             if records.unclosed[record]:
                 problem = "a quote opens a field and does not close it"
             bad.reject(file, int(records.lines[record]), problem)
+        columns = columns or find_columns(file, names, wanted)
         schema = {f"column_{index}": pl.String() for index in range(len(names))}
         parse = _CsvParser(schema, separator, quoted)
-        for frame, part in _parse(file, records.where(~is_bad).requoted(separator), parse, bad):
+        for frame, lines in _parse(file, records.where(~is_bad).requoted(separator), parse, bad):
             found = True
-            columns = {name: frame[:, find_column(file, names, name)] for name in wanted}
-            yield Columns(file, pl.DataFrame(columns), part)
+            selected = frame[:, columns]
+            selected.columns = wanted
+            yield Columns(file, selected, lines)
     if not found:
         raise InputError(f"{file} holds no readable line: expected the columns {', '.join(wanted)}")
 
@@ -142,8 +149,8 @@ def read_json_lines(file: Path, wanted: list[str], bad: BadLines) -> Iterator[Co
     """The wanted keys of a file with one JSON object a line, plain or gzip, as strings."""
     schema = {name: pl.String() for name in wanted}
     found = False
-    for block, first_line in text_blocks(file):
-        records = _records(block, first_line, "\n", quoted=False)
+    for block, start in text_blocks(file):
+        records = _records(block, start, "\n", quoted=False)
         for frame, part in _parse(
             file,
             records.where(records.fields > 0),
@@ -157,26 +164,63 @@ def read_json_lines(file: Path, wanted: list[str], bad: BadLines) -> Iterator[Co
 
 
 def read_parquet(file: Path, wanted: list[str]) -> Iterator[Columns]:
-    """The wanted columns of a Parquet file, in their own types."""
+    """Yield the wanted columns of a Parquet file, in their own types; times with a zone in UTC.
+
+    Read by Arrow, which raises where a damaged file makes polars panic, or abort the process.
+    """
+    import pyarrow as arrow  # takes a moment, which the other formats need not wait
+    from pyarrow.parquet import ParquetFile
+
     try:
-        table = pl.scan_parquet(file)
-        names = table.collect_schema().names()
-        rows = table.select(pl.len()).collect().item()
-        columns = [names[find_column(file, names, name)] for name in wanted]
-        selected = table.select(
-            pl.col(column).alias(name) for column, name in zip(columns, wanted, strict=True)
-        )
-        with tqdm(total=rows, desc=file.name, unit=" rows", unit_scale=True, disable=None) as bar:
-            for start in range(0, rows, PARQUET_ROWS):
-                frame = selected.slice(start, PARQUET_ROWS).collect()
-                lines = np.arange(start + 1, start + len(frame) + 1)
-                yield Columns(file, frame, lines, unit="row")
-                bar.update(len(frame))
-    except (pl.exceptions.PolarsError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{file} is not a readable Parquet file: {reason}") from error
+        with ParquetFile(file, page_checksum_verification=True) as table:
+            rows = table.metadata.num_rows
+            names = table.schema_arrow.names
+            columns = [names[at] for at in find_columns(file, names, wanted)]
+            bar = tqdm(total=rows, desc=file.name, unit=" rows", unit_scale=True, disable=None)
+            with bar:
+                for batch in table.iter_batches(PARQUET_ROWS, columns=columns):
+                    batch.validate(full=True)
+                    frame = pl.DataFrame(
+                        {
+                            name: _from_arrow(batch.column(column))
+                            for name, column in zip(wanted, columns, strict=True)
+                        }
+                    )
+                    lines = np.arange(bar.n + 1, bar.n + len(frame) + 1)
+                    yield Columns(file, frame, lines, unit="row")
+                    bar.update(len(frame))
+    except (arrow.ArrowException, pl.exceptions.PolarsError, OSError, ValueError) as error:
+        raise InputError(
+            f"{file} is not a readable Parquet file: {first_line(error)}; write it again"
+        ) from error
     if not rows:
         raise InputError(f"{file} holds no row")
+
+
+def _from_arrow(column: Any) -> pl.Series:
+    import pyarrow as arrow
+
+    if arrow.types.is_timestamp(column.type):
+        # The number is UTC whatever the zone, and polars knows no zone such as +05:30.
+        column = column.cast(arrow.timestamp(column.type.unit))
+    if arrow.types.is_decimal(column.type):  # of up to 76 digits, which are too many for polars
+        column = column.cast(arrow.string())
+    return pl.Series(column)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what a library says."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def find_columns(file: Path, names: list[str], wanted: list[str]) -> list[int]:
+    """Return the positions of columns, all of them different."""
+    found = [find_column(file, names, name) for name in wanted]
+    for at in found:
+        if found.count(at) > 1:
+            same = " and ".join(repr(w) for w, f in zip(wanted, found, strict=True) if f == at)
+            raise InputError(f"{file}: {same} are both the column {names[at]!r}; name two columns")
+    return found
 
 
 def find_column(file: Path, names: list[str], wanted: str) -> int:
@@ -339,7 +383,7 @@ def _parse(
     try:
         frame = parse(records.block)
     except pl.exceptions.PolarsError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
     else:
         if len(frame) == len(lines):
             yield frame, lines

@@ -244,6 +244,8 @@ def _separator(file: Path) -> str:
 
 def _ids(column: pl.Series) -> pl.Series:
     """Integers as they are, also where they are stored as floats; everything else as text."""
+    if column.dtype == pl.Boolean:
+        raise TypeError(column.dtype)
     if column.dtype.is_integer():
         return column.cast(pl.Int64, strict=False)
     if column.dtype.is_float():

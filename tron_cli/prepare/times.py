@@ -44,6 +44,8 @@ class _TimeReader:
         self.is_checked = False
 
     def __call__(self, column: pl.Series) -> pl.Series:
+        if column.dtype == pl.Boolean:
+            raise TypeError(column.dtype)
         if column.dtype.is_temporal():
             return column.cast(pl.Datetime("ms"), strict=False).to_physical()
         if column.null_count() == len(column):  # says nothing about the others
