@@ -286,12 +286,14 @@ def assert_follows(
     assert all(session in left for session in val)  # a subsequence: in the order of the file
     assert len(val) == min(most, len(plain["candidates"]))
     info = dataset.info
-    assert info["left_out"] == {
-        "val_sessions_beyond_sample": len(plain["candidates"]) - len(val),
-        "val_events_beyond_sample": sum(map(len, plain["candidates"])) - sum(map(len, val)),
-        "late_sessions": plain["late_sessions"],
-        "late_events": plain["late_events"],
+    dropped = {
+        step["step"]: (step["dropped_sessions"], step["dropped_events"]) for step in info["filters"]
     }
+    assert dropped["late events"] == (plain["late_sessions"], plain["late_events"])
+    assert dropped["validation sample"] == (
+        len(plain["candidates"]) - len(val),
+        sum(map(len, plain["candidates"])) - sum(map(len, val)),
+    )
     trained = {aid for session in plain["train"] for aid, _, _ in session}
     assert info["items_unseen_in_train"] == len(set(plain["catalogue"]) - trained)
     unseen_in_val = sum(aid not in trained for session in val for aid, _, _ in session)
@@ -391,7 +393,13 @@ def test_steps_count_what_came_and_what_went(
     ]
     dataset = prepare_otto(write_raw(train, test), tmp_path / "d", val_days=0)
     counts = [(s["step"], s["sessions"], s["events"], s["items"]) for s in dataset.info["filters"]]
-    assert counts == [("read", 4, 7, 5), ("clicks", 3, 5, 3), ("short sessions", 2, 4, 2)]
+    assert counts == [
+        ("read", 4, 7, 5),
+        ("clicks", 3, 5, 3),
+        ("short sessions", 2, 4, 2),
+        ("late events", 2, 4, None),
+        ("validation sample", 2, 4, None),
+    ]
     test_counts = [
         (s["step"], s["sessions"], s["events"], s["items"]) for s in dataset.info["test_filters"]
     ]

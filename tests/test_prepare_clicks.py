@@ -183,10 +183,10 @@ def test_validation_is_a_seeded_sample_and_the_rest_is_counted(tmp_path: Path) -
     )
     assert len(whole.split("val")) > 90
     assert len(some.split("val")) == 30
-    assert some.info["left_out"] == {
-        "val_sessions_beyond_sample": len(whole.split("val")) - 30,
-        "val_events_beyond_sample": 3 * (len(whole.split("val")) - 30),
-    }
+    steps = {step["step"]: step for step in some.info["filters"]}
+    beyond = len(whole.split("val")) - 30
+    assert steps["validation sample"]["dropped_sessions"] == beyond
+    assert steps["validation sample"]["dropped_events"] == 3 * beyond
     assert unpack(some, "val") == unpack(again, "val") != unpack(other, "val")
     everything = unpack(whole, "val")
     places = [everything.index(session) for session in unpack(some, "val")]

@@ -81,7 +81,8 @@ def test_ml1m_short_histories_and_lost_targets_are_counted(tmp_path: Path) -> No
     test = dataset.split_info("test")
     assert (test["unseen_events"], test["lost_predictions"]) == (1, 1)
     assert dataset.info["filters"][1]["dropped_sessions"] == 1
-    assert dataset.info["left_out"] == {"short_train_sessions": 1, "short_train_events": 1}
+    steps = {step["step"]: step for step in dataset.info["filters"]}
+    assert steps["short training histories"]["dropped_events"] == 1
 
 
 def test_ml1m_bad_lines(tmp_path: Path) -> None:
@@ -199,7 +200,8 @@ def test_val_is_a_seeded_sample_of_at_most_so_many(tmp_path: Path) -> None:
     assert val == sorted(val)
     assert all(session in sessions[380:] for session in val)
     assert dataset.num_items == 400  # also the items of sessions beyond the sample
-    assert dataset.info["left_out"]["val_sessions_beyond_sample"] == 13
+    steps = {step["step"]: step for step in dataset.info["filters"]}
+    assert steps["validation sample"]["dropped_sessions"] == 13
 
 
 @pytest.mark.parametrize("bad", ["1 2.5 3", "1 -2 3", "a b", "1 2\x00", "1 9999999999999999999"])

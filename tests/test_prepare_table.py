@@ -204,8 +204,8 @@ def test_long_sessions_do_not_carry_the_test_period_into_training(tmp_path: Path
     longest = max(train, key=len)
     assert longest[-1][0] < min(session[0][0] for session in val)
     assert len(longest) == 6 * 24
-    assert dataset.info["left_out"]["late_events"] == 240 - len(longest)
-    assert dataset.info["left_out"]["late_sessions"] == 0
+    (late,) = [step for step in dataset.info["filters"] if step["step"] == "late events"]
+    assert (late["dropped_sessions"], late["dropped_events"]) == (0, 240 - len(longest))
 
 
 # Formats --------------------------------------------------------------------------------------

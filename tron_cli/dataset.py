@@ -275,12 +275,13 @@ class DatasetWriter:
         unseen_events: int = 0,
         lost_predictions: int = 0,
         **counts: Any,
-    ) -> None:
+    ) -> dict[str, Any]:
         """Append chunks of sessions (each with offsets from 0) to a split.
 
         All chunks have times, or none has; likewise session and user ids. unseen_events: dropped
         before, because the training period lacks their item; lost_predictions: predictions of the
         dataset's protocol that were possible before. These and further counts go into dataset.json.
+        Returns what dataset.json says of the split.
         """
         folder = self._folder / name
         folder.mkdir()
@@ -327,6 +328,7 @@ class DatasetWriter:
             "lost_predictions": lost_predictions,
             **counts,
         }
+        return self._splits[name]
 
     def finish(self, *, name: str, protocol: str, **info: Any) -> Dataset:
         """Write dataset.json and move the folder to its place; returns the dataset, opened."""

@@ -51,6 +51,7 @@ def prepare_clicks(
         splits = split_by_time(
             sessions,
             rule,
+            steps,
             test_days=test_days,
             val_days=val_days,
             max_val_sessions=max_val_sessions,

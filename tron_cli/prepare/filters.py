@@ -22,7 +22,7 @@ def drop_rare_items(sessions: Sessions, min_count: int) -> Sessions:
 
 
 class Steps:
-    """The way from what came in to what is split, step by step, for dataset.json and the summary.
+    """The way from what came in to what is kept, step by step, for dataset.json and the summary.
 
     A step's entry: {step, sessions, events, items, dropped_sessions, dropped_events, why}; the
     counts are those after the step.
@@ -58,6 +58,11 @@ class Steps:
                 "why": why,
             }
         )
+
+    def drop(self, step: str, sessions: int, events: int, why: str) -> None:
+        """Note what `step` dropped; how many items are left is not counted."""
+        last = self.entries[-1]
+        self.count(step, last["sessions"] - sessions, last["events"] - events, None, why)
 
 
 def apply_filters(

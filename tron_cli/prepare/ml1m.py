@@ -49,7 +49,10 @@ def prepare_ml1m(
         assert histories.user_ids is not None
         validates = np.isin(histories.user_ids, drawn)
         splits = split_last_items(
-            histories, np.flatnonzero(validates), train_without=np.where(validates, 3, 2)
+            histories,
+            np.flatnonzero(validates),
+            steps,
+            train_without=np.where(validates, 3, 2),
         )
         return write_splits(
             writer,

@@ -30,8 +30,8 @@ from tron_cli.prepare.events import drop_events, first_times, take_where
 from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.otto_lines import Clicks, read_clicks
 from tron_cli.prepare.raw import SOURCES, describe, is_gzip, locate
-from tron_cli.prepare.split import DAY, sample_rows
-from tron_cli.prepare.write import dataset_path
+from tron_cli.prepare.split import DAY, WHY_LATE, sample_rows
+from tron_cli.prepare.write import check_books, dataset_path
 
 BLOCK_BYTES = 1 << 22
 SPOOL_SESSIONS = 1 << 16  # read back at a time
@@ -79,10 +79,11 @@ def prepare_otto(
             test, test_counts = _read_test(test_file, bad, index, test_steps, threads)
             writer.write_items(catalogue)
             boundary = end - val_days * DAY if val_days > 0 else np.inf
-            left_out, unseen_in_train = _write_training(
-                writer, spool, index, boundary, max_val_sessions, seed, threads
+            written, unseen_in_train = _write_training(
+                writer, spool, index, boundary, max_val_sessions, seed, steps, threads
             )
-            writer.write_split("test", test, **test_counts)
+            check_books(steps, written, "every-step")
+            check_books(test_steps, [writer.write_split("test", test, **test_counts)], "every-step")
             return writer.finish(
                 name=name,
                 protocol="every-step",
@@ -107,7 +108,6 @@ def prepare_otto(
                     "items": len(catalogue),
                 },
                 training_period={"sessions": len(spool.lengths), "events": spool.events},
-                left_out=left_out,
                 items_unseen_in_train=unseen_in_train,
             )
 
@@ -308,21 +308,17 @@ def _write_training(
     boundary: float,
     max_val_sessions: int,
     seed: int,
+    steps: Steps,
     threads: _Threads,
-) -> tuple[dict[str, int], int]:
-    """Write train and val, parted at `boundary` (ms); (what neither has, items train lacks)."""
+) -> tuple[list[dict[str, Any]], int]:
+    """Write train and val, parted at `boundary` (ms); (the two as written, items train lacks)."""
     lengths = spool.lengths
     held_out = spool.starts >= boundary
     candidates = np.flatnonzero(held_out)
     in_val = np.zeros(len(held_out), bool)
     in_val[candidates[sample_rows(len(candidates), max_val_sessions, seed)]] = True
     in_train = np.zeros(int(index.max()) + 1, bool)
-    left_out = {
-        "val_sessions_beyond_sample": _count(held_out & ~in_val),
-        "val_events_beyond_sample": int(lengths[held_out & ~in_val].sum()),
-        "late_sessions": 0,
-        "late_events": 0,
-    }
+    late_sessions = late_events = 0
 
     def early(block: _SpoolBlock) -> tuple[int, Sessions, Sessions]:
         sessions = block.read()
@@ -334,15 +330,16 @@ def _write_training(
         return len(sessions), before, indexed
 
     def train() -> Iterator[Sessions]:
+        nonlocal late_sessions, late_events
         with tqdm(total=len(lengths), desc="train", unit=" sessions", disable=None) as bar:
             for read, before, kept in threads.in_order(early, spool.blocks()):
-                left_out["late_sessions"] += len(before) - len(kept)
-                left_out["late_events"] += len(before.items) - len(kept.items)
+                late_sessions += len(before) - len(kept)
+                late_events += len(before.items) - len(kept.items)
                 bar.update(read)
                 yield kept
 
-    writer.write_split("train", train())
-    if _count(~held_out) == left_out["late_sessions"]:
+    written = [writer.write_split("train", train())]
+    if _count(~held_out) == late_sessions:
         raise InputError(
             "no session is left for the train split: all lie in the last days, which validation "
             "takes; pass a smaller --val-days"
@@ -351,14 +348,20 @@ def _write_training(
         _indexed(take_where(block.read(), in_val[block.rows]), index)
         for block in spool.blocks(wanted=in_val)
     ]
-    writer.write_split(
-        "val",
-        val,
-        unseen_events=0,
-        lost_predictions=0,
-        events_unseen_in_train=sum(_count(~in_train[v.items]) for v in val),
+    written.append(
+        writer.write_split(
+            "val",
+            val,
+            unseen_events=0,
+            lost_predictions=0,
+            events_unseen_in_train=sum(_count(~in_train[v.items]) for v in val),
+        )
     )
-    return left_out, _count(~in_train[1:])
+    steps.drop("late events", late_sessions, late_events, WHY_LATE)
+    beyond = held_out & ~in_val
+    why = f"validation sessions beyond {max_val_sessions:,}"
+    steps.drop("validation sample", _count(beyond), int(lengths[beyond].sum()), why)
+    return written, _count(~in_train[1:])
 
 
 def _count(flags: np.ndarray) -> int:

@@ -62,14 +62,10 @@ def prepare_sequences(
         rows = np.arange(len(period))
         cut = len(period) - val_sessions
         held_out = take(period, rows[cut:])
-        sampled = sample(held_out, max_val_sessions, seed)
-        left_out = {
-            "val_sessions_beyond_sample": len(held_out) - len(sampled),
-            "val_events_beyond_sample": len(held_out.items) - len(sampled.items),
-        }
+        sampled = sample(held_out, max_val_sessions, seed, steps)
         return write_splits(
             writer,
-            Splits(period, take(period, rows[:cut]), sampled, parts[-1], left_out),
+            Splits(period, take(period, rows[:cut]), sampled, parts[-1]),
             item_ids=distinct,
             catalogue=in_order_of_appearance(period),
             name=name,

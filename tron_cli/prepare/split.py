@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from tron_cli.dataset import Sessions
 from tron_cli.prepare.events import drop_events, first_times, last_times, take, take_where
-from tron_cli.prepare.filters import drop_short
+from tron_cli.prepare.filters import Steps, drop_short
 
 DAY = 86_400_000  # ms
+WHY_LATE = "in or after a held-out stretch, and sessions with fewer than 2 before it"
 
 Rule = Callable[[Sessions, float], np.ndarray]
 """(sessions, days) -> bool [S]: which sessions make up the last stretch of `days` days."""
@@ -21,15 +22,15 @@ Rule = Callable[[Sessions, float], np.ndarray]
 class Splits:
     """Sessions of the three splits; items are positions in the original ids.
 
-    period: the whole training period, whose items are the catalogue. train and val come from it;
-    left_out counts what of it is in neither, by reason.
+    period: the whole training period, whose items are the catalogue. train and val come from it.
+    in_others: of leave-one-out, bool [S], which histories of test train or validate as well.
     """
 
     period: Sessions
     train: Sessions
     val: Sessions
     test: Sessions
-    left_out: dict[str, int] = field(default_factory=dict)
+    in_others: np.ndarray | None = None
 
 
 def by_last_event(sessions: Sessions, days: float) -> np.ndarray:
@@ -54,6 +55,7 @@ def by_start(sessions: Sessions, days: float) -> np.ndarray:
 def split_by_time(
     sessions: Sessions,
     rule: Rule,
+    steps: Steps,
     *,
     test_days: float,
     val_days: float,
@@ -67,39 +69,32 @@ def split_by_time(
     it, and are dropped where fewer than two remain. (The published splits of Yoochoose and
     Diginetica keep them.)
     """
-    late = {"late_sessions": 0, "late_events": 0}
+    late_sessions = late_events = 0
 
     def divide(whole: Sessions, days: float) -> tuple[Sessions, Sessions]:
+        nonlocal late_sessions, late_events
         held_out = rule(whole, days) if len(whole) else np.zeros(0, bool)
         before, after = take_where(whole, ~held_out), take_where(whole, held_out)
         if not cut_late_events or not len(after) or not len(before):
             return before, after
         assert before.times is not None
         cut = drop_short(drop_events(before, before.times < first_times(after).min()), 2)
-        late["late_sessions"] += len(before) - len(cut)
-        late["late_events"] += len(before.items) - len(cut.items)
+        late_sessions += len(before) - len(cut)
+        late_events += len(before.items) - len(cut.items)
         return cut, after
 
     period, test = divide(sessions, test_days)
     train, held_out = (
         divide(period, val_days) if val_days > 0 else (period, take_where(period, _none(period)))
     )
-    val = sample(held_out, max_val_sessions, seed)
-    return Splits(
-        period,
-        train,
-        val,
-        test,
-        {
-            "val_sessions_beyond_sample": len(held_out) - len(val),
-            "val_events_beyond_sample": len(held_out.items) - len(val.items),
-            **(late if cut_late_events else {}),
-        },
-    )
+    if cut_late_events:
+        steps.drop("late events", late_sessions, late_events, WHY_LATE)
+    val = sample(held_out, max_val_sessions, seed, steps)
+    return Splits(period, train, val, test)
 
 
 def split_last_items(
-    histories: Sessions, val_rows: np.ndarray, *, train_without: np.ndarray
+    histories: Sessions, val_rows: np.ndarray, steps: Steps, *, train_without: np.ndarray
 ) -> Splits:
     """Leave-one-out: every row of test is a whole history, whose last item is the target.
 
@@ -112,23 +107,28 @@ def split_last_items(
     period = drop_events(histories, from_end > 1)
     train = drop_events(histories, from_end > np.repeat(train_without, lengths))
     kept = drop_short(train, 2)
-    return Splits(
-        period,
-        kept,
-        take(period, val_rows),
-        histories,
-        {
-            "short_train_sessions": len(train) - len(kept),
-            "short_train_events": len(train.items) - len(kept.items),
-        },
-    )
+    targets = len(val_rows) + len(histories)
+    steps.drop(
+        "held back", 0, len(histories.items) - len(train.items) - targets,
+        "kept from training by the rule, and the target of no validation",
+    )  # fmt: skip
+    steps.drop(
+        "short training histories", 0, len(train.items) - len(kept.items),
+        "fewer than 2 events to train on",
+    )  # fmt: skip
+    in_others = train.lengths >= 2
+    in_others[val_rows] = True
+    return Splits(period, kept, take(period, val_rows), histories, in_others)
 
 
-def sample(sessions: Sessions, most: int, seed: int) -> Sessions:
-    """A seeded sample of at most `most` sessions, in their order."""
-    if len(sessions) <= most:
-        return sessions
-    return take(sessions, sample_rows(len(sessions), most, seed))
+def sample(sessions: Sessions, most: int, seed: int, steps: Steps) -> Sessions:
+    """A seeded sample of at most `most` validation sessions, in their order."""
+    sampled = take(sessions, sample_rows(len(sessions), most, seed))
+    steps.drop(
+        "validation sample", len(sessions) - len(sampled), len(sessions.items) - len(sampled.items),
+        f"validation sessions beyond {most:,}",
+    )  # fmt: skip
+    return sampled
 
 
 def sample_rows(count: int, most: int, seed: int) -> np.ndarray:

@@ -112,14 +112,11 @@ def _moment(ms: int | None) -> str:
 
 
 def _notes(info: dict[str, Any]) -> list[str]:
-    """A sentence for whatever was left out, skipped or lost; none for what did not happen."""
+    """A sentence for whatever was skipped, lost or odd; none for what did not happen."""
     notes = []
     bad = info.get("bad_lines") or {"count": 0}
     if bad["count"]:
         notes.append(f"{bad['count']:,} bad lines were skipped; the first: {bad['first']}.")
-    for reason, count in (info.get("left_out") or {}).items():
-        if count:
-            notes.append(f"Left out of train and val: {count:,} {_LEFT_OUT.get(reason, reason)}.")
     timed = [info["splits"][split] for split in SPLITS if "first_time" in info["splits"][split]]
     for earlier, later in pairwise(timed):
         days = (later["first_time"] - earlier["last_time"]) / DAY
@@ -145,16 +142,6 @@ def _notes(info: dict[str, Any]) -> list[str]:
             f"{events:,} events of val are theirs."
         )
     return notes
-
-
-_LEFT_OUT = {
-    "val_sessions_beyond_sample": "validation sessions beyond the sample",
-    "val_events_beyond_sample": "events of validation sessions beyond the sample",
-    "late_sessions": "sessions with fewer than two events before a held-out stretch",
-    "late_events": "events that lie in or after a held-out stretch",
-    "short_train_sessions": "histories with fewer than two events to train on",
-    "short_train_events": "events of histories too short to train on",
-}
 
 
 def _published_table(info: dict[str, Any]) -> str:

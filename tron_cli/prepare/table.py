@@ -99,11 +99,12 @@ def prepare_table(
             min_item_count=min_item_count,
         )
         if leave_one_out:
-            splits = _leave_one_out(sessions, val_days > 0, max_val_sessions, seed)
+            splits = _leave_one_out(sessions, steps, val_days > 0, max_val_sessions, seed)
         else:
             splits = split_by_time(
                 sessions,
                 by_start,
+                steps,
                 test_days=test_days,
                 val_days=val_days,
                 max_val_sessions=max_val_sessions,
@@ -166,11 +167,13 @@ def duration(text: str) -> int:
     return round(float(match[1]) * _MS_PER[match[2]])
 
 
-def _leave_one_out(sessions: Sessions, validate: bool, max_val: int, seed: int) -> Splits:
+def _leave_one_out(
+    sessions: Sessions, steps: Steps, validate: bool, max_val: int, seed: int
+) -> Splits:
     rows = sample_rows(len(sessions), max_val if validate else 0, seed)
     # Everyone keeps the second last item from training, whoever of them validates.
     held_back = np.full(len(sessions), 2 if validate else 1)
-    return split_last_items(sessions, rows, train_without=held_back)
+    return split_last_items(sessions, rows, steps, train_without=held_back)
 
 
 class _TableReader:

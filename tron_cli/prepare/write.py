@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tron_cli.dataset import DATASET_NAME, Dataset, DatasetWriter, Sessions
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, RunError
 from tron_cli.prepare.columns import BadLines
 from tron_cli.prepare.events import IdKeys, by_first_event, drop_events, take, take_where
 from tron_cli.prepare.filters import Steps, drop_short
@@ -84,7 +84,9 @@ def write_splits(
 
     index = np.zeros(len(item_ids), np.int32)
     index[catalogue] = np.arange(1, len(catalogue) + 1)
-    test, unseen_events, lost_predictions = _drop_unseen(splits.test, index > 0, protocol)
+    known = index > 0
+    drop = _drop_unknown_targets if protocol == "last-item" else _drop_unknown_items
+    test, unseen_events, lost_predictions = drop(splits, known, steps)
     for split, sessions in (("train", splits.train), ("test", test)):
         if not len(sessions):
             raise InputError(
@@ -94,21 +96,24 @@ def write_splits(
     in_train = np.zeros(len(item_ids), bool)
     in_train[splits.train.items] = True
     writer.write_items(item_ids[catalogue])
-    writer.write_split("train", chunks(splits.train))
-    writer.write_split(
-        "val",
-        chunks(splits.val),
-        unseen_events=0,
-        lost_predictions=0,
-        events_unseen_in_train=int(np.count_nonzero(~in_train[splits.val.items])),
-    )
-    writer.write_split(
-        "test",
-        chunks(test),
-        unseen_events=unseen_events,
-        lost_predictions=lost_predictions,
-        short_sessions=len(splits.test) - len(test),
-    )
+    written = [writer.write_split("train", chunks(splits.train))]
+    written += [
+        writer.write_split(
+            "val",
+            chunks(splits.val),
+            unseen_events=0,
+            lost_predictions=0,
+            events_unseen_in_train=int(np.count_nonzero(~in_train[splits.val.items])),
+        ),
+        writer.write_split(
+            "test",
+            chunks(test),
+            unseen_events=unseen_events,
+            lost_predictions=lost_predictions,
+            short_sessions=len(splits.test) - len(test),
+        ),
+    ]
+    check_books(steps, written, protocol)
     return writer.finish(
         name=name,
         protocol=protocol,
@@ -121,20 +126,58 @@ def write_splits(
             "sessions": len(splits.period),
             "events": len(splits.period.items),
         },
-        left_out=splits.left_out,
         items_unseen_in_train=int(np.count_nonzero(~in_train[catalogue])),
     )
 
 
-def _drop_unseen(test: Sessions, known: np.ndarray, protocol: str) -> tuple[Sessions, int, int]:
+def check_books(steps: Steps, written: list[dict[str, Any]], protocol: str) -> None:
+    """Raise RunError unless the steps end with what was written into these splits.
+
+    Where each row of val and test is a whole history, only its last event is kept by them; how
+    many histories any split holds is not known from the splits alone.
+    """
+    last_item = protocol == "last-item"
+    events = sum(
+        split["sessions" if last_item and at else "events"] for at, split in enumerate(written)
+    )
+    sessions = None if last_item else sum(split["sessions"] for split in written)
+    end = steps.entries[-1]
+    if end["events"] != events or sessions not in (None, end["sessions"]):
+        counted = "" if sessions is None else f"{sessions:,} sessions and "
+        raise RunError(
+            f"internal error: the steps of preparation end with {end['sessions']:,} sessions and "
+            f"{end['events']:,} events, but {counted}{events:,} events were written; report it"
+        )
+
+
+def _drop_unknown_items(
+    splits: Splits, known: np.ndarray, steps: Steps
+) -> tuple[Sessions, int, int]:
     """(test without unknown items, the events dropped for it, the predictions lost by it)."""
-    if protocol == "last-item":
-        # Every earlier event of a history is of the training period; only targets can be unknown.
-        kept = take_where(test, known[test.items[test.offsets[1:] - 1]])
-        return kept, len(test) - len(kept), len(test) - len(kept)
+    test = splits.test
     seen = drop_events(test, known[test.items])
+    unseen = len(test.items) - len(seen.items)
     kept = drop_short(seen, 2)
-    return kept, len(test.items) - len(seen.items), _predictions(test) - _predictions(kept)
+    steps.drop("unknown items", 0, unseen, "of test: the training period lacks them")
+    steps.drop(
+        "short test sessions", len(test) - len(kept), len(seen.items) - len(kept.items),
+        "fewer than 2 events left",
+    )  # fmt: skip
+    return kept, unseen, _predictions(test) - _predictions(kept)
+
+
+def _drop_unknown_targets(
+    splits: Splits, known: np.ndarray, steps: Steps
+) -> tuple[Sessions, int, int]:
+    """Likewise where only the last item of a history can be unknown to the training period."""
+    test = splits.test
+    is_known = known[test.items[test.offsets[1:] - 1]]
+    kept = take_where(test, is_known)
+    lost = len(test) - len(kept)
+    assert splits.in_others is not None
+    gone = int(np.count_nonzero(~is_known & ~splits.in_others))
+    steps.drop("unknown targets", gone, lost, "of test: the training period lacks them")
+    return kept, lost, lost
 
 
 def _predictions(sessions: Sessions) -> int:
