@@ -21,7 +21,7 @@ from torch import nn
 
 from tron_cli import optim
 from tron_cli.errors import InputError
-from tron_cli.optim import build_optimizer, clip_gradients
+from tron_cli.optim import build_optimizer, clip_gradients, learning_rate
 from tron_cli.train import InterruptedRunError
 
 Gradients = dict[int, np.ndarray]  # row -> what its gradients add up to
@@ -248,6 +248,151 @@ def test_more_rows_than_are_updated_at_once(name: str) -> None:
     check_close(weights, oracle.weights, moves=0.3)
 
 
+# --- sleeps longer than they are kept apart -------------------------------------------------------
+
+SCHEDULES = {
+    f"{schedule}, warm-up of {warmup}": {"schedule": schedule, "warmup_steps": warmup}
+    for schedule in ("constant", "cosine")
+    for warmup in (0, 5_000)
+}
+
+
+def rare_gradients(
+    rng: np.random.Generator, shape: tuple[int, int], steps: int
+) -> dict[int, Gradients]:
+    """Step -> gradients; row after row is met more rarely, the last ones once or never."""
+    met: dict[int, Gradients] = {}
+    for row in range(shape[0] - 1):
+        step = int(rng.integers(1, steps // 2))
+        while step <= steps:
+            # None in a row: what is measured is sleeping, not how float32 adds up.
+            met.setdefault(step, {})[row] = rng.uniform(0.1, 1) * rng.standard_normal(shape[1])
+            step += int(rng.exponential(300 * 1.35**row)) + 2
+    return met
+
+
+def difference_from_dense_adam(
+    steps: int,
+    lr: float,
+    *,
+    schedule: str,
+    warmup_steps: int,
+    catch_up_every: int = 0,
+    leaves_out_rows: bool = True,
+) -> float:
+    """Largest difference from float64, by how far the row has ever been from zero, its start."""
+    shape = (24, 2)
+    met = rare_gradients(np.random.default_rng(30), shape, steps)
+    weights = nn.Parameter(torch.zeros(shape))
+    optimizer = build_optimizer("row_adam", [weights], lr=lr)
+    optimizer.leaves_out_rows = leaves_out_rows
+    none = sparse_gradient([0], np.zeros(2), weights.shape)
+    expected, mean, square, farthest = np.zeros((4, *shape))
+    for step in range(1, steps + 1):
+        rate = learning_rate(
+            step - 1, lr=lr, schedule=schedule, warmup_steps=warmup_steps, total_steps=steps
+        )
+        set_rate(optimizer, rate)
+        weights.grad = none
+        mean *= 0.9
+        square *= 0.999
+        if step in met:
+            rows, values = list(met[step]), np.array([*met[step].values()], np.float32)
+            weights.grad = sparse_gradient(rows, values, weights.shape)
+            mean[rows] += 0.1 * values
+            square[rows] += 0.001 * values.astype(np.float64) ** 2
+        optimizer.step()
+        root = np.sqrt(square / (1 - 0.999**step)) + 1e-8
+        expected -= rate / (1 - 0.9**step) * mean / root
+        np.maximum(farthest, np.abs(expected), out=farthest)
+        if catch_up_every and step % catch_up_every == 0:
+            optimizer.catch_up(weights)
+    optimizer.catch_up(weights)
+    error = np.abs(weights.detach().numpy() - expected).max(axis=1)
+    assert (error[-1], expected[-1].any()) == (0, False)
+    return float((error[:-1] / farthest[:-1].max(axis=1)).max())
+
+
+@pytest.mark.parametrize("catch_up_every", [0, 100])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_sleep_may_be_longer_than_it_is_kept(
+    schedule: str, catch_up_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "_SLEEPS", 700)
+    options = {**SCHEDULES[schedule], "catch_up_every": catch_up_every}
+    options["warmup_steps"] //= 20
+    assert difference_from_dense_adam(5_000, 0.01, **options) < 1e-5
+
+
+def test_sleeps_on_a_device_that_is_never_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows without a gradient are written back as they were, as in a recorded step."""
+    monkeypatch.setattr(optim, "_SLEEPS", 700)
+    options = {**SCHEDULES["cosine, warm-up of 0"], "leaves_out_rows": False}
+    assert difference_from_dense_adam(3_000, 0.01, **options) < 1e-5
+
+
+def test_each_row_of_a_table_larger_than_the_sleeps_has_its_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """5,000 rows with one gradient each in steps 1 to 5, then 2,000 steps without any."""
+    monkeypatch.setattr(optim, "_SLEEPS", 600)
+    weights = nn.Parameter(torch.zeros(5_000, 1))
+    optimizer = build_optimizer("row_adam", [weights], lr=0.1)
+    dense = np.zeros(5)
+    for step in range(1, 2_001):
+        rate = 0.1 if step < 900 else 1e-4
+        set_rate(optimizer, rate)
+        rows = list(range(step - 1, 5_000, 5)) if step <= 5 else []
+        weights.grad = sparse_gradient(rows, np.ones(len(rows)), weights.shape)
+        optimizer.step()
+        for first in range(min(step, 5)):
+            age = step - first - 1
+            move = rate * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+            dense[first] -= move * 0.1 / np.sqrt(0.001) * (0.9 / np.sqrt(0.999)) ** age
+    # Without a catch-up at the end: all have had their turn.
+    np.testing.assert_allclose(weights.detach()[:, 0], np.tile(dense, 1_000), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_row_adam_is_dense_adam_over_200_000_steps(schedule: str) -> None:
+    assert difference_from_dense_adam(200_000, 0.001, **SCHEDULES[schedule]) < 1e-5
+
+
+def test_a_row_that_has_made_its_moves_has_nothing_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One gradient in step 5,000 of 90,000, a catch-up every 10,000, a rate that falls to zero."""
+    weights = nn.Parameter(torch.zeros(1, 1))
+    optimizer = build_optimizer("row_adam", [weights], lr=0.01)
+    gradient = {5_000: sparse_gradient([0], np.ones(1), weights.shape)}
+    for step in range(1, 90_001):
+        set_rate(optimizer, 0.01 * 0.5 * (1 + math.cos(math.pi * (step - 1) / 90_000)))
+        weights.grad = gradient.get(step)
+        optimizer.step()
+        if step % 10_000 == 0:
+            optimizer.catch_up(weights)
+    # Dense: each move is rate * m / sqrt(v), m = 0.1 * 0.9^i and v = 0.001 * 0.999^i.
+    rates = 0.005 * (1 + np.cos(np.pi * np.arange(4_999, 90_000) / 90_000))
+    ages = np.arange(len(rates))
+    corrections = np.sqrt(1 - 0.999 ** (5_000 + ages))
+    expected = -(rates * corrections * 0.1 / np.sqrt(0.001) * (0.9 / np.sqrt(0.999)) ** ages).sum()
+    assert weights.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adam", "row_adam", "adagrad"])
+def test_a_clock_does_not_stop_at_two_to_the_24(name: str) -> None:
+    weights = nn.Parameter(torch.ones(3, 2))
+    optimizer = build_optimizer(name, [weights], lr=0.1)
+    state = optimizer.state_dict()
+    state["steps"].fill_(2**24)
+    for step in range(1, 4):
+        gradient = sparse_gradient([1], np.ones(2), weights.shape)
+        weights.grad = gradient.to_dense() if name == "adam" else gradient
+        optimizer.step()
+        assert optimizer.steps == 2**24 + step
+        if name == "row_adam":
+            assert optimizer.state[0]["touched"][1] == 2**24 + step
+
+
 # --- torch.optim ----------------------------------------------------------------------------------
 
 
@@ -400,6 +545,30 @@ def test_a_run_with_row_adam_stopped_and_resumed_ends_with_the_same_bits(
     check_same_run(tmp_path / "runs" / "stopped", tmp_path / "runs" / "whole", same_log=False)
 
 
+def test_a_state_with_clocks_of_floats_goes_on() -> None:
+    """As earlier checkpoints have them."""
+    rng = np.random.default_rng(31)
+    ours = table(rng, 20, 3)
+    theirs = nn.Parameter(ours.detach().clone())
+    optimizer, resumed = (build_optimizer("row_adam", [each], lr=0.1) for each in (ours, theirs))
+    for step in range(40):
+        if step == 15:
+            saved = copy.deepcopy(optimizer.state_dict())
+            saved["steps"] = saved["steps"].double()
+            saved["state"][0]["touched"] = saved["state"][0]["touched"].float()
+            resumed.load_state_dict(saved)
+            theirs.data.copy_(ours.detach())
+        rows, values = random_rows(rng, (20, 3), 7)
+        ours.grad = sparse_gradient(rows, values, ours.shape)
+        optimizer.step()
+        if step >= 15:
+            theirs.grad = sparse_gradient(rows, values, ours.shape)
+            resumed.step()
+    assert torch.equal(ours, theirs)
+    assert resumed.steps == 40
+    assert resumed.steps.dtype == resumed.state[0]["touched"].dtype == torch.int64
+
+
 # --- clipping -------------------------------------------------------------------------------------
 
 
@@ -436,7 +605,7 @@ def test_the_state_of_another_optimizer_is_refused():
     weights = torch.nn.Parameter(torch.zeros(3, 2))
     adagrad = build_optimizer("adagrad", [weights], lr=0.1).state_dict()
     optimizer = build_optimizer("adam", [weights], lr=0.1)
-    for saved in (adagrad, {"state": {}, "param_groups": []}):
+    for saved in (adagrad, {"state": {}, "param_groups": []}, []):
         with pytest.raises(InputError, match="that of another optimizer"):
             optimizer.load_state_dict(saved)
 
@@ -448,3 +617,7 @@ def test_the_state_of_other_parameters_is_refused():
     build_optimizer("row_adam", [one, two], 0.1).load_state_dict(saved)
     with pytest.raises(InputError, match=r"another version of tron; start a new run"):
         build_optimizer("row_adam", [two, one], 0.1).load_state_dict(saved)
+    with pytest.raises(InputError, match="that of another optimizer"):
+        build_optimizer("row_adam", [one, two], 0.1).load_state_dict(
+            {**saved, "moves": torch.zeros(7)}
+        )

@@ -22,7 +22,7 @@ from tron_cli.errors import InputError
 
 # Rows updated at once: few enough for a CPU's cache to hold what belongs to them.
 _ROWS_AT_ONCE = {"cpu": 1024, "cuda": 1 << 22}
-# Of RowAdam: the moves of a sleep that count, and how many sleeps are told apart.
+# Of RowAdam: the moves of a sleep that count, and how many steps the sum of a sleep is kept.
 _MOVES = 256
 _SLEEPS = 1 << 16
 
@@ -43,9 +43,9 @@ class Optimizer:
             self._fresh_state(weights) for weights in self.parameters
         ]
         device = self.parameters[0].device
-        # On the device, so that a step waits for nothing; torch's CUDA kernel wants them narrow.
+        # On the device, so that a step waits for nothing; torch's CUDA kernel wants a narrow rate.
         dtype = torch.float64 if device.type == "cpu" else torch.float32
-        self.steps = torch.zeros((), dtype=dtype, device=device)
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)
         self._lr = torch.full((), lr, dtype=dtype, device=device)
         self._loaded_lr = lr
         self.leaves_out_rows = device.type == "cpu"
@@ -74,13 +74,14 @@ class Optimizer:
                 ids_U, gradient_UD = gradient._indices()[0], gradient._values()
             rows.append((weights, state, ids_U, gradient_UD))
         for weights, _, ids_U, _ in rows:
-            self.catch_up(weights, ids_U)  # nothing is left to do where the rows were looked up
+            self._wake(weights, ids_U)
         self.steps += 1
         self._begin_step()
         for weights, state, ids_U, gradient_UD in rows:
             size = _ROWS_AT_ONCE[weights.device.type]
             for ids, part in zip(ids_U.split(size), gradient_UD.split(size), strict=True):
-                self._step_rows(weights, state, ids, part)
+                if len(ids):
+                    self._step_rows(weights, state, ids, part)
         if dense:
             self._step_dense(*(list(column) for column in zip(*dense, strict=True)))
 
@@ -95,8 +96,11 @@ class Optimizer:
         return {"steps": self.steps, "state": self.state}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Raises InputError where the state is that of another optimizer."""
-        if "steps" not in saved or _shapes(saved["state"]) != _shapes(self.state):
+        """Copy a saved state, whose clocks may be floats, as earlier versions wrote them.
+
+        Raises InputError where the state is that of another optimizer.
+        """
+        if _shapes(saved) != _shapes(self.state_dict()):
             raise InputError(
                 "the saved state of the optimizer is that of another optimizer or of another "
                 "version of tron; start a new run"
@@ -109,8 +113,11 @@ class Optimizer:
     def _fresh_state(self, weights: nn.Parameter) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
+    def _wake(self, weights: torch.Tensor, ids_U: torch.Tensor) -> None:
+        """Prepare the rows of a table that a step is about to update."""
+
     def _begin_step(self) -> None:
-        """What a step does before it looks at gradients."""
+        """Do what a step does before it looks at gradients."""
 
     def _step_dense(
         self,
@@ -163,7 +170,8 @@ class Adam(Optimizer):
             [state["mean"] for state in states],
             [state["square"] for state in states],
             [],
-            [self.steps] * len(weights),
+            # Above 2^24 float32 rounds the step, of which nothing is felt any more by then.
+            [self.steps.to(self._lr.dtype)] * len(weights),
             lr=self._lr,
             beta1=self.beta1,
             beta2=self.beta2,
@@ -186,9 +194,9 @@ class RowAdam(Adam):
 
     times mean / (sqrt(square) + eps'). That eps' stays what it was when the row fell asleep is the
     one approximation; it matters where gradients are as small as eps. The sum of a sleep that began
-    in step t is kept in `_moves`, at t modulo its length, and grows for the _MOVES steps in which
-    r^i counts; a longer sleep than _SLEEPS steps takes the sum of a later one, which is the same
-    while the rate is.
+    in step t grows for the _MOVES steps in which r^i counts, and is kept in `_moves`, at t modulo
+    its length, for _SLEEPS steps. Each step catches up a few rows of a table in turn, so that all
+    have made their moves by then.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
@@ -208,17 +216,28 @@ class RowAdam(Adam):
     def _fresh_state(self, weights: nn.Parameter) -> dict[str, torch.Tensor]:
         state = super()._fresh_state(weights)
         # The step of a row's last gradient, and how much of the moves since it has made.
-        for name in ("touched", "moved"):
-            state[name] = torch.zeros(len(weights), device=weights.device)
+        state["touched"] = torch.zeros(len(weights), dtype=torch.int64, device=weights.device)
+        state["moved"] = torch.zeros(len(weights), device=weights.device)
         return state
+
+    def _wake(self, weights: torch.Tensor, ids_U: torch.Tensor) -> None:
+        """Catch up these rows, which have nothing due if they were looked up, and those in turn."""
+        count = math.ceil(2 * len(weights) / _SLEEPS)  # all rows in half the time that there is
+        turn = torch.arange(count, device=ids_U.device).add_(self.steps * count)
+        self.catch_up(weights, torch.cat([ids_U, turn.remainder_(len(weights))]))
 
     def _begin_step(self) -> None:
         """Add this step to the moves of all who sleep; a sleep may begin now."""
-        size = self._lr * (1 - self.beta2**self.steps).sqrt() / (1 - self.beta1**self.steps)
-        sleeps = (self.steps.long() - self._ages).remainder(_SLEEPS)
-        self._moves.index_add_(0, sleeps, (size * self._ratios).to(self._moves.dtype))
-        now = self.steps.long().remainder(_SLEEPS).view(1)
+        scale, rate = self._scale_and_rate()
+        sleeps = (self.steps - self._ages).remainder(_SLEEPS)
+        self._moves.index_add_(0, sleeps, (rate * scale * self._ratios).to(self._moves.dtype))
+        now = self.steps.remainder(_SLEEPS).view(1)
         self._moves.index_fill_(0, now, 0.0)
+
+    def _scale_and_rate(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bias corrections of this step: the root of the square's, and the mean's with the rate."""
+        steps = self.steps.double()
+        return (1 - self.beta2**steps).sqrt(), self._lr / (1 - self.beta1**steps)
 
     @torch.no_grad()
     def catch_up(self, weights: torch.Tensor, ids_U: torch.Tensor | None = None) -> None:
@@ -232,9 +251,11 @@ class RowAdam(Adam):
         for ids in ids_U.split(_ROWS_AT_ONCE[weights.device.type] * 4):
             touched_U = state["touched"].index_select(0, ids)
             moved_U = state["moved"].index_select(0, ids)
-            moves_U = self._moves[touched_U.long().remainder(_SLEEPS)]
-            # Rows that never had a sparse gradient have nothing due.
-            moves_U = moves_U.where(touched_U > 0, moved_U)
+            moves_U = self._moves[touched_U.remainder(_SLEEPS)]
+            # Nothing is due of rows that never had a sparse gradient, nor of those that slept so
+            # long that a later sleep has their place: they have made all moves.
+            sleeping = (touched_U > 0) & (self.steps - touched_U < _SLEEPS)
+            moves_U = moves_U.where(sleeping, moved_U)
             due_U = moves_U - moved_U
             if self.leaves_out_rows:
                 due = due_U.nonzero()[:, 0]
@@ -257,18 +278,19 @@ class RowAdam(Adam):
         ids_U: torch.Tensor,
         gradient_UD: torch.Tensor,
     ) -> None:
-        age_U1 = (self.steps - state["touched"][ids_U])[:, None]
-        mean_UD = state["mean"].index_select(0, ids_U).mul_(self.beta1**age_U1)
+        # In float64: of a float32 beta2 the rounding grows with the age.
+        age_U1 = (self.steps - state["touched"][ids_U])[:, None].double()
+        dtype = gradient_UD.dtype
+        mean_UD = state["mean"].index_select(0, ids_U).mul_((self.beta1**age_U1).to(dtype))
         mean_UD.add_(gradient_UD, alpha=1 - self.beta1)
-        square_UD = state["square"].index_select(0, ids_U).mul_(self.beta2**age_U1)
+        square_UD = state["square"].index_select(0, ids_U).mul_((self.beta2**age_U1).to(dtype))
         square_UD.addcmul_(gradient_UD, gradient_UD, value=1 - self.beta2)
-        now_U = self.steps.to(state["touched"].dtype).expand(len(ids_U))
-        self._write(state["touched"], ids_U, now_U, gradient_UD)
-        self._write(state["moved"], ids_U, torch.zeros_like(now_U), gradient_UD)
+        self._write(state["touched"], ids_U, self.steps.expand(len(ids_U)), gradient_UD)
+        moved_U = torch.zeros(len(ids_U), device=ids_U.device)
+        self._write(state["moved"], ids_U, moved_U, gradient_UD)
         self._write(state["mean"], ids_U, mean_UD, gradient_UD)
         self._write(state["square"], ids_U, square_UD, gradient_UD)
-        scale = (1 - self.beta2**self.steps).sqrt()
-        rate = self._lr / (1 - self.beta1**self.steps)
+        scale, rate = self._scale_and_rate()
         move_UD = mean_UD.mul_(-rate).div_(square_UD.sqrt_().div_(scale).add_(self.eps))
         self._write(weights_VD, ids_U, weights_VD.index_select(0, ids_U) + move_UD, gradient_UD)
 
@@ -316,8 +338,13 @@ def _zeros_like(weights: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=weights.dtype).view(weights.shape)
 
 
-def _shapes(states: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Size]]:
-    return [{name: value.shape for name, value in state.items()} for state in states]
+def _shapes(saved: Any) -> Any:
+    """Plain data with the shapes of its tensors in their places."""
+    if isinstance(saved, dict):
+        return {name: _shapes(value) for name, value in saved.items()}
+    if isinstance(saved, list):
+        return [_shapes(value) for value in saved]
+    return saved.shape if isinstance(saved, torch.Tensor) else saved
 
 
 def _touched_rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
