@@ -354,6 +354,89 @@ def test_a_run_folder_is_never_reused(shop: list[str], command: Command) -> None
     assert "another --name" in err
 
 
+# All runs are named in one second, and begin when all are named.
+SAME_SECOND = """
+import os, sys, time
+from pathlib import Path
+import tron_cli.train as module
+from tron_cli.cli import main
+splits, meeting = module.training_splits, Path(os.environ["MEETING"])
+def wait(*arguments):
+    (meeting / str(os.getpid())).touch()
+    while len(list(meeting.iterdir())) < 3:
+        time.sleep(0.01)
+    return splits(*arguments)
+time.strftime = lambda *_: "20260101-120000"
+module.training_splits = wait
+main()
+"""
+
+
+def test_runs_that_start_in_the_same_second_have_a_folder_each(
+    shop: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "meeting").mkdir()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAME_SECOND, "train", *shop, f"seed={seed}", "max_epochs=1"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "MEETING": str(tmp_path / "meeting")},
+        )
+        for seed in range(3)
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=100) for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], printed
+    best = [Path(out.strip()) for out, _ in printed]
+    assert len({path.parent for path in best}) == 3
+    assert [load_checkpoint(path).config.seed for path in best] == [0, 1, 2]
+
+
+def test_nobody_else_may_write_to_the_folder_of_a_run(
+    shop: list[str], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither --resume nor --name, until it ends; a process that was killed holds nothing."""
+    best = Path(command("train", *shop, "--name", "a")[1].strip())
+    run = best.parent
+    hold = (
+        "import sys; from pathlib import Path; from tron_cli.files import locked\n"
+        f"with locked(Path({str(run)!r}) / '.lock', 'taken'): print('held', flush=True); input()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    words = [*shop[2:4], "--device", "cpu"]
+    before = (run / "last.pt").read_bytes()
+    for again in (["--resume", run, *words, "max_epochs=3"], [*shop, "--name", "a"]):
+        code, out, err = command("train", *again)
+        assert (code, out) == (2, "")
+        assert "another tron train writes to" in err
+        assert is_one_sentence(err)
+    assert (run / "last.pt").read_bytes() == before
+    holder.kill()
+    holder.wait()
+    assert command("train", "--resume", run, *words, "max_epochs=3")[0] == 0
+    assert not (run / ".lock").exists()
+
+
+def test_a_name_is_free_again_where_a_run_never_saved(
+    shop: list[str], command: Command, tmp_path: Path
+) -> None:
+    assert command("train", *shop, "--name", "a", "lr=1e30")[0] == 1
+    code, out, _ = command("train", *shop, "--name", "a")
+    assert code == 0
+    mine = tmp_path / "runs" / "thesis"
+    mine.mkdir()
+    (mine / "chapter.partial").write_text("years of work")
+    code, _, err = command("train", *shop, "--name", "thesis")
+    assert code == 2
+    assert "it holds chapter.partial" in err
+    (Path(out.strip()).parent / "notes.partial").mkdir()
+    assert command("train", "--resume", Path(out.strip()).parent, *shop[2:4])[0] == 0
+    assert sorted(path.name for path in mine.iterdir()) == ["chapter.partial"]
+
+
 def test_evaluate_json_is_one_object_with_the_promised_keys(
     shop: list[str], command: Command, tmp_path: Path
 ) -> None:

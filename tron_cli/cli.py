@@ -171,7 +171,7 @@ def run_training(
     from tron_cli.dataset import Dataset
     from tron_cli.fit import fit
     from tron_cli.registry import BASELINES
-    from tron_cli.run import LOG
+    from tron_cli.run import LOG, claimed
     from tron_cli.train import train as train_model
 
     if (config_name is None) == (resume is None):
@@ -181,25 +181,28 @@ def run_training(
     if resume is not None and (name is not None or output_dir is not None):
         raise InputError("a resumed run stays in its folder; leave out --name and --output-dir")
     if resume is not None:
-        experiment, dataset = _resumed(resume, overrides, data_dir)
+        place = claimed(resume, resume=True)
     else:
         assert config_name is not None
         experiment, _ = load_config(config_name, overrides)
         dataset = Dataset.open(data_dir / experiment.dataset_name)
+        run_dir = _run_dir(output_dir or Path("runs"), name, experiment)
+        place = claimed(run_dir, numbered=name is None)
     device = training_device(device_name, config_name)
-    run_dir = resume or _run_dir(output_dir or Path("runs"), name, experiment)
-    if experiment.model in BASELINES and profiler is not None:
-        raise InputError(
-            f"model={experiment.model} is fitted at once and has no steps to profile; leave out "
-            "--profile"
-        )
-    with explained(run_dir / LOG):
-        if experiment.model in BASELINES:
-            return fit(experiment, dataset, run_dir)
-        return train_model(
-            experiment, dataset, run_dir, device=device, resume=resume is not None,
-            profiler=profiler,
-        )  # fmt: skip
+    with place as run_dir, explained(run_dir / LOG):
+        if resume is not None:
+            experiment, dataset = _resumed(resume, overrides, data_dir)
+        if experiment.model not in BASELINES:
+            return train_model(
+                experiment, dataset, run_dir, device=device, resume=resume is not None,
+                profiler=profiler,
+            )  # fmt: skip
+        if profiler is not None:
+            raise InputError(
+                f"model={experiment.model} is fitted at once and has no steps to profile; leave "
+                "out --profile"
+            )
+        return fit(experiment, dataset, run_dir)
 
 
 def _resumed(
@@ -210,11 +213,6 @@ def _resumed(
     from tron_cli.config import parse_overrides
     from tron_cli.dataset import Dataset
 
-    if not (run_dir / LAST).is_file():
-        raise InputError(
-            f"nothing to resume: expected {run_dir / LAST}, written by tron train (but not for "
-            "baselines, which are fitted at once: start these anew)"
-        )
     checkpoint = load_checkpoint(run_dir / LAST)
     changes = parse_overrides(overrides)
     fixed = sorted(set(changes) - {"max_epochs", "early_stopping_patience"})
@@ -479,23 +477,13 @@ def _device(name: str) -> torch.device:
 
 
 def _run_dir(output_dir: Path, name: str | None, config: ExperimentConfig) -> Path:
-    """The folder of a new run; one without weights is what a run left that never saved."""
+    """The folder of a new run, by its name or by its start."""
     if name is not None and not re.fullmatch(r"\w[\w.+=-]*", name):
         raise InputError(
             f"--name must be a folder name of letters, digits and _ . + = -, got {name!r}"
         )
     stamp = f"{config.method}-{config.dataset_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = output_dir / (name or stamp)
-    number = 1
-    while name is None and run_dir.exists():
-        number += 1
-        run_dir = output_dir / f"{stamp}-{number}"
-    if any(run_dir.glob("*.pt")):
-        raise InputError(
-            f"{run_dir} holds a run already; choose another --name, or go on with "
-            f"--resume {run_dir}"
-        )
-    return run_dir
+    return output_dir / (name or stamp)
 
 
 class _BarSafeHandler(logging.Handler):

@@ -1,11 +1,13 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and locks that the system releases where a process is killed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from tron_cli.errors import InputError
 
 
 @contextmanager
@@ -19,3 +21,25 @@ def written_aside(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def locked(file: Path, in_use: str) -> Iterator[None]:
+    """Hold the lock `file`, which exists meanwhile; raises InputError(in_use) where it is taken.
+
+    The system releases it when the process ends, however it ends.
+    """
+    from filelock import FileLock, Timeout  # not needed for `tron --help`
+
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(in_use) from error
+    try:
+        yield
+    finally:
+        # Before the release: whoever has opened the file meanwhile finds it gone, and tries again.
+        with suppress(OSError):
+            file.unlink()
+        lock.release()

@@ -7,7 +7,7 @@
         METHOD-DATASET-step=...-R@20=....pt   the best weights by val_metric
         last.pt           the latest weights and all that resuming needs
 
-Each file but the logs is written aside and renamed.
+Each file but the logs is written aside and renamed. While a run goes on, its folder holds a lock.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,69 @@ from tron_cli.checkpoint import LAST, checkpoint_name, dataset_identity, save_ch
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Dataset
 from tron_cli.errors import InputError, RunError
-from tron_cli.files import written_aside
+from tron_cli.files import locked, written_aside
 from tron_cli.models import Model
 from tron_cli.optim import Optimizer
 
 LOG = "train.log"
+LOCK = ".lock"
+# What a run leaves that never saved its weights: its folder may be used again.
+_UNSAVED = {"config.json", "metrics.jsonl", "trace.json", LOG, LOCK}
 
 log = logging.getLogger("tron")
+
+
+@contextmanager
+def claimed(run_dir: Path, *, resume: bool = False, numbered: bool = False) -> Iterator[Path]:
+    """Make the folder of a run, and keep other processes out of it during the block.
+
+    resume: it is there already. numbered: where it is, take RUN_DIR-2, RUN_DIR-3, ... instead.
+    Folders that the block leaves empty are removed again. Raises InputError where the folder holds
+    a run (resume: where it holds none), another process writes to it, or it cannot be made.
+    """
+    if resume and not (run_dir / LAST).is_file():
+        raise InputError(
+            f"nothing to resume: expected {run_dir / LAST}, written by tron train (but not for "
+            "baselines, which are fitted at once: start these anew)"
+        )
+    made = [folder for folder in run_dir.parents if not folder.exists()]
+    try:
+        if not resume:
+            run_dir, is_made = _made(run_dir, numbered)
+            made = [run_dir, *made] if is_made else made
+        busy = f"another tron train writes to {run_dir}; wait for its end, or choose another --name"
+        with locked(run_dir / LOCK, busy):
+            held = sorted({entry.name for entry in run_dir.iterdir()} - _UNSAVED)
+            if held and not resume:
+                raise InputError(
+                    f"{run_dir} is in use (it holds {held[0]}); choose another --name, or go on "
+                    f"with its run: --resume {run_dir}"
+                )
+            yield run_dir
+    finally:
+        for folder in made:
+            with suppress(OSError):  # it is not empty, or was never made
+                folder.rmdir()
+
+
+def _made(run_dir: Path, numbered: bool) -> tuple[Path, bool]:
+    """The folder to use, and whether it is new: only one process can have made it."""
+    path, number = run_dir, 1
+    try:
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                path.mkdir()
+                return path, True
+            except FileExistsError:
+                if not numbered and path.is_dir():
+                    return path, False
+                if not numbered:
+                    raise
+                number += 1
+                path = run_dir.with_name(f"{run_dir.name}-{number}")
+    except OSError as error:
+        raise InputError(f"cannot write to the run folder {path}: {error}") from error
 
 
 @dataclasses.dataclass
@@ -123,8 +179,9 @@ class RunFolder(RunFiles):
 
     def drop_leftovers(self) -> None:
         """Delete former bests, and what a kill left half-written."""
-        for path in [*self.run_dir.glob("*.pt"), *self.run_dir.glob("*.partial")]:
-            if path.name not in (self.progress.best_file, LAST):
+        own = ("*.pt", "*.pt.partial", "config.json.partial", "metrics.jsonl.partial")
+        for path in (path for pattern in own for path in self.run_dir.glob(pattern)):
+            if path.is_file() and path.name not in (self.progress.best_file, LAST):
                 path.unlink()
 
     def save_last(self, epoch: int) -> None:
