@@ -13,7 +13,7 @@ from conftest import pack_sessions
 from test_model import PaddedReference, build_pair, make_config
 
 from benchmarks import __main__ as bench
-from benchmarks import same_accuracy, startup
+from benchmarks import pairs, same_accuracy, startup
 from benchmarks.generated import LENGTHS, Lengths, draw_items, fill, generate_sessions
 from benchmarks.measure import Work, figure, in_turns, table
 from benchmarks.reference import CUTOFFS, PaddedBatch, PlainGSASRec, PlainTron
@@ -287,6 +287,19 @@ def test_every_benchmark_runs(name, small_benchmarks, tmp_path, monkeypatch, cap
         assert [line["items"] for line in content["figures"]] == [300, 300, 500, 500]
         assert set(content["growth_with_the_catalogue"]) == {"float32", "bf16"}
         assert content["peak_memory"]["500"]["above_mb"] > 0
+
+
+@pytest.mark.slow
+def test_pairs_run(tmp_path, monkeypatch) -> None:
+    """It starts `tron train` once, and then two at once."""
+    monkeypatch.setattr(pairs, "SESSIONS", 3_000)
+    output = tmp_path / "result.json"
+    words = ["--items=300", "--seconds=0", "--policies=GOMP_SPINCOUNT=10", f"--output={output}"]
+    pairs.main([*words, "num_uniform_negatives=64", "topk_sampling_k=8", "train_batch_size=16"])
+    (figure,) = json.loads(output.read_text())["figures"]
+    assert figure["policy"] == "GOMP_SPINCOUNT=10"
+    assert figure["alone_events_per_s"] > 0
+    assert figure["pair_events_per_s"] == sum(figure["pairs"][0])
 
 
 @pytest.mark.slow
