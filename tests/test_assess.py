@@ -12,6 +12,7 @@ import torch
 from conftest import pack_sessions, random_sessions, tiny_settings, write_dataset
 
 from tron_cli.assess import EvaluationOptions, assess
+from tron_cli.beyond_accuracy import beyond_accuracy, count_items
 from tron_cli.checkpoint import (
     Checkpoint,
     dataset_identity,
@@ -179,6 +180,90 @@ def test_limit_sessions_takes_the_first_ones(
     assert (report["sessions"], report["left_out"]["sessions_beyond_limit"]) == (3, 37)
     whole = assess(checkpoint, dataset, EvaluationOptions(limit_sessions=400), CPU)
     assert (whole["sessions"], whole["left_out"]["sessions_beyond_limit"]) == (40, 0)
+
+
+def test_a_sample_is_seeded_and_without_replacement(
+    checkpoint: Checkpoint, dataset: Dataset, test_sessions: list[list[int]]
+) -> None:
+    def evaluated(**options: Any) -> dict[str, Any]:
+        return assess(checkpoint, dataset, EvaluationOptions(full_sessions=True, **options), CPU)
+
+    report = evaluated(sample_sessions=15)
+    drawn = np.sort(np.random.default_rng(42).choice(40, 15, replace=False))
+    chosen = [test_sessions[number] for number in drawn]
+    ranks = predict(
+        checkpoint.build_model(CPU), pack_sessions(chosen), protocol="every-step",
+        full_sessions=True,
+    ).rank_E  # fmt: skip
+    assert report["events"] == len(ranks)
+    assert report["metrics"]["R@5"]["value"] == pytest.approx(np.mean(ranks <= 5))
+    assert report["sample"] == {"sessions": 15, "of": 40, "seed": 42}
+    assert report["left_out"]["sessions_beyond_limit"] == 25
+    assert evaluated(sample_sessions=15, seed=42) == report
+    assert evaluated(sample_sessions=15, seed=1)["metrics"] != report["metrics"]
+    more = evaluated(sample_sessions=41)
+    assert more.pop("sample") == {"sessions": 40, "of": 40, "seed": 42}
+    assert more == evaluated()
+
+
+def test_the_error_of_a_sample_is_how_far_samples_lie_apart(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """Of a split so large that a correction for its finite size would not matter."""
+    test = random_sessions(rng, 3000, 20, longest=6)
+    data = write_dataset(tmp_path, train=TRAIN, test=test, num_items=20)
+    checkpoint = random_checkpoint(data, tmp_path / "model.pt")
+    figures = [
+        assess(checkpoint, data, EvaluationOptions(sample_sessions=60, seed=seed), CPU)["metrics"]
+        for seed in range(60)
+    ]
+    values = [figure["R@5"]["value"] for figure in figures]
+    errors = [figure["R@5"]["stderr"] for figure in figures]
+    # 60 values tell their spread to 1 / sqrt(118) = 9 %.
+    assert np.mean(errors) == pytest.approx(np.std(values, ddof=1), rel=0.3)
+    whole = assess(checkpoint, data, EvaluationOptions(), CPU)["metrics"]["R@5"]["value"]
+    assert np.mean(values) == pytest.approx(whole, abs=4 * np.mean(errors) / np.sqrt(60))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"sample_sessions": 3, "limit_sessions": 3}, "leave one of them out"),
+        ({"seed": 3}, "--seed is that of --sample-sessions"),
+        ({"cutoff": -1}, "--cutoff must be from 0 to 1000, got -1"),
+        ({"cutoff": 1001}, "--cutoff must be from 0 to 1000, got 1001"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    options: dict[str, int], sentence: str, checkpoint: Checkpoint, dataset: Dataset
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        assess(checkpoint, dataset, EvaluationOptions(**options), CPU)
+
+
+def test_a_cutoff_gives_coverage_popularity_novelty_and_serendipity(
+    checkpoint: Checkpoint, dataset: Dataset, test_sessions: list[list[int]], tmp_path: Path
+) -> None:
+    assert "beyond_accuracy" not in assess(checkpoint, dataset, EvaluationOptions(), CPU)
+    run = tmp_path / "run.txt"
+    found = predict(
+        checkpoint.build_model(CPU), pack_sessions(test_sessions), protocol="every-step",
+        top_items=20,
+    )  # fmt: skip
+    assert found.top_EK is not None
+    counts = count_items(dataset.split("train"), dataset.num_items)
+    for cutoff, depth in ((4, 9), (15, 9), (1000, 20)):
+        options = EvaluationOptions(cutoff=cutoff, metrics=f"R@{depth}", run=run)
+        report = assess(
+            random_checkpoint(dataset, tmp_path / "9.pt", recommendation_limit=5),
+            dataset, options, CPU,
+        )  # fmt: skip
+        expected = vars(beyond_accuracy(found.top_EK[:, :cutoff], found.target_E, counts))
+        assert expected.pop("intersection") is None
+        assert report["beyond_accuracy"] == pytest.approx(expected)
+        assert report["cutoff"] == min(cutoff, 20)
+        assert len(run.read_text().splitlines()) == report["events"] * depth
+    assert report["beyond_accuracy"]["catalogue_coverage"] == 1
 
 
 def test_events_lost_in_preparation_are_also_counted_as_misses(tmp_path: Path) -> None:

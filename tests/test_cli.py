@@ -603,10 +603,13 @@ def test_every_option_of_evaluate_arrives(
         "evaluate", "a.pt", "--dataset", "shop", "--split", "val", "--protocol", "last-item",
         "--metrics", "R@3", "--filter-rated", "--full-sessions", "--one-pass",
         "--limit-sessions", 7, "--run", "r", "--qrels", "q", "--data-dir", "d", "--device", "cpu",
+        "--sample-sessions", 3, "--seed", 4, "--per-event", "e.csv", "--by", "repeat",
+        "--by", "length", "--cutoff", 5,
     )[0] == 0  # fmt: skip
     options = EvaluationOptions(
         split="val", protocol="last-item", metrics="R@3", filter_rated=True, full_sessions=True,
         one_pass=True, limit_sessions=7, run=Path("r"), qrels=Path("q"),
+        sample_sessions=3, seed=4, per_event=Path("e.csv"), by=("repeat", "length"), cutoff=5,
     )  # fmt: skip
     assert seen.pop() == (Path("a.pt"), "shop", options, Path("d"), "cpu")
     command("evaluate", "a.pt", "--no-filter-rated")

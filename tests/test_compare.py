@@ -254,6 +254,16 @@ def test_figures_are_those_of_evaluate(tmp_path: Path, dataset: Dataset) -> None
             assert report[key] == alone[key]
 
 
+def test_a_sample_is_that_of_evaluate(tmp_path: Path, dataset: Dataset) -> None:
+    paths = [checkpoint_file(dataset, tmp_path / f"{seed}.pt", seed=seed) for seed in (1, 2)]
+    report = compared(paths, dataset, sample_sessions=30, seed=5)
+    alone = assess(
+        load_checkpoint(paths[1]), dataset, EvaluationOptions(sample_sessions=30, seed=5), CPU
+    )
+    assert report["models"]["2"]["metrics"] == alone["metrics"]
+    assert report["sample"] == alone["sample"] == {"sessions": 30, "of": 40, "seed": 5}
+
+
 def test_beyond_accuracy_looks_at_the_lists_and_the_training_split(
     tmp_path: Path, dataset: Dataset, test_sessions: list[list[int]]
 ) -> None:
@@ -440,6 +450,9 @@ def test_bad_choices_exit_with_2_and_a_sentence(
         ([first, tmp_path / "none.pt"], "no checkpoint at"),
         ([first, second, "--dataset", "nowhere"], "no prepared dataset"),
         ([first, second, "--metrics", "HR@5"], "did you mean R@5"),
+        ([first, second, "--sample-sessions", 2, "--limit-sessions", 2], "leave one of them out"),
+        ([first, second, "--sample-sessions", 0], "--sample-sessions"),
+        ([first, second, "--seed", 3], "--seed is that of --sample-sessions"),
         ([first, second, "--cutoff", 2000], "--cutoff must be from 0 to 1000"),
     ]:
         code, out, err = command("compare", *words, "--data-dir", tmp_path)

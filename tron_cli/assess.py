@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from tron_cli.beyond_accuracy import beyond_accuracy, check_cutoff, count_items
 from tron_cli.checkpoint import Checkpoint, dataset_identity
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
 from tron_cli.evaluate import predict
-from tron_cli.metrics import Figure, parse_measures, score
+from tron_cli.events import Predictions, ranges
+from tron_cli.metrics import Figure, figures, parse_measures, values_by_rank
 from tron_cli.models import Model
 from tron_cli.registry import BASELINES
+from tron_cli.slices import KINDS, sliced_figures
 from tron_cli.trec import check_writable, write_qrels, write_run
 
+SAMPLE_SEED = 42
+TABLE_SUFFIXES = (".parquet", ".csv")
 TIE_RULE = "items that score the same as the target count as ranked above it"
 
 log = logging.getLogger("tron")
@@ -36,8 +41,13 @@ class EvaluationOptions:
     full_sessions: bool = False
     one_pass: bool = False
     limit_sessions: int | None = None
+    sample_sessions: int | None = None
+    seed: int | None = None  # of the sample; None: SAMPLE_SEED
     run: Path | None = None
     qrels: Path | None = None
+    per_event: Path | None = None
+    by: tuple[str, ...] = ()  # of slices.KINDS
+    cutoff: int = 0  # length of the lists of the beyond-accuracy figures; 0: none of these
 
 
 def assess(
@@ -50,11 +60,11 @@ def assess(
     config = checkpoint.config
     protocol = options.protocol or dataset.protocol
     check_fit(checkpoint, dataset, protocol)
-    _check(options)
+    _check(options, checkpoint)
     measures = parse_measures(config.metrics if options.metrics is None else options.metrics)
     filter_rated = config.filter_rated if options.filter_rated is None else options.filter_rated
-    sessions = chosen_sessions(dataset, options)
-    for path in (options.run, options.qrels):
+    sessions, number_S = chosen_sessions(dataset, options)
+    for path in (options.run, options.qrels, options.per_event):
         if path:
             check_writable(path)
     depth = max(config.recommendation_limit, *(measure["cutoff"] for measure in measures))
@@ -71,23 +81,19 @@ def assess(
         filter_rated=filter_rated,
         full_sessions=options.full_sessions,
         one_pass=options.one_pass,
-        top_items=depth if options.run else 0,
+        top_items=max(depth if options.run else 0, options.cutoff),
         batch_size=config.eval_batch_size,
         progress=f"{options.split} split",
     )
-    figures = score(predictions.rank_E, predictions.session_E, measures)
-    item_ids = dataset.item_ids
-    if options.qrels:
-        write_qrels(options.qrels, predictions, item_ids)
-    if options.run:
-        write_run(options.run, predictions, item_ids)
-
+    _write_files(options, dataset, predictions, number_S, depth)
+    value_of = values_by_rank(measures)
+    found = figures(value_of, predictions.rank_E, predictions.session_E)
     events = len(predictions.rank_E)
     absent = left_out(dataset, options.split, protocol, sessions, events)
     lost_as_misses = absent["lost_predictions"] if absent["earlier_events"] == 0 else 0
     report: dict[str, Any] = {
         "metrics": {
-            name: _with_lost(figure, events, lost_as_misses) for name, figure in figures.items()
+            name: _with_lost(figure, events, lost_as_misses) for name, figure in found.items()
         },
         "protocol": protocol,
         "split": options.split,
@@ -102,6 +108,28 @@ def assess(
         "left_out": absent,
         "missed_because_filtered": int((predictions.rank_E == 0).sum()),
     }
+    if options.sample_sessions is not None:
+        report["sample"] = sample_of(dataset, options)
+    train_counts = None
+    if options.cutoff or "popularity" in options.by:
+        train_counts = count_items(dataset.split("train"), dataset.num_items, progress="popularity")
+    if options.by:
+        events_I = None if train_counts is None else train_counts.events_I
+        report["slices"] = {
+            kind: {
+                "definition": KINDS[kind],
+                "slices": sliced_figures(kind, value_of, predictions, sessions, events_I),
+            }
+            for kind in options.by
+        }
+    if options.cutoff:
+        assert train_counts is not None
+        assert predictions.top_EK is not None
+        top_EK = predictions.top_EK[:, : options.cutoff]
+        beyond = asdict(beyond_accuracy(top_EK, predictions.target_E, train_counts))
+        del beyond["intersection"]  # there is no other model
+        report["cutoff"] = top_EK.shape[1]
+        report["beyond_accuracy"] = beyond
     references = dataset.info.get("references", {}).get(options.split)
     whole_split = absent["sessions_beyond_limit"] == 0
     if references and protocol == "every-step" and not filter_rated and whole_split:
@@ -136,17 +164,47 @@ def check_fit(checkpoint: Checkpoint, dataset: Dataset, protocol: str) -> None:
         )
 
 
-def chosen_sessions(dataset: Dataset, options: EvaluationOptions) -> Sessions:
-    """The sessions of the split, up to limit_sessions. Raises InputError where there are none."""
+def chosen_sessions(dataset: Dataset, options: EvaluationOptions) -> tuple[Sessions, np.ndarray]:
+    """Sessions of the split that are evaluated, and int64 [S], the number of each in the split.
+
+    All, the first limit_sessions, or a sample of sample_sessions without replacement, in the order
+    of the split. Raises InputError where there are none, or where both are asked for.
+    """
+    if options.limit_sessions is not None and options.sample_sessions is not None:
+        raise InputError(
+            "--limit-sessions takes the first sessions, --sample-sessions a random sample; leave "
+            "one of them out"
+        )
+    if options.seed is not None and options.sample_sessions is None:
+        raise InputError("--seed is that of --sample-sessions; give both, or neither")
     sessions = dataset.split(options.split)
     if not len(sessions):
         raise InputError(
             f"the {options.split} split of {dataset.path} is empty; prepare it with one, or "
             "choose another --split"
         )
-    if options.limit_sessions is None:
-        return sessions
-    return Sessions(sessions.items, sessions.offsets[: options.limit_sessions + 1])
+    if options.sample_sessions is None:
+        number_S = np.arange(len(sessions))[: options.limit_sessions]
+        return Sessions(sessions.items, sessions.offsets[: len(number_S) + 1]), number_S
+    count, seed = options.sample_sessions, SAMPLE_SEED if options.seed is None else options.seed
+    if count >= len(sessions):
+        return sessions, np.arange(len(sessions))
+    number_S = np.sort(np.random.default_rng(seed).choice(len(sessions), count, replace=False))
+    begin_S, end_S = sessions.offsets[number_S], sessions.offsets[number_S + 1]
+    _, place_N = ranges(begin_S, end_S)
+    offsets = np.concatenate([[0], np.cumsum(end_S - begin_S)])
+    return Sessions(sessions.items[place_N], offsets), number_S
+
+
+def sample_of(dataset: Dataset, options: EvaluationOptions) -> dict[str, int]:
+    """The report's entry about a sample: its sessions, those it is drawn from, and its seed."""
+    assert options.sample_sessions is not None
+    population = dataset.split_info(options.split)["sessions"]
+    return {
+        "sessions": min(options.sample_sessions, population),
+        "of": population,
+        "seed": SAMPLE_SEED if options.seed is None else options.seed,
+    }
 
 
 def left_out(
@@ -166,14 +224,55 @@ def left_out(
     }
 
 
-def _check(options: EvaluationOptions) -> None:
-    if options.run is not None and options.run == options.qrels:
-        raise InputError(f"--run and --qrels both name {options.run}; give each its own file")
+def _check(options: EvaluationOptions, checkpoint: Checkpoint) -> None:
+    files: dict[Path, str] = {checkpoint.path.resolve(): "the checkpoint"}
+    for name in ("run", "qrels", "per_event"):
+        path = getattr(options, name)
+        if path is None:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        other = files.setdefault(path.resolve(), option)
+        if other != option:
+            raise InputError(f"{other} and {option} both name {path}; give each its own file")
+    if options.per_event and options.per_event.suffix.lower() not in TABLE_SUFFIXES:
+        raise InputError(
+            f"--per-event writes Parquet or CSV by the name of the file: expected one that ends in "
+            f"{' or '.join(TABLE_SUFFIXES)}, got {options.per_event}"
+        )
+    unknown = [kind for kind in options.by if kind not in KINDS]
+    if unknown:
+        raise InputError(f"--by must be one of {', '.join(KINDS)}, got {unknown[0]!r}")
+    check_cutoff(options.cutoff)
     if options.one_pass and options.full_sessions:
         raise InputError(
             "--one-pass covers the last sequence_length events of a session only; leave out "
             "--full-sessions"
         )
+
+
+def _write_files(
+    options: EvaluationOptions,
+    dataset: Dataset,
+    predictions: Predictions,
+    number_S: np.ndarray,
+    depth: int,
+) -> None:
+    """The files asked for, with the sessions' numbers in the split, and lists of up to depth."""
+    top_EK = predictions.top_EK
+    predictions = replace(
+        predictions,
+        session_E=number_S[predictions.session_E],
+        top_EK=None if top_EK is None else top_EK[:, :depth],
+    )
+    item_ids = dataset.item_ids
+    if options.qrels:
+        write_qrels(options.qrels, predictions, item_ids)
+    if options.run:
+        write_run(options.run, predictions, item_ids)
+    if options.per_event:
+        from tron_cli.event_table import write_event_table  # loads polars
+
+        write_event_table(options.per_event, predictions, item_ids)
 
 
 def _with_lost(figure: Figure, events: int, lost: int) -> dict[str, float | None]:

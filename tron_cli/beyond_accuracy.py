@@ -15,7 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from tron_cli.dataset import Sessions
+from tron_cli.errors import InputError
 from tron_cli.events import distinct_pairs
+from tron_cli.metrics import MAX_CUTOFF
 
 _EVENTS_AT_ONCE = 1 << 22  # of the training split
 _PLACES_AT_ONCE = 1 << 20  # of the lists
@@ -87,6 +89,12 @@ def count_items(train: Sessions, num_items: int, *, progress: str | None = None)
         first = after
     bar.close()
     return ItemCounts(events_I, sessions_I, int(np.count_nonzero(train.lengths)))
+
+
+def check_cutoff(cutoff: int) -> None:
+    """Raises InputError where lists of this length are not made."""
+    if not 0 <= cutoff <= MAX_CUTOFF:
+        raise InputError(f"--cutoff must be from 0 to {MAX_CUTOFF}, got {cutoff}")
 
 
 def beyond_accuracy(

@@ -70,6 +70,27 @@ class Protocol(str, Enum):
     last_item = "last-item"
 
 
+class SliceKind(str, Enum):
+    """What `tron evaluate --by` cuts the events by."""
+
+    length = "length"
+    position = "position"
+    popularity = "popularity"
+    repeat = "repeat"
+
+
+LimitSessions = Annotated[
+    int | None, typer.Option(min=1, help="Only the first N sessions of the split.")
+]
+SampleSessions = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Only N sessions of the split, drawn at random."),
+]
+SampleSeed = Annotated[
+    int | None, typer.Option(min=0, help="Seed of --sample-sessions; default: 42.")
+]
+
+
 def main() -> None:
     """Run the command line; wrong usage and bad input exit with 2, failed runs with 1."""
     arguments = sys.argv[1:]
@@ -254,11 +275,29 @@ def evaluate(
     one_pass: Annotated[
         bool, typer.Option(help="TRON's way: one pass over a whole session, not serving's.")
     ] = False,
-    limit_sessions: Annotated[
-        int | None, typer.Option(min=1, help="Only the first N sessions of the split.")
-    ] = None,
+    limit_sessions: LimitSessions = None,
+    sample_sessions: SampleSessions = None,
+    seed: SampleSeed = None,
     run: Annotated[Path | None, typer.Option(help="Write the predictions as a TREC run.")] = None,
     qrels: Annotated[Path | None, typer.Option(help="Write the targets as TREC qrels.")] = None,
+    per_event: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write session, event, target and rank as .parquet or .csv."
+        ),
+    ] = None,
+    by: Annotated[
+        list[SliceKind] | None,
+        typer.Option(help="Also give the figures of each slice of the events; may be repeated."),
+    ] = None,
+    cutoff: Annotated[
+        int,
+        typer.Option(
+            metavar="K",
+            help="Also make lists of K items, and give coverage, popularity, novelty and "
+            "serendipity of these; 0: no lists, which saves time.",
+        ),
+    ] = 0,
     data_dir: DataDir = Path("datasets"),
     device: Device = "auto",
     as_json: AsJson = False,
@@ -274,8 +313,13 @@ def evaluate(
         full_sessions=full_sessions,
         one_pass=one_pass,
         limit_sessions=limit_sessions,
+        sample_sessions=sample_sessions,
+        seed=seed,
         run=run,
         qrels=qrels,
+        per_event=per_event,
+        by=tuple(dict.fromkeys(kind.value for kind in by or ())),
+        cutoff=cutoff,
     )
     report = run_evaluation(checkpoint, dataset, options, data_dir, device)
     _print_report(report, as_json)
@@ -327,9 +371,9 @@ def compare(
     full_sessions: Annotated[
         bool, typer.Option(help="Also predict what lies before the last sequence_length events.")
     ] = False,
-    limit_sessions: Annotated[
-        int | None, typer.Option(min=1, help="Only the first N sessions of the split.")
-    ] = None,
+    limit_sessions: LimitSessions = None,
+    sample_sessions: SampleSessions = None,
+    seed: SampleSeed = None,
     reference: Annotated[
         int,
         typer.Option(metavar="N", help="Compare the others with the N-th checkpoint."),
@@ -363,6 +407,8 @@ def compare(
         filter_rated=filter_rated,
         full_sessions=full_sessions,
         limit_sessions=limit_sessions,
+        sample_sessions=sample_sessions,
+        seed=seed,
     )
     report = compare_models(
         loaded,

@@ -19,14 +19,27 @@ import numpy as np
 import torch
 from scipy.special import stdtrit
 
-from tron_cli.assess import TIE_RULE, EvaluationOptions, check_fit, chosen_sessions, left_out
-from tron_cli.beyond_accuracy import beyond_accuracy, count_items
+from tron_cli.assess import (
+    TIE_RULE,
+    EvaluationOptions,
+    check_fit,
+    chosen_sessions,
+    left_out,
+    sample_of,
+)
+from tron_cli.beyond_accuracy import beyond_accuracy, check_cutoff, count_items
 from tron_cli.checkpoint import Checkpoint
 from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
 from tron_cli.evaluate import predict
 from tron_cli.events import Predictions
-from tron_cli.metrics import MAX_CUTOFF, clustered_stderr, parse_measures, score, values_of_ranks
+from tron_cli.metrics import (
+    MAX_CUTOFF,
+    clustered_stderr,
+    figures,
+    parse_measures,
+    values_by_rank,
+)
 
 CONFIDENCE = 0.95
 INTERVALS = (
@@ -106,7 +119,7 @@ def compare(
         )
     for checkpoint in checkpoints:
         check_fit(checkpoint, dataset, protocol)
-    sessions = chosen_sessions(dataset, options)
+    sessions, _ = chosen_sessions(dataset, options)
     _check_same_events(checkpoints, reference, sessions, protocol, options.full_sessions)
     measures = parse_measures(config.metrics if options.metrics is None else options.metrics)
     filter_rated = _filter_rated(checkpoints, options)
@@ -114,8 +127,7 @@ def compare(
     counts = None
     if depth:
         counts = count_items(dataset.split("train"), dataset.num_items, progress="popularity")
-    largest = max(measure["cutoff"] for measure in measures)
-    values_of = values_of_ranks(measures, range(largest + 1), largest)
+    values_of = values_by_rank(measures)
 
     models: dict[str, dict[str, Any]] = {label: {} for label in labels}
     of_reference: Predictions | None = None
@@ -132,10 +144,10 @@ def compare(
             batch_size=checkpoint.config.eval_batch_size,
             progress=labels[place],
         )
-        figures = score(predictions.rank_E, predictions.session_E, measures)
+        metrics = figures(values_of, predictions.rank_E, predictions.session_E)
         found = models[labels[place]]
         found["checkpoint"] = str(checkpoint.path)
-        found["metrics"] = {name: asdict(figure) for name, figure in figures.items()}
+        found["metrics"] = {name: asdict(figure) for name, figure in metrics.items()}
         if of_reference is not None:
             found["differences"] = _differences(predictions, of_reference, values_of)
         if counts is not None:
@@ -155,7 +167,7 @@ def compare(
             "only %d sessions: the intervals are too narrow where these differ much in length",
             num_sessions,
         )
-    return {
+    report = {
         "models": models,
         "reference": labels[reference],
         "confidence": CONFIDENCE,
@@ -172,12 +184,9 @@ def compare(
         "missed_because_filtered": int((of_reference.rank_E == 0).sum()),
         "left_out": left_out(dataset, options.split, protocol, sessions, events),
     }
-
-
-def check_cutoff(cutoff: int) -> None:
-    """Raises InputError where lists of this length are not made."""
-    if not 0 <= cutoff <= MAX_CUTOFF:
-        raise InputError(f"--cutoff must be from 0 to {MAX_CUTOFF}, got {cutoff}")
+    if options.sample_sessions is not None:
+        report["sample"] = sample_of(dataset, options)
+    return report
 
 
 def check_choice(checkpoints: int, reference: int) -> None:

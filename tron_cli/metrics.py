@@ -54,32 +54,54 @@ def score(
 ) -> dict[str, Figure]:
     """Mean of each measure over all events, by the measure's name as ir-measures prints it.
 
+    measures: as parse_measures returns them; the rest is as in `figures`, which see.
+    """
+    return figures(values_by_rank(measures), ranks, sessions)
+
+
+def values_by_rank(measures: Sequence[Measure]) -> dict[str, np.ndarray]:
+    """Each measure of one query whose target has rank 0 (a miss), 1, ..., the largest cutoff.
+
+    Returns float64 [largest cutoff + 1] by name of the measure.
+    """
+    depth = max(measure["cutoff"] for measure in measures)
+    return values_of_ranks(measures, range(depth + 1), depth)
+
+
+def figures(
+    value_of: dict[str, np.ndarray],
+    ranks: np.ndarray,
+    sessions: np.ndarray,
+    lost: np.ndarray | None = None,
+) -> dict[str, Figure]:
+    """Mean of each measure over events, from its values by rank; ranks beyond these are misses.
+
     ranks: int [N], 1 = best, 0 = the target cannot be ranked (a miss in every measure).
     sessions: int [N], index of the session of each event, in any order.
-    measures: as parse_measures returns them.
+    lost: int [G], further events of each session, which are misses; sessions may have these only.
 
     The standard error treats the sessions as the independent sample: with G sessions of n_s events
     that sum to y_s, and mean m over N events, it is sqrt(G/(G-1) * sum_s (y_s - n_s*m)^2) / N.
     Raises InputError where there is no event to average over.
     """
     assert ranks.shape == sessions.shape
-    num_events = len(ranks)
-    if num_events == 0:
+    if len(ranks) == 0:
         raise InputError("there is no event to score: the split holds no session with a prediction")
-    depth = max(measure["cutoff"] for measure in measures)
-    ranks = np.where(ranks > depth, 0, ranks)
-    histogram = np.bincount(ranks, minlength=depth + 1)
-    figures = {}
-    for name, values in values_of_ranks(measures, range(depth + 1), depth).items():
-        mean = float(histogram @ values) / num_events
-        figures[name] = Figure(mean, clustered_stderr(values[ranks], sessions, mean))
-    return figures
+    if lost is not None:
+        ranks = np.concatenate([ranks, np.zeros(lost.sum(), dtype=ranks.dtype)])
+        sessions = np.concatenate([sessions, np.repeat(np.arange(len(lost)), lost)])
+    found = {}
+    for name, values in value_of.items():
+        shown = np.where(ranks < len(values), ranks, 0)
+        mean = float(np.bincount(shown, minlength=len(values)) @ values) / len(ranks)
+        found[name] = Figure(mean, clustered_stderr(values[shown], sessions, mean))
+    return found
 
 
 def clustered_stderr(values: np.ndarray, sessions: np.ndarray, mean: float) -> float | None:
     """Standard error of the mean of values (float [N]), clustered by session; None for one session.
 
-    sessions: int [N], index of the session of each value. The formula stands at `score`.
+    sessions: int [N], index of the session of each value. The formula stands at `figures`.
     """
     events_of_session = np.bincount(sessions)
     num_sessions = np.count_nonzero(events_of_session)

@@ -42,9 +42,29 @@ def evaluation_text(report: dict[str, Any]) -> str:
         if lost
         else "--full-sessions also gives figures that count them as misses"
     )
+    tables = [format_table(header, rows)]
     facts = _facts(report, f" ({lost_note})")
+    for kind, sliced in report.get("slices", {}).items():
+        tables.append(_slices_table(kind, sliced["slices"]))
+        facts.append(f"{kind.ljust(10)} {sliced['definition']}")
+    if "beyond_accuracy" in report:
+        shown = [
+            [key.replace("_", " "), _styled(value, _BEYOND_ACCURACY[key])]
+            for key, value in report["beyond_accuracy"].items()
+        ]
+        tables.append(format_table([f"lists of {report['cutoff']}", "value"], shown))
+        facts.append("lists      popularity and novelty count the training split")
     facts.append(f"checkpoint {report['checkpoint']}")
-    return format_table(header, rows) + "\n\n" + "\n".join(facts)
+    return "\n\n".join([*tables, "\n".join(facts)])
+
+
+def _slices_table(kind: str, slices: Sequence[dict[str, Any]]) -> str:
+    """A column for each slice; standard errors in parentheses."""
+    rows = [["events", *(f"{found['events']:,}" for found in slices)]]
+    for name in slices[0]["metrics"]:
+        figures = [found["metrics"][name] for found in slices]
+        rows.append([name, *(f"{_number(f['value'])} ({_number(f['stderr'])})" for f in figures)])
+    return format_table([kind, *(found["slice"] for found in slices)], rows)
 
 
 def _facts(report: dict[str, Any], lost_note: str) -> list[str]:
@@ -68,7 +88,13 @@ def _facts(report: dict[str, Any], lost_note: str) -> list[str]:
             f"left out   {left_out['earlier_events']:,} events before the last of long sessions "
             "(--full-sessions predicts them)"
         )
-    if left_out["sessions_beyond_limit"]:
+    if "sample" in report:
+        sample = report["sample"]
+        facts.append(
+            f"sample     {sample['sessions']:,} of {sample['of']:,} sessions, seed "
+            f"{sample['seed']}; errors without a finite-population correction"
+        )
+    elif left_out["sessions_beyond_limit"]:
         facts.append(f"left out   {left_out['sessions_beyond_limit']:,} sessions beyond the limit")
     if left_out["lost_predictions"]:
         facts.append(
@@ -99,14 +125,10 @@ def comparison_text(report: dict[str, Any]) -> str:
         beyond = [
             [
                 key.replace("_", " "),
-                *(
-                    "-" if model["beyond_accuracy"][key] is None
-                    else format(model["beyond_accuracy"][key], style)
-                    for model in models.values()
-                ),
+                *(_styled(model["beyond_accuracy"][key], style) for model in models.values()),
             ]
             for key, style in _BEYOND_ACCURACY.items()
-        ]  # fmt: skip
+        ]
         tables.append(format_table([f"lists of {report['cutoff']}", *models], beyond))
     facts = [
         f"difference ± half its {report['confidence']:.0%} interval; ~ within noise: "
@@ -139,6 +161,10 @@ def _difference(difference: dict[str, Any]) -> str:
     half_width = (difference["high"] - difference["low"]) / 2
     mark = "~" if difference["within_noise"] else " "
     return f"{difference['value']:+.4f} ±{half_width:.4f} {mark}"
+
+
+def _styled(value: float | None, style: str) -> str:
+    return "-" if value is None else format(value, style)
 
 
 def _number(value: float | None) -> str:
