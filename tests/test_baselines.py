@@ -201,10 +201,10 @@ def test_any_data(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_what_was_learned_comes_back_from_its_arrays(name: str, train: Rows, split: Rows) -> None:
-    state = fitted(name, train).state()
+    state = fitted(name, train).state_dict()
     assert all(isinstance(array, np.ndarray) for array in state.values())
     again = make(name)
-    again.load({key: array.copy() for key, array in state.items()})
+    again.load_state_dict({key: array.copy() for key, array in state.items()})
     wanted = expected(name, train, split)
     check(again, split, wanted, 3, protocol="every-step")
 
@@ -277,7 +277,7 @@ def test_ease_is_the_ridge_regression_of_each_item_on_the_others(
     l2: float, pairs: int, train: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ease, "_PAIRS_AT_ONCE", pairs)
-    found = make_ease(train, l2).state()["weights"]
+    found = make_ease(train, l2).state_dict()["weights"]
     assert found.dtype == np.float32
     assert found.diagonal().tolist() == [0] * (NUM_ITEMS + 1)
     assert not found[0].any()
@@ -289,7 +289,7 @@ def test_ease_of_three_items_by_hand() -> None:
     # X'X = [[2, 1, 0], [1, 2, 1], [0, 1, 1]] and l2 = 1: item 1 regressed on items 2 and 3 solves
     # [[3, 1], [1, 2]] b = [1, 0], item 2 on 1 and 3 [[3, 0], [0, 2]] b = [1, 1], item 3 on 1 and 2
     # [[3, 1], [1, 3]] b = [0, 1].
-    found = make_ease([[1, 2], [2, 3, 3], [1]], 1.0, 3).state()["weights"]
+    found = make_ease([[1, 2], [2, 3, 3], [1]], 1.0, 3).state_dict()["weights"]
     by_hand = [[0, 1 / 3, -1 / 8], [2 / 5, 0, 3 / 8], [-1 / 5, 1 / 2, 0]]
     np.testing.assert_allclose(found[1:, 1:], by_hand, rtol=1e-6)
 
@@ -300,7 +300,7 @@ def test_ease_ranks_by_the_sum_of_weights(
     how: dict[str, Any], top_items: int, train: Rows, split: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     baseline = make_ease(train, 0.5)
-    weights = baseline.state()["weights"]
+    weights = baseline.state_dict()["weights"]
     # On a coarse grid, so that many scores tie.
     weights[:] = np.round(weights * 8) / 8
 

@@ -33,7 +33,7 @@ from test_resume import (
 from test_training_step import position_loss
 from torch import nn
 
-from tron_cli import evaluate
+from tron_cli import events
 from tron_cli.batches import Batch, cloze_batch, pack
 from tron_cli.evaluate import predict
 from tron_cli.models import build_model
@@ -470,7 +470,7 @@ def test_the_bar_ends_where_it_said(
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(evaluate, "tqdm", Bar)
+    monkeypatch.setattr(events, "tqdm", Bar)
     found = predict(make_model(), pack_sessions(rows), protocol=protocol, full_sessions=full)
     (bar,) = bars
     assert bar.total == bar.n == len(found.rank_E) > 0

@@ -18,8 +18,6 @@ from tron_cli.errors import InputError
 from tron_cli.evaluate import predict
 from tron_cli.events import Predictions, ranges
 from tron_cli.metrics import Figure, figures, parse_measures, values_by_rank
-from tron_cli.models import Model
-from tron_cli.registry import BASELINES
 from tron_cli.slices import KINDS, sliced_figures
 from tron_cli.trec import check_writable, write_qrels, write_run
 
@@ -69,7 +67,7 @@ def assess(
             check_writable(path)
     depth = max(config.recommendation_limit, *(measure["cutoff"] for measure in measures))
     model = checkpoint.build_model(device)
-    if options.one_pass and isinstance(model, Model) and model.mask_item is not None:
+    if options.one_pass and model.mask_item is not None:
         raise InputError(
             f"--one-pass is not for model={config.model}, which predicts from a mask behind each "
             "history, so that one pass predicts one event; leave it out"
@@ -283,7 +281,7 @@ def _with_lost(figure: Figure, events: int, lost: int) -> dict[str, float | None
 
 
 def _positions(config: ExperimentConfig, one_pass: bool) -> str:
-    positions = "none" if config.model in BASELINES else config.positions
+    positions = "none" if config.is_baseline else config.positions
     if one_pass:
         return f"{positions}, one pass over the whole session"
     return f"{positions}, each event from its own history"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tron_cli.dataset import Sessions
+from tron_cli.events import training_windows
 
 # The events of a padded batch are a multiple of this.
 _EVENTS = 128
@@ -207,12 +208,11 @@ def training_batch(
 
     chosen: int64 [B], sessions of at least two events. padded: see `Batch`.
     """
-    ends = sessions.offsets[chosen + 1]
-    lengths = np.minimum(ends - sessions.offsets[chosen] - 1, sequence_length)
+    starts, lengths = training_windows(sessions, chosen, sequence_length)
     order = np.argsort(lengths, kind="stable")
     return pack(
         sessions.items,
-        (ends - lengths - 1)[order],
+        starts[order],
         lengths[order],
         with_targets=True,
         padded_width=sequence_length if padded else None,
@@ -235,11 +235,11 @@ def cloze_batch(
     a random item in 10 %, and as it is in 10 %. A session without any target gets its last event
     masked, as in prediction.
     """
-    ends = sessions.offsets[chosen + 1]
-    lengths = np.minimum(ends - sessions.offsets[chosen], sequence_length + 1)
+    starts, lengths = training_windows(sessions, chosen, sequence_length)
+    lengths = lengths + 1  # and the last event
     order = np.argsort(lengths, kind="stable")
-    ends, lengths = ends[order], lengths[order]
-    batch = pack(sessions.items, ends - lengths, lengths, with_targets=False)
+    lengths = lengths[order]
+    batch = pack(sessions.items, starts[order], lengths, with_targets=False)
     inputs_N, rows_N = batch.inputs_N.numpy(), batch.rows_N.numpy()
     draws_N = random.random(len(inputs_N)) / mask_probability  # below 1: a target
     without_B = np.bincount(rows_N[draws_N < 1], minlength=len(lengths)) == 0

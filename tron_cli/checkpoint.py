@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,11 @@ class Checkpoint:
     training: dict[str, Any]
 
     def build_model(self, device: torch.device) -> Any:
-        """The `Model` with its weights, in evaluation mode, or the `Baseline`, on the CPU."""
-        if self.config.model in BASELINES:
+        """Return the `Model` with its weights, ready to evaluate, or the `Baseline`, on the CPU."""
+        if self.config.is_baseline:
             baseline = build_baseline(self.config, self.dataset["num_items"])
-            baseline.load({name: array.numpy() for name, array in self.weights.items()})
+            arrays = {name: values.numpy() for name, values in self.weights.items()}
+            baseline.load_state_dict(arrays)
             return baseline
         with torch.device("meta"):  # no random weights, only to be replaced
             model = build_model(self.config, self.dataset["num_items"])
@@ -71,7 +72,7 @@ class Checkpoint:
 def checkpoint_name(config: ExperimentConfig, step: int, metrics: dict[str, float]) -> str:
     """Such as tron-otto-step=12000-loss=ssm-negs=16384+127-topk=100-emb=200-...-R@20=0.4720.pt."""
     parts = [config.method, config.dataset_name]
-    if config.model in BASELINES:
+    if config.is_baseline:
         settings = settings_of(BASELINES[config.model], config, num_items=0)
         own = settings.keys() - {"num_items", "sequence_length"}
         parts += [f"{name}={settings[name]:g}" for name in sorted(own)]
@@ -135,7 +136,7 @@ def save_checkpoint(
     content = {
         "format_version": FORMAT_VERSION,
         "config": settings,
-        "weights": _weights(model),
+        "weights": _on_cpu(model.state_dict()),
         "step": step,
         "epoch": epoch,
         "metrics": metrics,
@@ -168,14 +169,9 @@ def _zip_checksums(wanted: bool) -> Iterator[None]:
         set_crc32_options(before)
 
 
-def _weights(model: torch.nn.Module | Baseline) -> dict[str, torch.Tensor]:
-    if isinstance(model, Baseline):
-        return {name: torch.from_numpy(array) for name, array in model.state().items()}
-    return _on_cpu(model.state_dict())
-
-
-def _on_cpu(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU; tensors that share memory still do, and are stored once."""
+def _on_cpu(state: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:
+    """Tensors on the CPU; those that share memory still do, and are stored once."""
+    weights = {name: torch.as_tensor(values) for name, values in state.items()}
     copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
     for value in weights.values():
         place = (value.data_ptr(), value.shape)

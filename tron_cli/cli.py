@@ -191,7 +191,6 @@ def run_training(
     from tron_cli.config import load_config
     from tron_cli.dataset import Dataset
     from tron_cli.fit import fit
-    from tron_cli.registry import BASELINES
     from tron_cli.run import LOG, claimed
     from tron_cli.train import train as train_model
 
@@ -213,7 +212,7 @@ def run_training(
     with place as run_dir, explained(run_dir / LOG):
         if resume is not None:
             experiment, dataset = _resumed(resume, overrides, data_dir)
-        if experiment.model not in BASELINES:
+        if not experiment.is_baseline:
             return train_model(
                 experiment, dataset, run_dir, device=device, resume=resume is not None,
                 profiler=profiler,

@@ -265,7 +265,7 @@ class ExperimentConfig:
         if not self.metrics:
             raise InputError("metrics must name at least one measure, such as R@20")
         self._check_effects()
-        if self.model in MODELS:
+        if not self.is_baseline:
             self._check_model()
             self._check_loss()
         for measure in (*self.metrics, self.val_metric):
@@ -281,7 +281,7 @@ class ExperimentConfig:
             value, default, choice = getattr(self, name), FIELDS[name].default, getattr(self, key)
             if choice in choices or value == default:
                 continue
-            if self.model in BASELINES and BASELINES.keys().isdisjoint(choices):
+            if self.is_baseline and BASELINES.keys().isdisjoint(choices):
                 continue
             raise InputError(
                 f"{name}={value} is a setting of {key}={' or '.join(choices)} and has no effect on "
@@ -364,6 +364,11 @@ class ExperimentConfig:
                 f"{reason}, but got {', '.join(f'{name}={getattr(self, name)}' for name in wrong)};"
                 f" add {' '.join(f'{name}={values[name]}' for name in wrong)}"
             )
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the model is fitted at once, without gradients."""
+        return self.model in BASELINES
 
     @property
     def shares_table(self) -> bool:

@@ -5,9 +5,11 @@ Shapes: E predicted events, P (event, item of its history) or other (row, item) 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
 from tron_cli.dataset import Sessions
 
@@ -46,7 +48,7 @@ class Histories:
     def __len__(self) -> int:
         return len(self.session_E)
 
-    def __getitem__(self, index: slice) -> Histories:
+    def __getitem__(self, index: slice | np.ndarray) -> Histories:
         return Histories(
             self.items,
             self.session_E[index],
@@ -101,23 +103,93 @@ def predicted_events(
     last = len(sessions) if last is None else min(last, len(sessions))
     begin_S = np.asarray(sessions.offsets[first:last], dtype=np.int64)
     length_S = np.asarray(sessions.offsets[first + 1 : last + 1], dtype=np.int64) - begin_S
-    if protocol == "last-item":
-        first_target_S = length_S - 1
-    elif full_sessions:
-        first_target_S = np.ones_like(length_S)
-    else:
-        first_target_S = length_S - window
-    first_target_S = np.maximum(first_target_S, 1)
+    first_target_S = _first_targets(length_S, window, protocol, full_sessions)
     session_E, position_E = ranges(begin_S + first_target_S, begin_S + length_S)
     begin_E = begin_S[session_E]
-    end_E = begin_E + length_S[session_E] - 1 if one_pass else position_E
+    last_E = begin_E + length_S[session_E] - 1
     return Histories(
         items=sessions.items,
         session_E=session_E + first,
         begin_E=begin_E,
-        start_E=np.maximum(begin_E, end_E - window),
+        start_E=_history_start(begin_E, last_E if one_pass else position_E, window),
         position_E=position_E,
     )
+
+
+def count_predicted(
+    sessions: Sessions, *, window: int, protocol: str, full_sessions: bool = False
+) -> int:
+    """Number of the predicted events of all sessions."""
+    first_target_S = _first_targets(sessions.lengths, window, protocol, full_sessions)
+    return int((sessions.lengths - first_target_S).clip(min=0).sum())
+
+
+def training_windows(
+    sessions: Sessions, chosen: np.ndarray | slice, window: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Begin (place among all items) and length of the history of each chosen session's last event.
+
+    Both int64. A training step predicts from them what follows each of their events.
+    """
+    last_S = sessions.offsets[1:][chosen] - 1
+    start_S = _history_start(sessions.offsets[:-1][chosen], last_S, window)
+    return start_S, last_S - start_S
+
+
+def _history_start(begin_E: np.ndarray, target_E: np.ndarray, window: int) -> np.ndarray:
+    """Places where histories begin, given those of their sessions and of their targets."""
+    return np.maximum(begin_E, target_E - window)
+
+
+def _first_targets(
+    length_S: np.ndarray, window: int, protocol: str, full_sessions: bool
+) -> np.ndarray:
+    """Place in each session of the first event that is predicted; that of no event where none."""
+    if protocol == "last-item":
+        first_S = length_S - 1
+    elif full_sessions:
+        first_S = np.ones_like(length_S)
+    else:
+        first_S = length_S - window
+    return np.maximum(first_S, 1)
+
+
+def collect(
+    ranked: Iterable[tuple[Histories, np.ndarray, np.ndarray | None]],
+    *,
+    expected: int,
+    top_items: int,
+    progress: str | None,
+) -> Predictions:
+    """Predictions in order, from some events at a time with their ranks and best items.
+
+    expected: number of events, of which a bar shows how many are done. progress: its title; None:
+    no bar. Best items are None unless top_items are asked for.
+    """
+    nothing = np.zeros(0, dtype=np.int64)
+    parts = [(nothing, nothing, nothing, nothing, nothing)]
+    tops = [np.zeros((0, top_items), dtype=np.int32)]
+    bar = tqdm(
+        total=expected,
+        desc=progress,
+        unit=" events",
+        unit_scale=True,
+        disable=None if progress else True,
+    )
+    for histories, rank_E, top_EK in ranked:
+        event_E = histories.position_E - histories.begin_E
+        parts.append(
+            (histories.position_E, histories.session_E, event_E, histories.target_E, rank_E)
+        )
+        if top_EK is not None:
+            tops.append(top_EK.astype(np.int32, copy=False))
+        bar.update(len(rank_E))
+    bar.close()
+    position_E, *columns = map(np.concatenate, zip(*parts, strict=True))
+    order = np.argsort(position_E, kind="stable")
+    session_E, event_E, target_E, rank_E = (column[order] for column in columns)
+    top_EK = np.concatenate(tops)[order] if top_items else None
+    return Predictions(session_E, event_E, target_E, rank_E, top_EK)
 
 
 def distinct_pairs(row_P: np.ndarray, item_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

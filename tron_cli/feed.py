@@ -11,6 +11,7 @@ import numpy as np
 from tron_cli.batches import Batch, cloze_batch, session_order, training_batch
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Sessions
+from tron_cli.events import ranges, training_windows
 from tron_cli.lanes import Lanes
 from tron_cli.models import Model
 
@@ -92,14 +93,10 @@ def expected_in_batch(config: ExperimentConfig, sessions: Sessions, num_items: i
     """
     count_V = np.zeros(num_items + 1)
     for low in range(0, len(sessions), _SESSIONS_AT_ONCE):
-        offsets = sessions.offsets[low : low + _SESSIONS_AT_ONCE + 1]
-        ends = offsets[1:] - 1  # the last event is the input of nothing
-        begins = np.maximum(offsets[:-1], ends - config.sequence_length)
-        place = np.arange(offsets[0], offsets[-1])
-        session = np.repeat(np.arange(len(ends)), np.diff(offsets))
-        is_input = (place >= begins[session]) & (place < ends[session])
-        items = sessions.items[offsets[0] : offsets[-1]][is_input]
-        count_V += np.bincount(items, minlength=len(count_V))
+        some = slice(low, low + _SESSIONS_AT_ONCE)
+        start_S, length_S = training_windows(sessions, some, config.sequence_length)
+        _, place = ranges(start_S, start_S + length_S)
+        count_V += np.bincount(sessions.items[place], minlength=len(count_V))
     count_I = count_V[1:]
     rows = min(config.train_batch_size, len(sessions)) - int(config.reject_in_batch_items)
     inputs_a_row = 1 if config.session_parallel else count_I.sum() / len(sessions)

@@ -19,6 +19,7 @@ import torch
 
 from tron_cli.batches import Batch, pack, session_order
 from tron_cli.dataset import Sessions
+from tron_cli.events import training_windows
 
 _SESSIONS_AT_ONCE = 1 << 13
 
@@ -39,7 +40,8 @@ class Lanes:
         self._lanes = lanes
         self._style = style
         self._seed = seed
-        self._inputs_S = np.minimum(sessions.lengths - 1, sequence_length)
+        self._sequence_length = sequence_length
+        _, self._inputs_S = training_windows(sessions, slice(None), sequence_length)
         self.steps_per_pass = -(-int(self._inputs_S.sum()) // lanes)
         self._step = 0
         self._begin_B = np.zeros(lanes, dtype=np.int64)
@@ -59,10 +61,10 @@ class Lanes:
         while not self._begin_until(step):
             self._chunk, self._begun = next(self._chunks), 0
         places_B = step - self._begin_B
-        last_B = self._sessions.offsets[self._session_B + 1] - 1
+        start_B, _ = training_windows(self._sessions, self._session_B, self._sequence_length)
         batch = pack(
             self._sessions.items,
-            last_B - self._inputs_S[self._session_B] + places_B,
+            start_B + places_B,
             np.ones_like(places_B),
             with_targets=True,
         )

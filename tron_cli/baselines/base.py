@@ -17,10 +17,11 @@ from tron_cli.events import Histories
 class Baseline(ABC):
     """A method without gradients. Items are 1..num_items; histories hold sequence_length events.
 
-    An instance knows nothing before `fit` or `load`.
+    An instance knows nothing before `fit` or `load_state_dict`.
     """
 
     popularity: Popularity
+    mask_item: None = None  # as a network may have; see models/__init__.py
 
     def __init__(self, *, num_items: int, sequence_length: int) -> None:
         self.num_items = num_items
@@ -31,19 +32,19 @@ class Baseline(ABC):
         # The items may go on where only the first sessions of a split are given.
         sessions = Sessions(sessions.items[: sessions.offsets[-1]], sessions.offsets)
         count = np.bincount(sessions.items, minlength=self.num_items + 1)
-        self.load({"popularity": count, **self.learn(sessions)})
+        self.load_state_dict({"popularity": count, **self.learn(sessions)})
 
     def learn(self, sessions: Sessions) -> dict[str, np.ndarray]:
-        """The arrays that `load` needs beside the items' popularity."""
+        """Return the arrays that `load_state_dict` needs beside the items' popularity."""
         return {}
 
-    def load(self, state: dict[str, np.ndarray]) -> None:
-        """Take over what `state` returned."""
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Take over what `state_dict` returned."""
         self._state = state
         self.popularity = Popularity(state["popularity"])
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Everything learned, by name. popularity: int64 [I + 1], events of each item."""
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return everything learned, by name. popularity: int64 [I + 1], events of each item."""
         return self._state
 
     @abstractmethod

@@ -55,8 +55,8 @@ class EASE(Baseline):
         matrix.fill_diagonal_(0)
         return {"weights": matrix.float().numpy()}
 
-    def load(self, state: dict[str, np.ndarray]) -> None:
-        super().load(state)
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        super().load_state_dict(state)
         self.weights = state["weights"]
 
     def work(self, histories: Histories) -> np.ndarray:

@@ -28,8 +28,8 @@ class Markov(SparseBaseline):
             "times": times,
         }
 
-    def load(self, state: dict[str, np.ndarray]) -> None:
-        super().load(state)
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        super().load_state_dict(state)
         self.offsets, self.successors = state["offsets"], state["successors"]
         self.times = state["times"]
 

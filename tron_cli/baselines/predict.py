@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from tqdm import tqdm
 
 from tron_cli.baselines.base import Baseline
 from tron_cli.baselines.ranking import Excluded
 from tron_cli.dataset import Sessions
-from tron_cli.events import Predictions, predicted_events
+from tron_cli.events import Histories, Predictions, collect, count_predicted, predicted_events
 
 _ROWS_AT_ONCE = 1 << 12  # sessions, then events
 _WORK_AT_ONCE = 1 << 22  # numbers: some arrays of 32 MB
@@ -32,42 +31,30 @@ def predict_baseline(
     Each event is predicted from its own history of up to sequence_length events; one_pass: from
     those since the sequence_length + 1 last events of its session began.
     """
-    parts: list[tuple[np.ndarray, ...]] = []
-    bar = tqdm(
-        total=len(sessions),
-        desc=progress,
-        unit=" sessions",
-        unit_scale=True,
-        disable=None if progress else True,
+    window = baseline.sequence_length
+
+    def ranked() -> Iterator[tuple[Histories, np.ndarray, np.ndarray | None]]:
+        # What the histories of a session hold, together.
+        length_S = sessions.lengths
+        for low, high in _pieces(length_S * np.minimum(length_S, window)):
+            block = predicted_events(
+                sessions,
+                window=window,
+                protocol=protocol,
+                full_sessions=full_sessions,
+                one_pass=one_pass,
+                first=low,
+                last=high,
+            )
+            for first, last in _pieces(baseline.work(block)):
+                histories = block[first:last]
+                excluded = Excluded(*histories.seen()) if filter_rated else None
+                yield histories, *baseline.rank(histories, excluded=excluded, top_items=top_items)
+
+    expected = count_predicted(
+        sessions, window=window, protocol=protocol, full_sessions=full_sessions
     )
-    # What the histories of a session hold, together.
-    length_S = sessions.lengths
-    for low, high in _pieces(length_S * np.minimum(length_S, baseline.sequence_length)):
-        block = predicted_events(
-            sessions,
-            window=baseline.sequence_length,
-            protocol=protocol,
-            full_sessions=full_sessions,
-            one_pass=one_pass,
-            first=low,
-            last=high,
-        )
-        for first, last in _pieces(baseline.work(block)):
-            histories = block[first:last]
-            excluded = Excluded(*histories.seen()) if filter_rated else None
-            rank_E, top_EK = baseline.rank(histories, excluded=excluded, top_items=top_items)
-            event_E = histories.position_E - histories.begin_E
-            columns = [histories.session_E, event_E, histories.target_E, rank_E]
-            top = [] if top_EK is None else [top_EK.astype(np.int32)]
-            parts.append((*columns, *top))
-            bar.update(int(histories.session_E[-1]) + 1 - bar.n)
-    bar.close()
-    if not parts:
-        nothing = np.zeros(0, dtype=np.int64)
-        no_items = np.zeros((0, top_items), dtype=np.int32)
-        return Predictions(nothing, nothing, nothing, nothing, no_items if top_items else None)
-    session_E, event_E, target_E, rank_E, *tops = map(np.concatenate, zip(*parts, strict=True))
-    return Predictions(session_E, event_E, target_E, rank_E, tops[0] if tops else None)
+    return collect(ranked(), expected=expected, top_items=top_items, progress=progress)
 
 
 def _pieces(work_R: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -81,8 +81,8 @@ class SessionKNN(SparseBaseline):
             "places": place_N[::-1][from_end],
         }
 
-    def load(self, state: dict[str, np.ndarray]) -> None:
-        super().load(state)
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        super().load_state_dict(state)
         self.offsets, self.items, self.places = state["offsets"], state["items"], state["places"]
         lengths = np.diff(self.offsets)
         self.num_sessions = len(lengths)
