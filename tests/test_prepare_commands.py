@@ -57,9 +57,9 @@ def test_table_prints_what_came_in_what_was_dropped_and_the_splits(
         "short sessions (fewer than 2 events) 100 306 9 1 1",
         "rare items (fewer than 5 events) 100 305 8 0 1",
         "short sessions again (fewer than 2 events left) 100 305 8 0 0",
-        "train 78 234 3.00 3 3 2023-11-14 22:13 2023-11-22 15:01",
-        "val 11 33 3.00 3 3 2023-11-22 17:25 2023-11-23 17:25",
-        "test 11 33 3.00 3 3 2023-11-23 19:49 2023-11-24 19:49",
+        "train 78 234 3.00 3 3 0.0 % 2023-11-14 22:13 2023-11-22 15:01",
+        "val 11 33 3.00 3 3 0.0 % 2023-11-22 17:25 2023-11-23 17:25",
+        "test 11 33 3.00 3 3 0.0 % 2023-11-23 19:49 2023-11-24 19:49",
     ):
         assert line in lines
     assert "Test lost 5 events of items that training lacks, and with them 5 predictions" in (
@@ -79,8 +79,8 @@ def test_times_far_after_all_others_are_pointed_out(tmp_path: Path, events: Path
     events.write_text(events.read_text() + wrong)
     out = prepare(*words).stdout
     assert "No event lies in the 27,431 days before 2099-01-01 00:00" in out
-    assert ["test", "1", "2", "2.00", "2", "2", "2099-01-01", "00:00", "2099-01-01", "00:00"] in [
-        line.split() for line in out.splitlines()
+    assert "test 1 2 2.00 2 2 0.0 % 2099-01-01 00:00 2099-01-01 00:00" in [
+        " ".join(line.split()) for line in out.splitlines()
     ]
 
 
@@ -110,6 +110,12 @@ def test_options_reach_the_table(tmp_path: Path, events: Path) -> None:
         "time_unit": "ms",
     }
     info = json.loads(prepare(*words, "--test-days", 2, "--val-days", 0).stdout)
+    cleaning = ("--collapse-repeats", "--drop-duplicates", "--max-session-length", 50)
+    options = json.loads(prepare(*words, *cleaning).stdout)["options"]
+    assert options["collapse_repeats"] is options["drop_duplicates"] is True
+    assert options["max_session_length"] == 50
+    limited = prepare(*words, "--skip-bad-lines", "--max-bad-share", 0.5).stdout
+    assert json.loads(limited)["options"]["max_bad_share"] == 0.5
     assert info["splits"]["test"]["sessions"] == 21
     assert info["splits"]["val"]["sessions"] == 0
 
@@ -123,6 +129,7 @@ WORDS = {
     "seed": "--seed=5",
     "val_days": "--val-days=0.5",
     "val": "--val=v.txt",
+    "max_bad_share": "--max-bad-share=0.25",
 }
 
 
@@ -137,7 +144,7 @@ WORDS = {
             "sequences",
             ["--train=a", "--test=b"],
             [Path("a"), Path("b"), Path("d"), "n"],
-            {**SAMPLED, "val": Path("v.txt")},
+            {**SAMPLED, "val": Path("v.txt"), "max_bad_share": 0.25},
         ),
         ("synthetic", [], [Path("d"), "n"], {"force": True, "seed": 5}),
     ],

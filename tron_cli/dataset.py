@@ -65,6 +65,16 @@ class Sessions:
         return np.diff(self.offsets)
 
 
+def are_repeats(sessions: Sessions) -> np.ndarray:
+    """bool [E]: events that show the item of the event before them in their session."""
+    items = sessions.items
+    repeats = np.zeros(len(items), bool)
+    repeats[1:] = items[1:] == items[:-1]
+    starts = sessions.offsets[:-1]
+    repeats[starts[starts < len(items)]] = False  # an empty session may stand at the end
+    return repeats
+
+
 class TextIds:
     """Ids that are text, mapped from disk: `ids[rows]` reads those of the rows asked for.
 
@@ -288,6 +298,7 @@ class DatasetWriter:
         digest = hashlib.sha256()
         ids = [_IdsFile(folder, kind) for kind in ("session_ids", "user_ids")]
         lengths: list[np.ndarray] = []
+        repeated_events = 0
         span: list[int] = []
         items_file, times_file = folder / "items.bin", folder / "times.bin"
         with items_file.open("wb") as items_out, times_file.open("wb") as times_out:
@@ -300,6 +311,7 @@ class DatasetWriter:
                     span = [min(span), max(span)]
                     times_out.write(np.ascontiguousarray(chunk.times, dtype=np.int64).data)
                 lengths.append(np.diff(chunk.offsets))
+                repeated_events += int(np.count_nonzero(are_repeats(chunk)))
                 for file, values in zip(ids, (chunk.session_ids, chunk.user_ids), strict=True):
                     if values is not None:
                         assert len(values) == len(lengths[-1])
@@ -322,6 +334,7 @@ class DatasetWriter:
             "mean_length": float(length.mean()) if len(length) else None,
             "median_length": float(np.median(length)) if len(length) else None,
             "max_length": int(length.max()) if len(length) else None,
+            "repeated_events": repeated_events,  # show the item of the event before
             "fingerprint": digest.hexdigest(),
             **({"first_time": span[0], "last_time": span[1]} if span else {}),
             "unseen_events": unseen_events,

@@ -30,10 +30,16 @@ _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class BadLines:
-    """What becomes of a line that cannot be read: an InputError, or it is skipped and counted."""
+    """What becomes of a line that cannot be read: an InputError, or it is skipped and counted.
 
-    def __init__(self, *, skip: bool = False) -> None:
+    max_share: the largest share of all lines that may be skipped; None sets no limit.
+    """
+
+    def __init__(self, *, skip: bool = False, max_share: float | None = None) -> None:
+        if max_share is not None and not skip:
+            raise InputError("--max-bad-share goes with --skip-bad-lines: give both or none")
         self.skip = skip
+        self.max_share = max_share
         self.count = 0
         self.first: str | None = None
 
@@ -45,6 +51,15 @@ class BadLines:
             )
         self.count += 1
         self.first = self.first or f"{file.name}, {unit} {line}: {problem}"
+
+    def check_share(self, good: int) -> None:
+        """Raise InputError where too many of all lines were bad; `good` is how many were not."""
+        lines = good + self.count
+        if self.max_share is not None and self.count > self.max_share * lines:
+            raise InputError(
+                f"{self.count:,} of {lines:,} lines ({self.count / lines:.2g} of them) are bad, "
+                f"more than --max-bad-share {self.max_share:g} allows; the first: {self.first}"
+            )
 
 
 @dataclass(frozen=True)

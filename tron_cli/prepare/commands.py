@@ -36,6 +36,10 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the validation sample.")
 SkipBadLines = Annotated[
     bool, typer.Option("--skip-bad-lines", help="Skip and count lines that cannot be read.")
 ]
+MaxBadShare = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Fail where a larger share of all lines is skipped as bad."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print dataset.json instead of the tables.")]
 
 DATASETS = Path("datasets")
@@ -174,6 +178,7 @@ def sequences(
     max_val_sessions: MaxValSessions = MAX_VAL_SESSIONS,
     seed: Seed = SEED,
     skip_bad_lines: SkipBadLines = False,
+    max_bad_share: MaxBadShare = None,
     as_json: AsJson = False,
 ) -> None:
     """Text files with one session a line: integer item ids, oldest first."""
@@ -189,6 +194,7 @@ def sequences(
         max_val_sessions=max_val_sessions,
         seed=seed,
         skip_bad_lines=skip_bad_lines,
+        max_bad_share=max_bad_share,
     )
     _report(dataset, as_json)
 
@@ -225,11 +231,25 @@ def table(
         int, typer.Option(min=2, help="Drop sessions of fewer events (leave-one-out: at least 3).")
     ] = 2,
     min_item_count: Annotated[int, typer.Option(min=1, help="Drop items with fewer events.")] = 5,
+    drop_duplicates: Annotated[
+        bool,
+        typer.Option(
+            "--drop-duplicates", help="Drop further events of the same session, item and time."
+        ),
+    ] = False,
+    collapse_repeats: Annotated[
+        bool,
+        typer.Option("--collapse-repeats", help="Drop events with the item of the event before."),
+    ] = False,
+    max_session_length: Annotated[
+        int | None, typer.Option(min=2, help="Drop sessions of more events, such as a crawler's.")
+    ] = None,
     force: Force = False,
     data_dir: DataDir = DATASETS,
     max_val_sessions: MaxValSessions = MAX_VAL_SESSIONS,
     seed: Seed = SEED,
     skip_bad_lines: SkipBadLines = False,
+    max_bad_share: MaxBadShare = None,
     as_json: AsJson = False,
 ) -> None:
     """Your own data: a table with a row per event."""
@@ -259,6 +279,10 @@ def table(
         seed=seed,
         force=force,
         skip_bad_lines=skip_bad_lines,
+        max_bad_share=max_bad_share,
+        drop_duplicates=drop_duplicates,
+        collapse_repeats=collapse_repeats,
+        max_session_length=max_session_length,
     )
     _report(dataset, as_json)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tron_cli.dataset import Sessions
+from tron_cli.dataset import Sessions, are_repeats
 from tron_cli.prepare.events import drop_events, take_where
 
 
@@ -19,6 +20,48 @@ def drop_rare_items(sessions: Sessions, min_count: int) -> Sessions:
     """Without the events of items that occur fewer than `min_count` times in all of them."""
     support = np.bincount(sessions.items)
     return drop_events(sessions, (support >= min_count)[sessions.items])
+
+
+def are_duplicates(sessions: Sessions) -> np.ndarray:
+    """bool [E]: events whose item and time an earlier event of their session has as well."""
+    assert sessions.times is not None
+    row = np.repeat(np.arange(len(sessions)), sessions.lengths)
+    times = sessions.times
+    is_tie = (row[1:] == row[:-1]) & (times[1:] == times[:-1])
+    tied = np.flatnonzero(np.append(False, is_tie) | np.append(is_tie, False))
+    keys = (sessions.items[tied], times[tied], row[tied])
+    order = np.lexsort(keys)
+    same = np.logical_and.reduce([key[order][1:] == key[order][:-1] for key in keys])
+    duplicates = np.zeros(len(sessions.items), bool)
+    duplicates[tied[order[1:][same]]] = True  # the order is stable: the first one stays
+    return duplicates
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What a log loses before the filters, in this order.
+
+    drop_duplicates: further events of the same session, item and time. collapse_repeats: events
+    with the item of the event before. max_session_length: sessions with more events than this are
+    dropped whole, as a crawler's are; None keeps them.
+    """
+
+    drop_duplicates: bool = False
+    collapse_repeats: bool = False
+    max_session_length: int | None = None
+
+    def apply(self, sessions: Sessions, steps: Steps) -> Sessions:
+        """The sessions (with times) that are left, and a step for each kind of cleaning."""
+        if self.drop_duplicates:
+            sessions = drop_events(sessions, ~are_duplicates(sessions))
+            steps.record("duplicates", sessions, "same session, item and time")
+        if self.collapse_repeats:
+            sessions = drop_events(sessions, ~are_repeats(sessions))
+            steps.record("repeats", sessions, "the item of the event before")
+        if self.max_session_length is not None:
+            sessions = take_where(sessions, sessions.lengths <= self.max_session_length)
+            steps.record("long sessions", sessions, f"more than {self.max_session_length:,} events")
+        return sessions
 
 
 class Steps:

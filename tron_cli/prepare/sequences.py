@@ -34,6 +34,7 @@ def prepare_sequences(
     max_val_sessions: int = 100_000,
     seed: int = 42,
     skip_bad_lines: bool = False,
+    max_bad_share: float | None = None,
 ) -> Dataset:
     """Prepare files with one session a line; without `val` the last 5 % of the training lines.
 
@@ -43,9 +44,10 @@ def prepare_sequences(
     """
     files = [train, *([val] if val else []), test]
     with DatasetWriter(dataset_path(data_dir, name, *files), force=force) as writer:
-        bad = BadLines(skip=skip_bad_lines)
+        bad = BadLines(skip=skip_bad_lines, max_share=max_bad_share)
         steps = Steps()
         parts = [_read(file, bad) for file in files]
+        bad.check_share(sum(map(len, parts)))
         distinct, positions = np.unique(
             np.concatenate([part.items for part in parts]), return_inverse=True
         )
@@ -79,6 +81,7 @@ def prepare_sequences(
                 "max_val_sessions": max_val_sessions,
                 "seed": seed,
                 "skip_bad_lines": skip_bad_lines,
+                "max_bad_share": max_bad_share,
             },
             files=files,
             steps=steps,

@@ -38,6 +38,7 @@ PUBLISHED: dict[str, dict[str, str]] = {
     "ml1m": {"test sessions": "6,040", "test events": "999,611", "items": "3,416"},
 }
 LONG_GAP_DAYS = 7  # without any event before a held-out split: a wrong time, perhaps
+MANY_REPEATS = 0.5
 _SCALE = {"k": 1_000, "M": 1_000_000}
 
 
@@ -85,7 +86,7 @@ def _steps_table(title: str, steps: list[dict[str, Any]]) -> str:
 
 
 def _splits_table(splits: dict[str, dict[str, Any]]) -> str:
-    header = ["split", "sessions", "events", "mean length", "median", "longest"]
+    header = ["split", "sessions", "events", "mean length", "median", "longest", "repeats"]
     rows = [
         [
             name,
@@ -94,6 +95,7 @@ def _splits_table(splits: dict[str, dict[str, Any]]) -> str:
             _number(splits[name]["mean_length"], ".2f"),
             _number(splits[name]["median_length"], "g"),
             _count(splits[name]["max_length"]),
+            _percent(_repeats(splits[name])),
         ]
         for name in SPLITS
     ]
@@ -102,6 +104,18 @@ def _splits_table(splits: dict[str, dict[str, Any]]) -> str:
         for name, row in zip(SPLITS, rows, strict=True):
             row += [_moment(splits[name].get(key)) for key in ("first_time", "last_time")]
     return format_table(header, rows)
+
+
+def _repeats(split: dict[str, Any]) -> float | None:
+    """Of the events that have one before them in their session, the share that repeat its item."""
+    followers = split["events"] - split["sessions"]
+    if "repeated_events" not in split or not followers:
+        return None
+    return split["repeated_events"] / followers
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}".replace("%", " %")
 
 
 def _moment(ms: int | None) -> str:
@@ -117,6 +131,21 @@ def _notes(info: dict[str, Any]) -> list[str]:
     bad = info.get("bad_lines") or {"count": 0}
     if bad["count"]:
         notes.append(f"{bad['count']:,} bad lines were skipped; the first: {bad['first']}.")
+    share = _repeats(info["splits"]["train"])
+    is_table = info["source"] == "table"
+    if share is not None and share > MANY_REPEATS:
+        notes.append(
+            f"Warning: {_percent(share)} of the training events that follow another repeat its "
+            "item. Predicting the last item again is right as often, so that figures of all "
+            "models are high and differ little"
+            + ("; --collapse-repeats keeps the first event of each run." if is_table else ".")
+        )
+    duplicates = info.get("duplicate_events")
+    if duplicates and not info["options"]["drop_duplicates"]:
+        notes.append(
+            f"{duplicates:,} events are exact duplicates of another (same session, item and time); "
+            "--drop-duplicates drops them."
+        )
     timed = [info["splits"][split] for split in SPLITS if "first_time" in info["splits"][split]]
     for earlier, later in pairwise(timed):
         days = (later["first_time"] - earlier["last_time"]) / DAY

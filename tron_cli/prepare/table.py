@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from tron_cli.prepare.columns import (
     read_parquet,
 )
 from tron_cli.prepare.events import IdKeys, collect_events, split_at_gaps, to_sessions
-from tron_cli.prepare.filters import Steps, apply_filters
+from tron_cli.prepare.filters import Cleaning, Steps, apply_filters, are_duplicates
 from tron_cli.prepare.raw import open_raw
 from tron_cli.prepare.split import Splits, by_start, sample_rows, split_by_time, split_last_items
 from tron_cli.prepare.times import time_parser
@@ -71,18 +71,26 @@ def prepare_table(
     seed: int = 42,
     force: bool = False,
     skip_bad_lines: bool = False,
+    max_bad_share: float | None = None,
+    drop_duplicates: bool = False,
+    collapse_repeats: bool = False,
+    max_session_length: int | None = None,
 ) -> Dataset:
     """Prepare a table of events, split by time, or leave-one-out (then val_days 0: no validation).
 
     The filters are those of the session-based literature: short sessions, rare items, and sessions
     that became short by that, each once. Leave-one-out needs at least three events of each.
+    Before them come the cleanings that are asked for; see `Cleaning`.
     """
     gap = _checked_gap(columns, leave_one_out)
+    cleaning = Cleaning(drop_duplicates, collapse_repeats, max_session_length)
+    _check_lengths(max_session_length, min_session_length, leave_one_out)
     with DatasetWriter(dataset_path(data_dir, name, input_file), force=force) as writer:
-        bad = BadLines(skip=skip_bad_lines)
+        bad = BadLines(skip=skip_bad_lines, max_share=max_bad_share)
         steps = Steps()
         reader = _TableReader(input_file, columns, bad)
         events = collect_events(input_file, iter(reader), bad)
+        bad.check_share(reader.rows)
         if columns.event:
             steps.count("read", None, reader.rows, None, "")
         if gap is not None:
@@ -92,6 +100,8 @@ def prepare_table(
             sessions = replace(sessions, session_ids=None)
         kinds = f"only {', '.join(columns.keep_events)}" if columns.event else ""
         steps.record("kinds of events" if kinds else "read", sessions, kinds)
+        duplicates = int(np.count_nonzero(are_duplicates(sessions)))
+        sessions = cleaning.apply(sessions, steps)
         sessions = apply_filters(
             sessions,
             steps,
@@ -137,7 +147,10 @@ def prepare_table(
                 "max_val_sessions": max_val_sessions,
                 "seed": seed,
                 "skip_bad_lines": skip_bad_lines,
+                "max_bad_share": max_bad_share,
+                **asdict(cleaning),
             },
+            duplicate_events=duplicates,
             files=[input_file],
             steps=steps,
             bad=bad,
@@ -157,6 +170,15 @@ def _checked_gap(columns: TableColumns, leave_one_out: bool) -> int | None:
     if columns.user is None or leave_one_out:
         return None
     return duration(columns.session_gap or DEFAULT_GAP)
+
+
+def _check_lengths(most: int | None, least: int, leave_one_out: bool) -> None:
+    needed = "leave-one-out needs 3" if leave_one_out and least < 3 else ""
+    if most is not None and most < max(least, 3 if leave_one_out else 2):
+        raise InputError(
+            f"--max-session-length {most} leaves no session: "
+            f"{needed or f'--min-session-length {least} asks for more'}"
+        )
 
 
 def duration(text: str) -> int:

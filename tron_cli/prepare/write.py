@@ -61,12 +61,13 @@ def write_splits(
     bad: BadLines,
     session_keys: IdKeys | None = None,
     user_keys: IdKeys | None = None,
+    **info: Any,
 ) -> Dataset:
     """Index the items, drop from test what the catalogue lacks, write and open the dataset.
 
     item_ids: original id of each position; catalogue: int64 [I], the position of item i in entry
     i - 1, made of the items of splits.period. session_keys, user_keys: give the ids of the keys
-    that the sessions hold; without them the keys are the ids.
+    that the sessions hold; without them the keys are the ids. info: more for dataset.json.
     """
 
     def chunks(sessions: Sessions) -> Iterator[Sessions]:
@@ -127,6 +128,7 @@ def write_splits(
             "events": len(splits.period.items),
         },
         items_unseen_in_train=int(np.count_nonzero(~in_train[catalogue])),
+        **info,
     )
 
 
