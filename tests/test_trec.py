@@ -10,9 +10,11 @@ from typing import Any
 
 import ir_measures
 import numpy as np
+import polars
 import pytest
 import torch
 from conftest import random_sessions, tiny_settings, write_dataset
+from test_assess import random_checkpoint
 
 from tron_cli.assess import EvaluationOptions, assess
 from tron_cli.checkpoint import dataset_identity, encode_item_ids, load_checkpoint, save_checkpoint
@@ -20,6 +22,7 @@ from tron_cli.config import ExperimentConfig
 from tron_cli.errors import InputError
 from tron_cli.evaluate import Predictions
 from tron_cli.models import build_model
+from tron_cli.prepare.table import TableColumns, prepare_table
 from tron_cli.trec import write_qrels, write_run
 
 MEASURES = "R@20 nDCG@10 RR@20"
@@ -158,3 +161,85 @@ def test_a_file_that_cannot_be_written_is_an_input_error(place: str, tmp_path: P
         with pytest.raises(InputError, match="cannot write"):
             write(tmp_path / place, found, np.array([5, 6]))
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def found_events(*pairs: tuple[int, int]) -> Predictions:
+    session_E, event_E = np.array(pairs, dtype=np.int64).T
+    ones = np.ones(len(pairs), dtype=np.int64)
+    return Predictions(session_E, event_E, ones, ones, ones[:, None])
+
+
+@pytest.mark.parametrize(
+    ("ids", "queries"),
+    [
+        (None, ["s0_e1", "s0_e2", "s2_e1"]),
+        (np.array([70, -5, 80]), ["70_e1", "70_e2", "80_e1"]),
+        (np.array([70, 70, 80]), ["70_s0_e1", "70_s0_e2", "80_s2_e1"]),  # also without event
+        (np.array(["a b", "x", "a%20b"], object), ["a%20b_e1", "a%20b_e2", "a%2520b_e1"]),
+        (np.array(["", "x", "_e1"], object), ["_e1", "_e2", "_e1_e1"]),
+        (np.array(["é\t", "x", "x"], object), ["é%09_s0_e1", "é%09_s0_e2", "x_s2_e1"]),
+    ],
+)
+def test_queries_are_named_by_the_ids_of_the_sessions(
+    ids: np.ndarray | None, queries: list[str], tmp_path: Path
+) -> None:
+    found = found_events((0, 1), (0, 2), (2, 1))
+    for write in (write_run, write_qrels):
+        write(tmp_path / "file", found, np.array([9]), ids)
+        lines = (tmp_path / "file").read_text(encoding="utf-8").splitlines()
+        assert [line.split(" ")[0] for line in lines] == queries
+
+
+@pytest.mark.parametrize("ids", [["a", "b"], ["1", "2"], ["x", "x_s0"], ["x", "x"], ["_s1_e1", ""]])
+def test_no_two_events_share_a_query(ids: list[str], tmp_path: Path) -> None:
+    pairs = [(session, event) for session in range(2) for event in range(1, 12)]
+    write_qrels(tmp_path / "q", found_events(*pairs), np.array([9]), np.array(ids, object))
+    lines = (tmp_path / "q").read_text().splitlines()
+    assert len({line.split(" ")[0] for line in lines}) == len(pairs)
+
+
+@pytest.mark.parametrize("source", ["sessions", "users"])
+@pytest.mark.parametrize("limits", [{}, {"sample_sessions": 9}])
+def test_files_of_a_prepared_log_join_back_to_it(
+    source: str, limits: dict[str, int], tmp_path: Path
+) -> None:
+    """Every query leads to a session of the log that holds the target."""
+    rng = np.random.default_rng(2)
+    log: dict[str, list[str]] = {}
+    lines = ["user,session,item,time"]
+    for visit in range(300):
+        user, start = f"user {visit % 15}", 1_700_000_000 + visit * 5_000
+        key = user if source == "users" else f"v{visit}"
+        for step in range(int(rng.integers(2, 7))):
+            item = f"i{rng.integers(12)}"
+            log.setdefault(key, []).append(item)
+            lines.append(f"{user},v{visit},{item},{start + step}")
+    file = tmp_path / "log.csv"
+    file.write_text("\n".join(lines) + "\n")
+    columns = TableColumns(
+        "item", "time",
+        session="session" if source == "sessions" else None,
+        user="user" if source == "users" else None,
+        session_gap="30m" if source == "users" else None,
+    )  # fmt: skip
+    data = prepare_table(file, columns, tmp_path, "shop", test_days=3, val_days=2, min_item_count=1)
+    checkpoint = random_checkpoint(data, tmp_path / "model.pt")
+    run, qrels, table = (tmp_path / name for name in ("run", "qrels", "events.parquet"))
+    options = EvaluationOptions(run=run, qrels=qrels, per_event=table, **limits)
+    report = assess(checkpoint, data, options, torch.device("cpu"))
+    queries = [line.split(" ") for line in qrels.read_text().splitlines()]
+    rows = polars.read_parquet(table).to_dicts()
+    assert len(rows) == len(queries) == report["events"] > 0
+    assert {line.split(" ")[0] for line in run.read_text().splitlines()} == {q[0] for q in queries}
+    for (query, _, target, _), row in zip(queries, rows, strict=True):
+        name = query.rpartition("_e")[0].replace("%20", " ")
+        if source == "users":  # of whom some have several sessions
+            assert name == f"{row['user']}_s{row['session']}"
+            name = row["user"]
+        assert name == row["user" if source == "users" else "session"]
+        assert target == row["target"]
+        assert target in log[name]
+        assert query.endswith(f"_e{row['event']}")
+        if source != "users":
+            assert log[name][row["event"]] == target
+    assert ("user" in rows[0]) == (source != "sessions")

@@ -263,14 +263,16 @@ def _write_files(
         top_EK=None if top_EK is None else top_EK[:, :depth],
     )
     item_ids = dataset.item_ids
+    session_ids, user_ids = dataset.session_ids(options.split), dataset.user_ids(options.split)
+    named_by = user_ids if session_ids is None else session_ids
     if options.qrels:
-        write_qrels(options.qrels, predictions, item_ids)
+        write_qrels(options.qrels, predictions, item_ids, named_by)
     if options.run:
-        write_run(options.run, predictions, item_ids)
+        write_run(options.run, predictions, item_ids, named_by)
     if options.per_event:
         from tron_cli.event_table import write_event_table  # loads polars
 
-        write_event_table(options.per_event, predictions, item_ids)
+        write_event_table(options.per_event, predictions, item_ids, session_ids, user_ids)
 
 
 def _with_lost(figure: Figure, events: int, lost: int) -> dict[str, float | None]:

@@ -11,14 +11,15 @@ import polars
 from tron_cli.errors import InputError
 from tron_cli.events import Predictions
 from tron_cli.files import written_aside
+from tron_cli.trec import Ids, repeat
 
 
 def write_event_table(
     path: Path,
     predictions: Predictions,
     item_ids: np.ndarray,
-    session_ids: Any = None,
-    user_ids: Any = None,
+    session_ids: Ids = None,
+    user_ids: Ids = None,
 ) -> None:
     """Columns session, [user], event, target, rank, a row for each event, written atomically.
 
@@ -31,7 +32,7 @@ def write_event_table(
     columns: dict[str, Any] = {"session": session_E}
     if session_ids is not None:
         columns["session"] = session_ids[session_E]
-        if len(set(session_ids[np.arange(len(session_ids))].tolist())) < len(session_ids):
+        if repeat(session_ids):
             columns["session_number"] = session_E
     if user_ids is not None:
         columns["user"] = user_ids[session_E]
