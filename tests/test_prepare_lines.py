@@ -229,3 +229,24 @@ def test_sequences_without_content(tmp_path: Path) -> None:
         prepare_sequences(tmp_path / "missing", good, tmp_path, "out")
     with pytest.raises(InputError, match="is a folder"):
         prepare_sequences(tmp_path, good, tmp_path, "out")
+
+
+@pytest.mark.parametrize("digits", [1, 18, 19])
+def test_item_ids_up_to_the_largest_of_int64(tmp_path: Path, digits: int) -> None:
+    ids = [10 ** (digits - 1), min(10**digits - 1, 2**63 - 1)]
+    train = write_lines(tmp_path / "train.txt", [ids] * 40)
+    test = write_lines(tmp_path / "test.txt", [ids[::-1]])
+    dataset = prepare_sequences(train, test, tmp_path, "out")
+    assert rows(dataset, "test") == [ids[::-1]]
+
+
+@pytest.mark.parametrize("item", [2**63, 10**19 - 1, 10**19, 2**64, 2**64 + 5, 10**30])
+def test_larger_ids_are_bad_lines(tmp_path: Path, item: int) -> None:
+    train = write_lines(tmp_path / "train.txt", [[1, 2]] * 40 + [[1, item]])
+    test = write_lines(tmp_path / "test.txt", [[2, 1]])
+    with pytest.raises(
+        InputError, match="line 41: expected integers from 0 to 9223372036854775807"
+    ):
+        prepare_sequences(train, test, tmp_path, "out")
+    dataset = prepare_sequences(train, test, tmp_path, "out", skip_bad_lines=True)
+    assert dataset.item_ids.tolist() == [1, 2]

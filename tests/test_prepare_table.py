@@ -9,6 +9,8 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +317,153 @@ def test_ids_that_only_look_like_integers_stay_text(tmp_path: Path) -> None:
     assert Dataset.open(tmp_path / "out").item_ids[1] == "7"
 
 
+BIG_IDS = [2**63 + 1, 2**63 + 2, 2**64 - 1, 2**53 + 1, 2**53 + 2]
+
+
+def few(ids: list[Any]) -> pl.DataFrame:
+    """A table whose sessions hold all of `ids`."""
+    return pl.DataFrame(
+        [
+            {"user": session, "item": item, "time": START + session * DAY // 10 + at}
+            for session in range(50)
+            for at, item in enumerate(ids)
+        ],
+        schema_overrides={"item": pl.UInt64} if ids is BIG_IDS else None,
+    )
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.jsonl"])
+@pytest.mark.parametrize("column", ["user", "item"])
+def test_large_ids_are_exact(tmp_path: Path, name: str, column: str) -> None:
+    frame = few(BIG_IDS)
+    if column == "user":
+        frame = frame.with_columns(
+            user=pl.col("user").cast(pl.UInt64) + pl.lit(2**63 + 1, pl.UInt64)
+        )
+    write = {"a.csv": frame.write_csv, "a.jsonl": frame.write_ndjson}
+    write.get(name, frame.write_parquet)(tmp_path / name)
+    dataset = prepare_table(tmp_path / name, SESSION, tmp_path, "out")
+    assert [int(item) for item in dataset.item_ids] == BIG_IDS
+    assert (
+        len(dataset.split("train")) + len(dataset.split("val")) + len(dataset.split("test")) == 50
+    )
+
+
+def test_ids_in_uint64_that_fit_int64_are_integers(tmp_path: Path) -> None:
+    few([1, 2, 3]).cast({"item": pl.UInt64}).write_parquet(tmp_path / "a.parquet")
+    dataset = prepare_table(tmp_path / "a.parquet", SESSION, tmp_path, "out")
+    assert dataset.item_ids.dtype == np.int64
+
+
+def test_decimal_ids_are_exact(tmp_path: Path) -> None:
+    ids = [10**30 + 1, 10**30 + 2]
+    columns = few([1, 2]).drop("item").to_arrow()
+    items = arrow.array([Decimal(item) for item in ids * 50], arrow.decimal128(38))
+    write_arrow(columns.append_column("item", items), tmp_path / "a.parquet")
+    dataset = prepare_table(tmp_path / "a.parquet", SESSION, tmp_path, "out")
+    assert [int(item) for item in dataset.item_ids] == ids
+
+
+@pytest.mark.parametrize("column", ["user", "item"])
+@pytest.mark.parametrize(("dtype", "limit"), [(pl.Float64, 2**53), (pl.Float32, 2**24)])
+def test_ids_that_a_float_cannot_hold_are_refused(
+    tmp_path: Path, column: str, dtype: Any, limit: int
+) -> None:
+    largest = few([limit - 1, limit - 2]).cast({column: dtype})
+    largest.write_parquet(tmp_path / "a.parquet")
+    prepare_table(tmp_path / "a.parquet", SESSION, tmp_path, "out")
+    beyond = few([1, 2]).with_columns((pl.col(column) + limit).cast(dtype))
+    beyond.write_parquet(tmp_path / "a.parquet")
+    problem = rf"a\.parquet, column {column}: ids such as \d+ are not exact as {dtype.__name__}"
+    with pytest.raises(InputError, match=problem):
+        prepare_table(tmp_path / "a.parquet", SESSION, tmp_path, "refused", skip_bad_lines=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ('{"id": 1}', "found \"{'id': 1}\""),
+        ("[1, 2]", "found '[1, 2]'"),
+        ("[]", "found '[]'"),
+        ('"\\ud800"', "found"),
+        ('"a\\u0000b"', "found"),
+        ("9007199254740993.0", "found '9007199254740993.0'"),
+        ("1e20", "found '1E+20'"),
+        ("null", "found nothing"),
+        ('""', "found nothing"),
+        ('"NULL"', "found 'NULL', which stands for nothing (see --null-tokens)"),
+    ],
+)
+@pytest.mark.parametrize("column", ["user", "item"])
+def test_values_of_json_that_are_no_ids(
+    tmp_path: Path, column: str, value: str, found: str
+) -> None:
+    file = tmp_path / "a.jsonl"
+    lines = [json.dumps(row) for row in few([1, 2, 3]).to_dicts()]
+    bad = f'{{"{column}": {value}, "{"item" if column == "user" else "user"}": 1, "time": {START}}}'
+    file.write_text("\n".join([*lines[:4], bad, *lines[4:]]))
+    with pytest.raises(InputError, match=r"a\.jsonl, line 5: expected an id in one line") as error:
+        prepare_table(file, SESSION, tmp_path, "out")
+    assert found in str(error.value)
+    dataset = prepare_table(file, SESSION, tmp_path, "out", skip_bad_lines=True)
+    assert dataset.info["bad_lines"]["count"] == 1
+    assert sorted(dataset.item_ids.tolist()) == [1, 2, 3]
+
+
+def test_texts_of_json_that_look_like_lists_are_ids(tmp_path: Path) -> None:
+    ids = ["[new]", "{sale}", '{"id": 1}', "12345678901234567890", "-1"]
+    file = tmp_path / "a.jsonl"
+    few(ids).write_ndjson(file)
+    assert prepare_table(file, SESSION, tmp_path, "out").item_ids.tolist() == ids
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet", "categorical.parquet"])
+@pytest.mark.parametrize("token", ["NULL", "null", "None", "NA", "N/A", "nan", "NaN", "\\N"])
+def test_null_tokens_are_bad_lines(tmp_path: Path, name: str, token: str) -> None:
+    frame = few(["a", "b", token]).with_columns(pl.format("u{}", "user").alias("user"))
+    if name == "categorical.parquet":
+        frame = frame.cast({"item": pl.Categorical})
+    write = {"a.csv": frame.write_csv, "a.jsonl": frame.write_ndjson}
+    write.get(name, frame.write_parquet)(tmp_path / name)
+    with pytest.raises(InputError, match=r"(line [34]|row 3): .* which stands for nothing"):
+        prepare_table(tmp_path / name, SESSION, tmp_path, "out")
+    dataset = prepare_table(tmp_path / name, SESSION, tmp_path, "out", skip_bad_lines=True)
+    assert dataset.item_ids.tolist() == ["a", "b"]
+    assert dataset.info["bad_lines"]["count"] == 50
+    columns = replace(SESSION, null_tokens=("b", "u0"))
+    dataset = prepare_table(tmp_path / name, columns, tmp_path, "other", skip_bad_lines=True)
+    assert dataset.item_ids.tolist() == ["a", token]
+    assert dataset.info["bad_lines"]["count"] == 52
+    assert dataset.info["options"]["null_tokens"] == ["b", "u0"]
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_an_empty_id_is_none_whatever_the_null_tokens(tmp_path: Path, empty: str | None) -> None:
+    few(["a", "b", empty]).write_parquet(tmp_path / "a.parquet")
+    columns = replace(SESSION, null_tokens=())
+    with pytest.raises(
+        InputError, match="row 3: expected an id in one line in item, found nothing"
+    ):
+        prepare_table(tmp_path / "a.parquet", columns, tmp_path, "out")
+
+
+def test_null_tokens_on_the_command_line(
+    tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    few(["a", "NA", "none"]).write_csv(tmp_path / "a.csv")
+    words = ["prepare", "table", "--input", tmp_path / "a.csv", "--item-col", "item"]
+    words += ["--time-col", "time", "--session-col", "user", "--data-dir", tmp_path, "--json"]
+    code, _, error = command(*words, "--name", "one")
+    assert (code, "line 3: expected an id" in error) == (2, True)
+    code, out, _ = command(*words, "--name", "two", "--null-tokens", "")
+    assert (code, json.loads(out)["num_items"]) == (0, 3)
+    words += ["--skip-bad-lines", "--null-tokens", "none, NA"]
+    code, out, _ = command(*words, "--name", "three", "--min-session-length", 2)
+    assert code == 2  # sessions of one event
+    code, out, _ = command(*words[:-1], "none", "--name", "four")
+    assert (code, json.loads(out)["num_items"]) == (0, 2)
+
+
 # Kinds of events, bad input -------------------------------------------------------------------
 
 
@@ -405,7 +554,7 @@ CSV_HEAD = "user,item,time,kind\n"
     [
         ("a.csv", "u1,i1,2024-01-01", "expected 4 fields separated by ',', found 3"),
         ("a.csv", "u1,,1700000000000,view", "expected an id in one line in item, found nothing"),
-        ("a.csv", ",i1,1700000000000,view", "expected an id in user, found nothing"),
+        ("a.csv", ",i1,1700000000000,view", "expected an id in one line in user, found nothing"),
         ("a.csv", "u1,i1,yesterday,view", "in time, found 'yesterday'"),
         ("a.csv", '"u1"x,i1,1700000000000,view', "a quote opens a field and does not close it"),
         ("a.csv", '"u1","i\n1",1700000000000,view', "expected an id in one line in item"),
@@ -452,7 +601,7 @@ def test_bad_rows_of_parquet(tmp_path: Path, rng: np.random.Generator) -> None:
     ("column", "values", "problem"),
     [
         ("time", pl.Series([0] * 20, dtype=pl.Time), "a number in time, found the type Time"),
-        ("user", pl.Series([{"id": 1}] * 20), r"an id in user, found the type Struct"),
+        ("user", pl.Series([{"id": 1}] * 20), r"an id in one line in user, found the type Struct"),
         ("item", pl.Series([["i1"]] * 20), r"an id in one line in item, found the type List"),
     ],
 )

@@ -10,8 +10,11 @@ one.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from tron_cli.prepare.raw import open_raw
 BLOCK_BYTES = 1 << 24
 MAX_LINE_BYTES = 1 << 26
 PARQUET_ROWS = 1 << 21
+NOT_TEXT = "\0"  # begins a value of JSON that is no id, so that it is none as text either
 _UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -62,15 +66,17 @@ class BadLines:
             )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parser:
     """How the values of a column are read: `parse` makes a null of what is not `expected`.
 
-    It raises TypeError for a column whose type cannot be that.
+    It raises TypeError for a column whose type cannot be that. null_tokens: texts that stand for
+    nothing.
     """
 
     parse: Callable[[pl.Series], pl.Series]
     expected: str
+    null_tokens: tuple[str, ...] = ()
 
 
 INTEGER = Parser(lambda column: column.cast(pl.Int64, strict=False), "an integer")
@@ -92,8 +98,7 @@ class Columns:
         keep = np.logical_and.reduce(list(valid.values()))
         for row in np.flatnonzero(~keep).tolist():
             name = next(name for name in parsers if not valid[name][row])
-            value = self.frame[name][row]
-            found = "nothing" if value is None or value == "" else repr(value)[:60]
+            found = _found(self.frame[name][row], parsers[name])
             problem = f"expected {parsers[name].expected} in {name}, found {found}"
             bad.reject(self.file, int(self.lines[row]), problem, unit=self.unit)
         return replace(self, frame=frame).where(keep)
@@ -107,16 +112,27 @@ class Columns:
     def _parsed(self, name: str, parser: Parser) -> pl.Series:
         column = self.frame[name]
         try:
+            if parser.null_tokens and column.dtype in (pl.String, pl.Categorical):
+                column = column.cast(pl.String)
+                column = column.set(column.is_in(parser.null_tokens), None)
             if not column.dtype.is_nested():
                 return parser.parse(column)
         except InputError as error:
-            raise InputError(f"{self.file}: {error}") from error
+            raise InputError(f"{self.file}, column {name}: {error}") from error
         except (pl.exceptions.PolarsError, TypeError):
             pass  # a type of Parquet that cannot become what is expected
         raise InputError(
             f"{self.file}: expected {parser.expected} in {name}, found the type {column.dtype}; "
             "convert the column"
         )
+
+
+def _found(value: Any, parser: Parser) -> str:
+    if value is None or value == "":
+        return "nothing"
+    if value in parser.null_tokens:
+        return f"{value!r}, which stands for nothing (see --null-tokens)"
+    return repr(value.removeprefix(NOT_TEXT) if isinstance(value, str) else value)[:60]
 
 
 def read_delimited(
@@ -160,22 +176,69 @@ def read_delimited(
         raise InputError(f"{file} holds no readable line: expected the columns {', '.join(wanted)}")
 
 
-def read_json_lines(file: Path, wanted: list[str], bad: BadLines) -> Iterator[Columns]:
-    """The wanted keys of a file with one JSON object a line, plain or gzip, as strings."""
-    schema = {name: pl.String() for name in wanted}
+def read_json_lines(
+    file: Path, wanted: list[str], bad: BadLines, ids: Collection[str] = ()
+) -> Iterator[Columns]:
+    """Yield the wanted keys of a file with one JSON object a line, plain or gzip, as strings.
+
+    ids: those of which a value that is no text, no exact number, true or false begins with
+    NOT_TEXT.
+    """
+    keys: list[str] = []
     found = False
     for block, start in text_blocks(file):
         records = _records(block, start, "\n", quoted=False)
-        for frame, part in _parse(
-            file,
-            records.where(records.fields > 0),
-            lambda text: pl.read_ndjson(text, schema=schema),
-            bad,
-        ):
+        records = records.where(records.fields > 0)
+        if not found and records.block.lstrip().startswith(b"["):
+            raise InputError(
+                f"{file} is a JSON array: expected one object per line, such as jq -c '.[]' writes"
+            )
+        keys = keys or _json_keys(file, records.block, wanted)
+        parse = _JsonParser(dict(zip(keys, wanted, strict=True)), ids)
+        for frame, lines in _parse(file, records, parse, bad):
             found = True
-            yield Columns(file, frame, part)
+            yield Columns(file, frame, lines)
     if not found:
         raise InputError(f"{file} holds no readable line: expected JSON objects, one a line")
+
+
+def _json_keys(file: Path, block: bytes, wanted: list[str]) -> list[str]:
+    """The keys that fit the wanted names, looked for in the first lines, then in all of a block."""
+    lines = block.split(b"\n")
+    names: dict[str, None] = {}
+    for part in (lines[:1000], lines[1000:]):
+        for line in part:
+            with suppress(ValueError, RecursionError):
+                names |= dict.fromkeys(json.loads(line))
+        try:
+            found = find_columns(file, list(names), wanted)
+        except InputError as error:
+            problem = error
+        else:
+            return [list(names)[at] for at in found]
+    if not names:
+        return wanted  # not a line of it can be read
+    raise problem
+
+
+@dataclass(frozen=True)
+class _JsonParser:
+    names: dict[str, str]
+    ids: Collection[str]
+
+    def __call__(self, text: bytes) -> pl.DataFrame:
+        frame = pl.read_ndjson(text, schema=dict.fromkeys(self.names, pl.String()))
+        frame.columns = list(self.names.values())
+        lines: list[bytes] = []
+        for key, name in self.names.items():
+            # Polars writes lists and objects as text, and rounds numbers with a point.
+            if name in self.ids:
+                for row in frame[name].str.contains(r"^(?:[\[{]|-?\d{16,}$)").arg_true():
+                    lines = lines or text.split(b"\n")
+                    value = json.loads(lines[row], parse_float=Decimal)[key]
+                    if isinstance(value, (list, dict, Decimal)):
+                        frame[row, name] = NOT_TEXT + str(value)
+        return frame
 
 
 def read_parquet(file: Path, wanted: list[str]) -> Iterator[Columns]:

@@ -222,6 +222,13 @@ def table(
     keep_events: Annotated[
         str | None, typer.Option(help="The kinds to keep, such as view,click.")
     ] = None,
+    null_tokens: Annotated[
+        str | None,
+        typer.Option(
+            help='Texts that are no session, user or item id, instead of "NULL,null,None,NA,N/A,'
+            'NaN,nan,\\N"; "" for none. Their lines are bad lines.'
+        ),
+    ] = None,
     split: Annotated[TableSplit, typer.Option(help="How to split.")] = TableSplit.time,
     val_days: ValDays = 1,
     test_days: Annotated[
@@ -253,9 +260,8 @@ def table(
     as_json: AsJson = False,
 ) -> None:
     """Your own data: a table with a row per event."""
-    from tron_cli.prepare.table import TableColumns, prepare_table
+    from tron_cli.prepare.table import NULL_TOKENS, TableColumns, prepare_table
 
-    kinds = tuple(kind.strip() for kind in (keep_events or "").split(",") if kind.strip())
     dataset = prepare_table(
         input_file,
         TableColumns(
@@ -266,7 +272,8 @@ def table(
             time_unit=time_unit.value,
             session_gap=session_gap,
             event=event_col,
-            keep_events=kinds,
+            keep_events=_words(keep_events or ""),
+            null_tokens=NULL_TOKENS if null_tokens is None else _words(null_tokens),
         ),
         data_dir,
         name,
@@ -299,6 +306,10 @@ def synthetic(
     from tron_cli.prepare.synthetic import prepare_synthetic
 
     _report(prepare_synthetic(data_dir, name, force=force, seed=seed), as_json)
+
+
+def _words(listing: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in listing.split(",") if word.strip())
 
 
 def _report(dataset: Dataset, as_json: bool) -> None:

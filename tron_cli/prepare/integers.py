@@ -9,7 +9,8 @@ import numpy as np
 
 from tron_cli.prepare.columns import BadLines, text_blocks
 
-MAX_DIGITS = 18  # whatever has no more fits int64
+MAX_DIGITS = 19  # whatever has no more fits uint64
+LARGEST = 2**63 - 1
 _BLANKS = b" ,\t"
 
 
@@ -30,15 +31,16 @@ def read_integer_lines(
             np.searchsorted(ends, np.flatnonzero(is_foreign)), minlength=len(ends)
         )
         numbers, digits, lines = _numbers(data, ends)
-        long = np.bincount(lines[digits > MAX_DIGITS], minlength=len(ends))
+        is_large = (digits > MAX_DIGITS) | (numbers < 0)  # these beyond int64 have wrapped
+        large = np.bincount(lines[is_large], minlength=len(ends))
         counts = np.bincount(lines, minlength=len(ends))
-        is_bad = (foreign > 0) | (long > 0)
+        is_bad = (foreign > 0) | (large > 0)
         if per_line is not None:
             is_bad |= (counts > 0) & (counts != per_line)
         for line in np.flatnonzero(is_bad).tolist():
             text = block[ends[line - 1] + 1 if line else 0 : ends[line]].decode(errors="replace")
             expected = "integers" if per_line is None else f"{per_line} integers"
-            problem = f"expected {expected} of at most {MAX_DIGITS} digits, found {text[:60]!r}"
+            problem = f"expected {expected} from 0 to {LARGEST}, found {text[:60]!r}"
             bad.reject(file, first_line + line, problem)
         kept = np.flatnonzero((counts > 0) & ~is_bad)
         yield numbers[~is_bad[lines]], counts[kept], first_line + kept

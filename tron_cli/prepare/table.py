@@ -29,10 +29,11 @@ from tron_cli.prepare.events import IdKeys, collect_events, split_at_gaps, to_se
 from tron_cli.prepare.filters import Cleaning, Steps, apply_filters, are_duplicates
 from tron_cli.prepare.raw import open_raw
 from tron_cli.prepare.split import Splits, by_start, sample_rows, split_by_time, split_last_items
-from tron_cli.prepare.times import time_parser
+from tron_cli.prepare.times import TimeParser
 from tron_cli.prepare.write import dataset_path, in_order_of_appearance, write_splits
 
 DEFAULT_GAP = "30m"
+NULL_TOKENS = ("NULL", "null", "None", "NA", "N/A", "NaN", "nan", "\\N")  # of databases, pandas, R
 _MS_PER = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _SEPARATORS = ",;\t|"
 
@@ -43,7 +44,7 @@ class TableColumns:
 
     time_unit: auto, s, ms, us or ns. session_gap: a user's session ends where the next event is
     farther away than this, such as 30m; None keeps a user's events together. event, keep_events:
-    only the events of these kinds.
+    only the events of these kinds. null_tokens: texts that are no session, user or item.
     """
 
     item: str
@@ -54,6 +55,7 @@ class TableColumns:
     session_gap: str | None = None
     event: str | None = None
     keep_events: tuple[str, ...] = ()
+    null_tokens: tuple[str, ...] = NULL_TOKENS
 
 
 def prepare_table(
@@ -139,6 +141,7 @@ def prepare_table(
                 "session_gap_ms": gap,
                 "event_col": columns.event,
                 "keep_events": list(columns.keep_events),
+                "null_tokens": list(columns.null_tokens),
                 "split": "leave-one-out" if leave_one_out else "time",
                 "val_days": val_days,
                 "test_days": None if leave_one_out else test_days,
@@ -212,8 +215,9 @@ class _TableReader:
         owner = self.columns.session or self.columns.user
         assert owner is not None
         wanted = [owner, self.columns.item, self.columns.time]
-        parsers = {owner: _OWNER, self.columns.item: _ITEM}
-        parsers[self.columns.time] = time_parser(self.columns.time_unit)
+        ids = Parser(_ids, "an id in one line", self.columns.null_tokens)
+        times = TimeParser(self.columns.time_unit)
+        parsers = {owner: ids, self.columns.item: ids, self.columns.time: times}
         if self.columns.event:
             wanted.append(self.columns.event)
         if len(set(wanted)) < len(wanted):
@@ -235,6 +239,7 @@ class _TableReader:
             if self.columns.user:
                 frame = frame.with_columns(user="session")
             yield replace(block, frame=frame)
+        times.check(self.file)
         missing = [kind for kind in self.columns.keep_events if kind not in kinds]
         if missing:
             found = ", ".join(kind or "nothing" for kind in sorted(kinds)[:10])
@@ -251,7 +256,7 @@ class _TableReader:
             quoted = kind != ".inter"  # RecBole's files have no quoting
             return read_delimited(self.file, wanted, self.bad, separator=separator, quoted=quoted)
         if kind in (".jsonl", ".ndjson"):
-            return read_json_lines(self.file, wanted, self.bad)
+            return read_json_lines(self.file, wanted, self.bad, ids=wanted[:2])
         if kind == ".parquet":
             return read_parquet(self.file, wanted)
         raise InputError(
@@ -271,23 +276,22 @@ def _ids(column: pl.Series) -> pl.Series:
     """Integers as they are, also where they are stored as floats; everything else as text."""
     if column.dtype == pl.Boolean:
         raise TypeError(column.dtype)
-    if column.dtype.is_integer():
-        return column.cast(pl.Int64, strict=False)
     if column.dtype.is_float():
         integers = column.cast(pl.Int64, strict=False)
-        return pl.select(pl.when(integers == column).then(integers)).to_series()
-    return column.cast(pl.String).replace("", None)
+        inexact = column.filter(column.is_finite() & (column.abs() >= _EXACT[type(column.dtype)]))
+        if len(inexact):
+            raise InputError(
+                f"ids such as {inexact[0]:.0f} are not exact as {column.dtype}; store the ids as "
+                "integers or as text"
+            )
+        return integers.set(integers != column, None)
+    if column.dtype.is_integer() and column.dtype not in (pl.UInt64, pl.Int128, pl.UInt128):
+        return column.cast(pl.Int64)
+    ids = column.cast(pl.String)
+    # The ids are kept one a line, and NUL stands in no text.
+    return ids.set((ids == "") | ids.str.contains(r"[\r\n\x00]"), None)
 
 
-def _item_ids(column: pl.Series) -> pl.Series:
-    # The ids are kept one a line.
-    ids = _ids(column)
-    if ids.dtype != pl.String:
-        return ids
-    broken = ids.str.contains(r"[\r\n]")
-    return pl.select(pl.when(~broken).then(ids)).to_series()
-
-
-_OWNER = Parser(_ids, "an id")
-_ITEM = Parser(_item_ids, "an id in one line")
+# Below these every integer is a float of its own.
+_EXACT: dict[type, int] = {pl.Float16: 2**11, pl.Float32: 2**24, pl.Float64: 2**53}
 _KIND = Parser(lambda column: column.cast(pl.String).fill_null(""), "a kind of event")
