@@ -135,6 +135,34 @@ def test_places_stand_for_the_ids(sparse: bool, shape: str) -> None:
 
 
 @pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("num_items", [1, 20, 60, 2000])
+def test_no_more_rows_are_looked_up_than_the_table_has(num_items: int, sparse: bool) -> None:
+    """In the fixed shapes of CUDA: as many rows as ids, or as the table has where it has fewer."""
+    sessions = make_sessions(LENGTHS, num_items, seed=3)
+    batch = training_batch(sessions, np.arange(len(LENGTHS)), 6, padded=True)
+    uniform = torch.randint(1, num_items + 1, (len(batch.inputs_N), 3))
+    table_VD = torch.randn(num_items + 1, 3, requires_grad=True)
+    none = torch.zeros(len(LENGTHS), 0, dtype=torch.int64)
+    looked = look_up(table_VD, batch, Negatives(uniform, None, none, None), sparse=sparse)
+    assert len(looked.rows_UD) == min(5 * len(batch.inputs_N), num_items + 1)
+    inputs, rows_UD = look_up_inputs(table_VD, batch, sparse=sparse)
+    assert len(rows_UD) == min(len(batch.inputs_N), num_items + 1)
+    assert torch.equal(rows_UD[inputs.inputs_N], table_VD[batch.inputs_N])
+    for ids, place in (
+        (batch.inputs_N, looked.batch.inputs_N),
+        (batch.targets_N, looked.batch.targets_N),
+        (uniform, looked.negatives.uniform),
+    ):
+        assert ids is not None
+        assert torch.equal(looked.rows_UD[place], table_VD[ids])
+    weight_NK1 = torch.arange(1.0, 1 + uniform.numel()).view(*uniform.shape, 1)
+    (looked.rows_UD[looked.negatives.uniform] * weight_NK1).sum().backward()
+    expected = torch.zeros(num_items + 1).index_add(0, uniform.flatten(), weight_NK1.flatten())
+    assert table_VD.grad is not None
+    assert torch.equal(table_VD.grad.to_dense(), expected[:, None].expand(-1, 3))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
 def test_the_gradient_is_a_sum_over_all_that_refer_to_a_row(sparse: bool) -> None:
     """One item, as input, as target and as negative."""
     batch = make_batch(1)

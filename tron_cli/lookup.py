@@ -55,7 +55,7 @@ def look_up(
     ids = torch.cat([batch.inputs_N, batch.targets_N, negatives.uniform.flatten()])
     if not sparse and len(ids) >= len(table_VD):
         return Looked(table_VD, batch, negatives)
-    ids_U, place = _distinct(ids, same_shape=batch.padded)
+    ids_U, place = _distinct(ids, len(table_VD), same_shape=batch.padded)
     if before is not None:
         before(table_VD, ids_U)
     return Looked(
@@ -73,17 +73,20 @@ def look_up_inputs(
     table_VD: torch.Tensor, batch: Batch, *, sparse: bool, before: BeforeLookup | None = None
 ) -> tuple[Batch, torch.Tensor]:
     """The batch and the rows of its inputs, for a model that scores with another table."""
-    ids_U, place_N = _distinct(batch.inputs_N, same_shape=batch.padded)
+    ids_U, place_N = _distinct(batch.inputs_N, len(table_VD), same_shape=batch.padded)
     if before is not None:
         before(table_VD, ids_U)
     return dataclasses.replace(batch, inputs_N=place_N), _Rows.apply(table_VD, ids_U, sparse)
 
 
-def _distinct(ids: torch.Tensor, *, same_shape: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _distinct(
+    ids: torch.Tensor, num_rows: int, *, same_shape: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The distinct ids, ascending, and the place of each id among them.
 
-    same_shape: as many as there are ids, so that nobody waits for a device to say how many are
-    distinct; what is too much is 0, the row of no item, which has no gradient.
+    same_shape: as many as there are ids, or as the table has rows if that is fewer, so that nobody
+    waits for a device to say how many are distinct; what is too much is 0, the row of no item,
+    which has no gradient.
     """
     if not same_shape:
         return ids.unique(return_inverse=True)
@@ -92,7 +95,8 @@ def _distinct(ids: torch.Tensor, *, same_shape: bool) -> tuple[torch.Tensor, tor
     is_new[1:] = ascending[1:] != ascending[:-1]
     place_ascending = is_new.cumsum(0) - 1
     place = torch.empty_like(ids).scatter_(0, order, place_ascending)
-    return torch.zeros_like(ids).scatter_(0, place_ascending, ascending), place
+    ids_U = ids.new_zeros(min(len(ids), num_rows))
+    return ids_U.scatter_(0, place_ascending, ascending), place
 
 
 class _Rows(torch.autograd.Function):
