@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import random_sessions, tiny_settings, write_dataset
 
+from tron_cli import train as training
 from tron_cli.assess import EvaluationOptions, assess
 from tron_cli.checkpoint import encode_item_ids, load_checkpoint
 from tron_cli.cli import run_training
@@ -347,6 +348,15 @@ def test_weights_that_are_not_finite_are_not_saved(
             save(0)
     assert [path.name for path in (tmp_path / "run").glob("*.pt*")] == ["last.pt"]
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_a_run_begun_without_a_scaler_goes_on_with_one(data_dir: Path, tmp_path: Path) -> None:
+    """As one that a CPU began, or a card with bf16, and one without goes on with."""
+    start(write_config(tmp_path), data_dir, tmp_path / "runs", "a")
+    last = tmp_path / "runs" / "a" / "last.pt"
+    fresh, scaler = (torch.amp.GradScaler("cpu", enabled=True) for _ in range(2))
+    training._saved(last, load_checkpoint(last).config, CPU, scaler)
+    assert scaler.state_dict() == fresh.state_dict()
 
 
 def test_a_finished_run_resumed_changes_nothing(data_dir: Path, tmp_path: Path) -> None:

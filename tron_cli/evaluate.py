@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -212,10 +213,35 @@ def _rank(
 
 @contextmanager
 def _float32_arithmetic(device: torch.device) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
+    """Turn off autocast, and the shorter formats in which torch may multiply float32 numbers.
+
+    cuDNN's recurrent layers round to TF32 unless told otherwise, whatever matrix products do.
+    """
+    with _without_tf32(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    backends: Any = torch.backends
+    if not hasattr(backends, "fp32_precision"):  # before torch 2.9
+        before = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = False
+        try:
             yield
+        finally:
+            torch.set_float32_matmul_precision(before[0])
+            backends.cudnn.allow_tf32 = before[1]
+        return
+    # One by one: torch refuses to read the flags above where operations differ.
+    operations = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    operations += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    modes = [operation.fp32_precision for operation in operations]
+    for operation in operations:
+        operation.fp32_precision = "ieee"
+    try:
+        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for operation, mode in zip(operations, modes, strict=True):
+            operation.fp32_precision = mode

@@ -348,7 +348,8 @@ def _saved(
     model = checkpoint.build_model(device)
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
     optimizer.load_state_dict(checkpoint.training["optimizer"])
-    scaler.load_state_dict(checkpoint.training["scaler"])
+    if checkpoint.training["scaler"]:  # else the run had none so far, and this one begins anew
+        scaler.load_state_dict(checkpoint.training["scaler"])
     return model, optimizer, Progress(**checkpoint.training["progress"])
 
 
@@ -386,7 +387,9 @@ def _training_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # Earlier cards emulate bf16, which torch.cuda.is_bf16_supported() counts as support.
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bf16 else torch.float16
     if precision == "fp16" and device.type != "cuda":
         raise InputError("precision=fp16 needs CUDA; use float32 or bf16 on the CPU")
     return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
