@@ -1,14 +1,17 @@
 """What is drawn, from what, and how evenly."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tron_cli.batches import training_batch
 from tron_cli.dataset import Sessions
-from tron_cli.negatives import Distribution, sample_negatives
+from tron_cli.negatives import Distribution, _without_replacement, sample_negatives
 
 STYLES = ("eventwise", "sessionwise", "batchwise")
 
@@ -210,6 +213,77 @@ def test_each_occurrence_is_an_equally_likely_in_batch_negative(others_only):
         candidates = owner != row if others_only else np.ones(10, bool)
         assert counts[row][~candidates].sum() == 0
         assert_even(counts[row][candidates])
+
+
+@pytest.mark.parametrize("others_only", [False, True])
+def test_each_set_of_in_batch_negatives_is_equally_likely_and_no_session_knows_the_other(
+    others_only,
+):
+    _, batch = make_batch([[2], [3, 4], [5, 6], [7]])
+    drawn = 8000
+    torch.manual_seed(0)
+    sets = np.zeros((drawn, 4), np.int64)  # as bits
+    for turn in range(drawn):
+        chosen = draw(batch, 9, num_uniform=0, num_batch=3, reject_in_batch_items=others_only)
+        keep = chosen.in_batch_keep_BM
+        assert keep is None or keep.all()
+        sets[turn] = (1 << chosen.in_batch_BM).sum(dim=1).numpy()
+    possible = [
+        [
+            sum(1 << event for event in events)
+            for events in combinations(
+                [event for event in range(6) if not others_only or batch.rows_N[event] != row], 3
+            )
+        ]
+        for row in range(4)
+    ]
+    for row, of_row in enumerate(possible):
+        assert_even(np.array([(sets[:, row] == bits).sum() for bits in of_row]))
+    # What the first and the second session have together: every pair of sets alike.
+    pairs = [(a, b) for a in possible[0] for b in possible[1]]
+    assert_even(np.array([((sets[:, 0] == a) & (sets[:, 1] == b)).sum() for a, b in pairs]))
+
+
+@pytest.mark.parametrize(("events", "count"), [(1, 1), (30, 12), (30, 30), (90, 60)])
+def test_draws_without_replacement_are_fisher_and_yates(events, count):
+    """Step by step, with the same random numbers; every size from none to all events at once."""
+    sizes = torch.arange(events + 1)
+    torch.manual_seed(0)
+    drawn = _without_replacement(sizes, count)
+    torch.manual_seed(0)
+    random = torch.rand(events + 1, count, dtype=torch.float64)
+    for size in sizes.tolist():
+        left, expected = list(range(size)), set()
+        for step in range(min(count, size)):
+            place = step + int(random[size, step] * (size - step))
+            left[step], left[place] = left[place], left[step]
+            expected.add(left[step])
+        assert set(drawn[size, :size].tolist()) == expected
+        assert (drawn[size, size:] >= size).all()
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 8)
+        return made
+
+
+def test_in_batch_draws_grow_with_the_rows_not_with_rows_times_events():
+    """As many keys as rows times events took 0.75 s at 2,048 rows."""
+    largest = {}
+    for rows in (64, 256):
+        _, batch = make_batch([[2, 3, 4, 5, 6]] * rows)
+        with Largest() as found:
+            draw(batch, 9, num_uniform=0, num_batch=3, reject_in_batch_items=True)
+        largest[rows] = found.elements
+    assert largest[256] <= 4 * largest[64]
 
 
 def test_sessions_and_events_draw_on_their_own():

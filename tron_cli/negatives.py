@@ -221,23 +221,60 @@ def _draw_in_batch(
     device = rows_N.device
     if not num_batch:
         return torch.zeros((num_sessions, 0), dtype=torch.int64, device=device), None
-    # The num_batch largest of independent random keys are a draw without replacement.
-    keys_BN = torch.rand((num_sessions, num_events), device=device)
+    # The candidates in packed order, and how many of them each session holds, itself in one piece;
+    # the padding of a batch lies behind all of them.
+    order_N, own_B = None, batch.lengths_B
+    if batch.predicting_P is not None:  # masked events are none
+        shown_N = batch.inputs_N <= num_items
+        order_N = (~shown_N).sort(stable=True).indices
+        own_B = torch.zeros_like(own_B).index_add_(0, rows_N, shown_N.long())
+    end_B = own_B.cumsum(0)
+    left_B = end_B[-1] - own_B if other_sessions_only else end_B[-1].expand(num_sessions)
+    width = min(num_batch, num_events)
+    chosen_BM = _without_replacement(left_B, width)
     if other_sessions_only:
-        own_BN = rows_N == torch.arange(num_sessions, device=device)[:, None]
-        keys_BN = keys_BN.masked_fill(own_BN, -1.0)
-    some_are_masked = batch.predicting_P is not None
-    if some_are_masked:
-        keys_BN = keys_BN.masked_fill(batch.inputs_N > num_items, -1.0)
-    if batch.padded:
-        keys_BN = keys_BN.masked_fill(batch.inputs_N == 0, -1.0)
-    key_BM, index_BM = keys_BN.topk(min(num_batch, num_events), dim=1)
-    if batch.padded or some_are_masked:
-        # How many candidates there are is known on the device only.
-        return index_BM, key_BM >= 0
-    longest = max(group.gather_RW.shape[1] for group in batch.groups)
-    enough = num_events - (longest if other_sessions_only else 0) >= num_batch
-    return index_BM, None if enough else key_BM >= 0
+        behind_BM = chosen_BM >= (end_B - own_B)[:, None]
+        chosen_BM = chosen_BM + own_B[:, None] * behind_BM
+    index_BM = chosen_BM.clamp(max=num_events - 1)
+    if order_N is not None:
+        index_BM = order_N[index_BM]
+    if not batch.padded and order_N is None:  # else the device alone knows how many there are
+        longest = max(group.gather_RW.shape[1] for group in batch.groups)
+        if num_events - (longest if other_sessions_only else 0) >= num_batch:
+            return index_BM, None
+    return index_BM, torch.arange(width, device=device) < left_B[:, None]
+
+
+def _without_replacement(size_B: torch.Tensor, draws: int) -> torch.Tensor:
+    """int64 [B, draws]: of 0..size - 1, each set alike, in no particular order.
+
+    What is drawn where there are fewer comes last, and is at least size.
+    """
+    # Fisher and Yates: step i takes what stands at a random place from i on, and puts there what
+    # stands at i. A place that no earlier step has put something at holds its own number, so that
+    # only the places of the steps matter, and what each finds follows from them all at once.
+    step_M = torch.arange(draws, device=size_B.device)
+    left_BM = size_B[:, None] - step_M
+    random_BM = torch.rand(left_BM.shape, dtype=torch.float64, device=size_B.device)
+    place_BM = step_M + (random_BM * left_BM).long().clamp(max=left_BM - 1).clamp(min=0)
+    # The steps of each place, one after the other.
+    key_BM = (place_BM * draws + step_M).sort(dim=1).values
+    place_BM = key_BM // draws
+    by_step_BM = key_BM - place_BM * draws
+    # What step j finds at j and puts elsewhere: what the last earlier step with place j found at
+    # its own number, and so on, or j. Chains become half as long with each round.
+    before_BM = torch.searchsorted(key_BM, (step_M * (draws + 1)).expand_as(key_BM).contiguous())
+    before_BM = (before_BM - 1).clamp(min=0)
+    comes_from_BM = by_step_BM.gather(1, before_BM)
+    earlier_BM = (place_BM.gather(1, before_BM) == step_M) & (comes_from_BM < step_M)
+    moved_BM = comes_from_BM.where(earlier_BM, step_M)
+    for _ in range((draws - 1).bit_length()):
+        moved_BM = moved_BM.gather(1, moved_BM)
+    # What stands at a place is what the last earlier step with this place put there.
+    found_BM = place_BM.clone()
+    again_BM = place_BM[:, 1:] == place_BM[:, :-1]
+    found_BM[:, 1:] = moved_BM.gather(1, by_step_BM[:, :-1]).where(again_BM, place_BM[:, 1:])
+    return found_BM
 
 
 def _padded_rows(batch: Batch, padding: int) -> torch.Tensor:
