@@ -22,6 +22,7 @@ import tron_cli
 from tron_cli.assess import EvaluationOptions
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.config import FIELDS, packaged_configs
+from tron_cli.dataset import Dataset
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -584,6 +585,17 @@ def test_demo_writes_its_results_and_fails_where_the_model_learned_nothing(
     for name, figures in info["references"]["test"].items():
         assert found[name]["R@20"]["value"] == figures["R@20"]
     assert f"{found['model']['R@20']['value']:.4f}" in out
+
+
+def test_demo_leaves_a_dataset_of_that_name_alone_which_it_did_not_make(
+    command: Command, tmp_path: Path
+) -> None:
+    write_dataset(tmp_path, name="demo", train=[[2, 1, 2]], source="synthetic", options={"seed": 1})
+    code, _, err = command("demo", "--data-dir", tmp_path, "--output-dir", tmp_path / "runs")
+    assert code == 2
+    assert "a dataset of your own" in err
+    assert is_one_sentence(err)
+    assert Dataset.open(tmp_path / "demo").split("train")[0].tolist() == [2, 1, 2]
 
 
 def test_every_option_of_evaluate_arrives(

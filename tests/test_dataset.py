@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -207,14 +208,124 @@ def test_an_id_with_a_line_feed_is_refused_since_it_would_shift_all_later_ones(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_preparation_left_is_cleared_away(tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    (tmp_path / f".shop.partial-{gone.pid}" / "train").mkdir(parents=True)
-    running = tmp_path / f".shop.partial-{os.getppid()}"
-    running.mkdir()
-    write_dataset(tmp_path, name="shop")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [running.name, "shop"]
+def start(script: str, *words: object, says: str = "") -> subprocess.Popen[str]:
+    """A Python process that has come to print `says`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, words)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == says
+    return process
+
+
+# Writes some gigabytes, as it were, and goes on at a line of input.
+PREPARE = """
+import sys
+from pathlib import Path
+import numpy as np
+from tron_cli.dataset import DatasetWriter, Sessions
+with DatasetWriter(Path(sys.argv[1]), force=True) as writer:
+    (getattr(writer, "scratch", Path(sys.argv[1]).parent) / "spool.bin").write_bytes(b"x" * 1000)
+    writer.write_items(np.array([7, 8]))
+    for split in ("train", "val", "test"):
+        writer.write_split(split, [Sessions(np.array([1, 2], np.int32), np.array([0, 2]))])
+    print("written", flush=True)
+    sys.stdin.readline()
+    writer.finish(name="shop", protocol="every-step")
+"""
+
+
+def test_two_preparations_of_one_name_are_refused_and_others_go_on(tmp_path: Path) -> None:
+    first = start(PREPARE, tmp_path / "shop", says="written")
+    with (
+        pytest.raises(InputError, match="another tron prepare writes"),
+        DatasetWriter(tmp_path / "shop"),
+    ):
+        pass
+    write_dataset(tmp_path, name="other")  # neither refused nor a danger to the first
+    first.communicate("\n", timeout=60)
+    assert first.returncode == 0
+    assert Dataset.open(tmp_path / "shop").item_ids.tolist() == [7, 8]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "shop"]
+
+
+def test_what_a_killed_preparation_left_is_removed_by_the_next_of_any_name(tmp_path: Path) -> None:
+    killed = start(PREPARE, tmp_path / "shop", says="written")
+    live = start(PREPARE, tmp_path / "live", says="written")
+    killed.kill()
+    killed.wait()
+    (tmp_path / ".old.partial-4711" / "train").mkdir(parents=True)  # of versions without locks
+    (tmp_path / ".old.spool-ab_cd12").mkdir()
+    (tmp_path / ".mine.partial").mkdir()
+    (tmp_path / ".mine.partial" / "thesis.txt").write_text("years of work")
+    write_dataset(tmp_path, name="other")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".live.lock", ".live.partial", ".mine.partial", "other"}
+    live.communicate("\n", timeout=60)
+    assert live.returncode == 0
+    assert Dataset.open(tmp_path / "live").item_ids.tolist() == [7, 8]
+
+
+# kill -9 when the dataset that is replaced has gone and the new one has not come.
+KILLED_BETWEEN = (
+    """
+import os, shutil, signal
+def fatal(move):
+    def moved(source, target, **options):
+        if str(target) == str(place):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return move(source, target, **options)
+    return moved
+import sys
+from pathlib import Path
+place = Path(sys.argv[1])
+os.replace, os.rename = fatal(os.replace), fatal(os.rename)
+"""
+    + PREPARE
+)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_kill_9_while_a_dataset_is_replaced_loses_nothing(tmp_path: Path) -> None:
+    write_dataset(tmp_path, name="shop", train=[[3, 1, 2]])
+    killed = start(KILLED_BETWEEN, tmp_path / "shop", says="written")
+    killed.communicate("\n", timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    write_dataset(tmp_path, name="other")
+    assert Dataset.open(tmp_path / "shop").split("train")[0].tolist() == [3, 1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "shop"]
+
+
+@pytest.mark.parametrize("content", ["", "not json", "[]", '{"name": "my own"}'])
+def test_force_needs_a_dataset_json_of_tron(content: str, tmp_path: Path) -> None:
+    """The usual folders of somebody's own data are train, val and test too."""
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    if content:
+        (tmp_path / "images" / "dataset.json").write_text(content)
+    with pytest.raises(InputError, match=r"no readable dataset\.json"):
+        DatasetWriter(tmp_path / "images", force=True)
+    shop = write_dataset(tmp_path, name="shop").path
+    (shop / "train" / "cat.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"train/cat\.jpg"):
+        DatasetWriter(shop, force=True)
+    (tmp_path / "empty").mkdir()
+    assert write_dataset(tmp_path, name="empty").num_items == 2
+
+
+def test_a_linked_dataset_is_replaced_where_the_link_leads(tmp_path: Path) -> None:
+    real = write_dataset(tmp_path / "disk", name="big").path
+    (tmp_path / "data").mkdir()
+    link = tmp_path / "data" / "shop"
+    link.symlink_to(real)
+    assert Dataset.open(link).name == "shop"
+    write_dataset(tmp_path / "data", name="shop", train=[[2, 1, 2]])
+    assert link.is_symlink()
+    assert Dataset.open(real).split("train")[0].tolist() == [2, 1, 2]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["big"]
+    shutil.rmtree(real)
+    with pytest.raises(InputError, match=r"is a link to .*, which is not there"):
+        DatasetWriter(link, force=True)
 
 
 DAMAGES = {

@@ -431,6 +431,7 @@ def demo(
     Fails where the model stays below 90 % of the best possible R@20: something is wrong then.
     """
     from tron_cli.assess import EvaluationOptions
+    from tron_cli.dataset_folder import made_with
     from tron_cli.prepare import summary
     from tron_cli.prepare.synthetic import prepare_synthetic
 
@@ -439,7 +440,14 @@ def demo(
 
     settings = ["dataset_name=demo", *(overrides or [])]
     say("tron prepare synthetic --name demo --force")
-    summary.print_summary(prepare_synthetic(data_dir, "demo", force=True))
+    options = {"seed": 42, "sessions": 80_000}
+    path = data_dir / "demo"
+    if path.exists() and not made_with(path, source="synthetic", options=options):
+        raise InputError(
+            f"{path} is a dataset of your own, which the demo would replace; rename its folder, or "
+            "pass another --data-dir"
+        )
+    summary.print_summary(prepare_synthetic(data_dir, "demo", force=True, **options))
     say(f"tron train --config config_synthetic.py {' '.join(settings)}")
     best = run_training("config_synthetic.py", settings, data_dir, output_dir, None, None, "auto")
     print(best)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,10 +29,10 @@ from typing import Any
 
 import numpy as np
 
+from tron_cli.dataset_folder import SPLITS, DatasetFolder
 from tron_cli.errors import InputError
 
 FORMAT_VERSION = 1
-SPLITS = ("train", "val", "test")
 PROTOCOLS = ("every-step", "last-item")
 DATASET_NAME = r"\w[\w.+-]*"  # a folder in --data-dir, and a part of checkpoints' names
 
@@ -121,7 +120,8 @@ class Dataset:
             info = json.loads(file.read_bytes())
         except ValueError as error:
             raise InputError(
-                f"{file} is not readable JSON ({error}); prepare the dataset again"
+                f"{file} is not readable JSON ({error}); delete its folder and prepare the dataset "
+                "again"
             ) from error
         version = info.get("format_version") if isinstance(info, dict) else None
         if version != FORMAT_VERSION:
@@ -227,29 +227,15 @@ class DatasetWriter:
     """
 
     def __init__(self, path: Path, *, force: bool = False) -> None:
-        if path.exists() and not force:
-            raise InputError(
-                f"{path} exists already; pass --force to replace it, or another --name"
-            )
-        foreign = [] if not path.exists() else _foreign_entries(path)
-        if foreign:
-            raise InputError(
-                f"--force replaces prepared datasets only, and {path} holds other things "
-                f"({', '.join(foreign[:3])}); choose another --name"
-            )
         self.path = path
-        self._folder = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        self._place = DatasetFolder(path, replace=force)
+        self._folder = self._place.new
+        self.scratch = self._place.scratch  # a folder for what preparation spools to disk
         self._splits: dict[str, dict[str, Any]] = {}
         self._catalogue: dict[str, Any] = {}
 
     def __enter__(self) -> DatasetWriter:
-        for stale in self.path.parent.glob(f".{self.path.name}.partial-*"):
-            if not _is_running(int(stale.name.rpartition("-")[2])):
-                shutil.rmtree(stale, ignore_errors=True)
-        try:
-            self._folder.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(f"cannot write to {self.path.parent}: {error}") from error
+        self._place.__enter__()
         return self
 
     def __exit__(
@@ -258,7 +244,7 @@ class DatasetWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._place.__exit__(kind, error, trace)
 
     def write_items(self, ids: np.ndarray) -> None:
         """Original ids in the order of the new ones: integers, or strings without line feeds."""
@@ -357,29 +343,8 @@ class DatasetWriter:
             **info,
         }
         (self._folder / "dataset.json").write_text(json.dumps(content, indent=2) + "\n")
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._folder.replace(self.path)
+        self._place.put_in_place()
         return Dataset.open(self.path)
-
-
-def _foreign_entries(path: Path) -> list[str]:
-    """What a folder holds besides a prepared dataset; a file is foreign as a whole."""
-    if not path.is_dir():
-        return [path.name]
-    own = {"dataset.json", "item_ids.npy", "item_ids.txt", *SPLITS}
-    return sorted(entry.name for entry in path.iterdir() if entry.name not in own)
-
-
-def _is_running(process: int) -> bool:
-    if process == os.getpid():
-        return False  # whatever had our number before us
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's
-    return True
 
 
 class _IdsFile:

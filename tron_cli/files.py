@@ -24,16 +24,17 @@ def written_aside(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 @contextmanager
-def locked(file: Path, in_use: str) -> Iterator[None]:
-    """Hold the lock `file`, which exists meanwhile; raises InputError(in_use) where it is taken.
+def locked(file: Path, in_use: str, *, patience: float = 0) -> Iterator[None]:
+    """Hold the lock `file`, which exists meanwhile.
 
-    The system releases it when the process ends, however it ends.
+    The system releases it when the process ends, however it ends. Raises InputError(in_use) where
+    it is still taken after `patience` seconds.
     """
     from filelock import FileLock, Timeout  # not needed for `tron --help`
 
     lock = FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout as error:
         raise InputError(in_use) from error
     try:

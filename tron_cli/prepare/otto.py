@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,8 +67,7 @@ def prepare_otto(
         train_file, test_file = (_RawFile(files[file]) for file in SOURCES["otto"].files)
         bad = BadLines(skip=skip_bad_lines)
         with (
-            tempfile.TemporaryDirectory(prefix=f".{name}.spool-", dir=data_dir) as folder,
-            _Spool(Path(folder)) as spool,
+            _Spool(writer.scratch) as spool,
             _Threads() as threads,
         ):
             steps, test_steps = Steps(), Steps()

@@ -1,0 +1,162 @@
+"""The folder of a dataset while it is written: locked, replaced at once, mended after a kill.
+
+    DATA_DIR/.NAME.lock               held while NAME is prepared
+    DATA_DIR/.NAME.partial/new        the dataset that comes
+    DATA_DIR/.NAME.partial/scratch    whatever preparation spools to disk
+    DATA_DIR/.NAME.partial/replaced   the dataset that goes, until the new one has its place
+
+Whoever prepares anything in DATA_DIR first removes what killed processes left there, of any name
+whose lock is free, and puts a replaced dataset back where the new one never came.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from tron_cli.errors import InputError
+from tron_cli.files import locked
+
+SPLITS = ("train", "val", "test")
+_FILES = {"dataset.json", "item_ids.npy", "item_ids.txt"}
+_LEFTOVERS = {"new", "scratch", "replaced", *SPLITS, *_FILES, "aids.bin", "times.bin"}
+
+log = logging.getLogger("tron")
+
+
+class DatasetFolder:
+    """Keeps other processes from the place of a dataset, and replaces what is there at the end.
+
+    `path` may be a link to a folder elsewhere: then that is replaced. Raises InputError where
+    something stands there and `replace` does not hold, or it is not a prepared dataset.
+    """
+
+    def __init__(self, path: Path, *, replace: bool) -> None:
+        self.path = path
+        self._replace = replace
+        self._place = path.resolve()
+        self._work = _work_folder(self._place)
+        self.new = self._work / "new"
+        self.scratch = self._work / "scratch"
+        self._lock = ExitStack()
+        self._check()
+
+    def __enter__(self) -> DatasetFolder:
+        data_dir = self._place.parent
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(data_dir)
+            busy = (
+                f"another tron prepare writes {self.path}; wait for its end, or pass another --name"
+            )
+            self._lock.enter_context(locked(_lock_file(self._place), busy, patience=1))
+            self._check()  # again: it may have come from another process, or from the leftovers
+            self.new.mkdir(parents=True)
+            self.scratch.mkdir()
+        except (OSError, InputError) as error:
+            self._lock.close()
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"cannot write to {self.path.parent}: {error}") from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            _clear(self._work, self._place)
+
+    def put_in_place(self) -> None:
+        """Let the new dataset take the place of the old one."""
+        if self._place.exists():
+            self._place.replace(self._work / "replaced")
+        self.new.replace(self._place)
+
+    def _check(self) -> None:
+        if not self.path.exists():
+            if self.path.is_symlink():
+                raise InputError(
+                    f"{self.path} is a link to {self._place}, which is not there; make that folder "
+                    "or remove the link"
+                )
+            return
+        if not self._replace:
+            raise InputError(
+                f"{self.path} exists already; pass --force to replace it, or another --name"
+            )
+        foreign = _foreign_entries(self.path)
+        if foreign:
+            raise InputError(
+                f"--force replaces prepared datasets only, and {self.path} holds other things "
+                f"({', '.join(foreign[:3])}); choose another --name"
+            )
+        if any(self.path.iterdir()) and not made_with(self.path):
+            raise InputError(
+                f"--force replaces prepared datasets only, and {self.path} has no readable "
+                "dataset.json of one; move it away, or choose another --name"
+            )
+
+
+def remove_leftovers(data_dir: Path) -> None:
+    """Remove what killed preparations left in a folder of datasets, but for those of live ones."""
+    for work in data_dir.glob(".*"):
+        # Before there were locks, process ids and random letters followed.
+        found = re.fullmatch(r"\.(.+)\.(partial(-\d+)?|spool-\w+)", work.name)
+        if not found or not work.is_dir() or {entry.name for entry in work.iterdir()} - _LEFTOVERS:
+            continue
+        place = data_dir / found[1]
+        try:
+            with locked(_lock_file(place), "in use"):
+                _clear(work, place)
+        except InputError:
+            continue
+
+
+def _clear(work: Path, place: Path) -> None:
+    """Remove a work folder; the dataset that it took from its place goes back if none came."""
+    if (work / "replaced").exists() and not place.exists():
+        (work / "replaced").replace(place)
+        log.warning("%s is back as it was before a killed `tron prepare --force`", place)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _work_folder(place: Path) -> Path:
+    return place.with_name(f".{place.name}.partial")
+
+
+def _lock_file(place: Path) -> Path:
+    return place.with_name(f".{place.name}.lock")
+
+
+def made_with(path: Path, **facts: object) -> bool:
+    """Return whether a folder has a dataset.json that tron wrote and that holds these entries."""
+    try:
+        info = json.loads((path / "dataset.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    is_ours = isinstance(info, dict) and {"format_version", "catalogue_fingerprint"} <= info.keys()
+    return is_ours and all(info.get(name) == value for name, value in facts.items())
+
+
+def _foreign_entries(path: Path) -> list[str]:
+    """List what a folder holds besides a prepared dataset; a file is foreign as a whole."""
+    if not path.is_dir():
+        return [path.name]
+    own = {*_FILES, *SPLITS}
+    inner = [entry for split in SPLITS for entry in (path / split).glob("*")]
+    return sorted(
+        [entry.name for entry in path.iterdir() if entry.name not in own]
+        + [f"{entry.parent.name}/{entry.name}" for entry in inner if not _is_array(entry)]
+    )
+
+
+def _is_array(path: Path) -> bool:
+    return path.is_file() and path.suffix in (".npy", ".txt")
