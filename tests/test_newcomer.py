@@ -80,7 +80,7 @@ def tron(checkout: Path, *words: str) -> dict:
 
 def test_the_page_adds_a_model_a_loss_and_a_sampler():
     assert set(LINES) == {"MODELS", "LOSSES", "SAMPLERS"}
-    modules = {re.search(r'"([\w.]+):', line).group(1) for line in LINES.values()}
+    modules = {re.search(r'Entry\("([\w.]+):', line).group(1) for line in LINES.values()}
     assert modules == {name.removesuffix(".py").replace("/", ".") for name in FILES}
 
 
@@ -88,6 +88,7 @@ def test_the_page_adds_a_model_a_loss_and_a_sampler():
     "settings",
     [
         ("model=mean", "loss=hinge", "negative_sampler=square_root"),
+        ("model=mean", "num_heads=2"),
         ("model=gru4rec", "loss=hinge", "bpr_penalty=0.01"),
         ("model=sasrec", "loss=hinge", "negative_sampler=square_root"),
     ],

@@ -1,12 +1,16 @@
 """What a registered class or function gets of a configuration."""
 
 import pytest
+import torch
 from conftest import tiny_settings
 
 from tron_cli import registry
 from tron_cli.config import ExperimentConfig
 from tron_cli.errors import InputError
+from tron_cli.optim import build_optimizer, gradients_are_sparse
 
+# Owned by what the batches of the network ask for.
+NOT_BUILT_WITH = {"mask_probability"}
 CONFIG = ExperimentConfig(**tiny_settings(loss="bpr-max", bpr_penalty=0.25))
 
 
@@ -22,7 +26,7 @@ def misspelt(*, embeding_dim=8):
 def entry_of(monkeypatch):
     def entry(function):
         monkeypatch.setattr(registry, "load", lambda entry: function)
-        return f"here:{function.__name__}"
+        return registry.Entry(f"here:{function.__name__}")
 
     return entry
 
@@ -48,3 +52,31 @@ def test_every_entry_asks_for_settings_only(table):
         more = {"num_items": 5}
         found = registry.settings_of(entry, CONFIG, **more)
         assert found.keys() <= {*vars(CONFIG), *more}
+
+
+@pytest.mark.parametrize("key", ["model", "loss", "negative_sampler"])
+def test_an_entry_owns_what_it_asks_for_of_what_only_some_have(key):
+    """What is not owned where it is needed would be refused; what is owned elsewhere, ignored."""
+    entries = registry.REGISTERED[key]
+    only_some_have = {name for entry in entries.values() for name in entry.owns}
+    for name, entry in entries.items():
+        asked = registry.settings_of(entry, CONFIG, num_items=5).keys()
+        assert set(entry.owns) - NOT_BUILT_WITH == asked & only_some_have, name
+
+
+def test_a_model_may_own_a_setting_of_another_one(monkeypatch):
+    """Such as num_heads, without a line in config.py."""
+    settings = tiny_settings(model="gru4rec", num_heads=2)
+    with pytest.raises(InputError, match=r"num_heads=2 is a setting of .* no effect on"):
+        ExperimentConfig(**settings)
+    own = registry.Entry("tron_cli.models.gru4rec:GRU4Rec", owns=("num_heads",))
+    monkeypatch.setitem(registry.REGISTERED["model"], "gru4rec", own)
+    assert ExperimentConfig(**settings).num_heads == 2
+
+
+def test_every_optimizer_is_built_by_name():
+    for name, entry in registry.OPTIMIZERS.items():
+        found = build_optimizer(name, [torch.nn.Parameter(torch.zeros(3, 2))], lr=0.1)
+        assert type(found) is registry.load(entry)
+        assert gradients_are_sparse(name) == (name != "adam")
+        assert ExperimentConfig(**tiny_settings(optimizer=name)).optimizer == name

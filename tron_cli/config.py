@@ -21,7 +21,15 @@ from typing import Any
 from tron_cli import peers
 from tron_cli.dataset import DATASET_NAME
 from tron_cli.errors import InputError
-from tron_cli.registry import BASELINES, CATALOGUE_LOSSES, LOSSES, MODELS, SAMPLERS
+from tron_cli.registry import (
+    BASELINES,
+    CATALOGUE_LOSSES,
+    LOSSES,
+    MODELS,
+    OPTIMIZERS,
+    REGISTERED,
+    SAMPLERS,
+)
 
 CONFIGS_DIR = Path(__file__).parent / "configs"
 
@@ -197,7 +205,7 @@ class ExperimentConfig:
     optimizer: str = _setting(
         "adam",
         "optimizer; row_adam is adam at the cost of the rows that a step touches: for large tables",
-        choices=("adam", "row_adam", "adagrad"),
+        choices=tuple(OPTIMIZERS),
     )
     lr: float = _setting(5e-4, "learning rate at its highest", above=0)
     lr_schedule: str = _setting(
@@ -276,17 +284,20 @@ class ExperimentConfig:
                 )
 
     def _check_effects(self) -> None:
-        """Whether what is set has an effect; what only networks have may stand by a baseline."""
-        for name, (key, choices) in _SETTINGS_OF.items():
-            value, default, choice = getattr(self, name), FIELDS[name].default, getattr(self, key)
-            if choice in choices or value == default:
-                continue
-            if self.is_baseline and BASELINES.keys().isdisjoint(choices):
-                continue
-            raise InputError(
-                f"{name}={value} is a setting of {key}={' or '.join(choices)} and has no effect on "
-                f"{key}={choice}; leave it out, or add {name}={default}"
-            )
+        """Refuse what is set without an effect; what only networks have may stand by a baseline."""
+        for key, entries in REGISTERED.items():
+            choice = getattr(self, key)
+            without_effect = {name for entry in entries.values() for name in entry.owns}
+            without_effect -= set(entries[choice].owns)
+            for name in (name for name in FIELDS if name in without_effect):
+                value, default = getattr(self, name), FIELDS[name].default
+                owners = [other for other, entry in entries.items() if name in entry.owns]
+                if value == default or (self.is_baseline and BASELINES.keys().isdisjoint(owners)):
+                    continue
+                raise InputError(
+                    f"{name}={value} is a setting of {key}={' or '.join(owners)} and has no effect "
+                    f"on {key}={choice}; leave it out, or add {name}={default}"
+                )
 
     def _check_model(self) -> None:
         """Whether the settings of the network make sense together."""
@@ -349,10 +360,10 @@ class ExperimentConfig:
                 "logq_correction needs all negatives as they were drawn, but for the target",
                 {**all_as_drawn, "mask_collisions": True},
             )
-            if self.model == "bert4rec":
+            if MODELS[self.model].masks_inputs:
                 self._need(
-                    "logq_correction cannot expect in-batch negatives that model=bert4rec masks "
-                    "at random",
+                    f"logq_correction cannot expect in-batch negatives that model={self.model} "
+                    "masks at random",
                     {"num_batch_negatives": 0},
                 )
 
@@ -374,7 +385,7 @@ class ExperimentConfig:
     def shares_table(self) -> bool:
         """Whether inputs and scores have one table: reuse_item_embeddings, resolved."""
         if self.reuse_item_embeddings is None:
-            return self.model != "gsasrec"
+            return REGISTERED["model"][self.model].shares_table
         return self.reuse_item_embeddings
 
     @property
@@ -386,28 +397,6 @@ class ExperimentConfig:
 
 FIELDS = {field.name: field for field in dataclasses.fields(ExperimentConfig)}
 _TYPES = typing.get_type_hints(ExperimentConfig)
-
-_TRANSFORMERS = ("sasrec", "gsasrec", "bert4rec")
-
-# Settings that have an effect only where another one has one of these values. Not gbce_t and
-# bpr_penalty, which files of TRON and gSASRec hold whatever their loss is, nor positions, which
-# those of TRON's packaged configs hold to which people add model=gru4rec.
-_SETTINGS_OF = {
-    **dict.fromkeys(("num_heads", "key_padding_mask", "initialization"), ("model", _TRANSFORMERS)),
-    **dict.fromkeys(
-        ("block", "feed_forward_dim", "activation", "attention_dropout_rate"),
-        ("model", ("sasrec", "bert4rec")),
-    ),
-    "mask_probability": ("model", ("bert4rec",)),
-    "session_parallel": ("model", ("gru4rec",)),
-    **dict.fromkeys(("knn_neighbors", "knn_sample_size"), ("model", ("session_knn",))),
-    "ease_l2": ("model", ("ease",)),
-    **dict.fromkeys(
-        ("sce_buckets", "sce_bucket_positions", "sce_bucket_items", "sce_mix"), ("loss", ("sce",))
-    ),
-    "popularity_alpha": ("negative_sampler", ("popularity", "mixed")),
-    "mixed_share": ("negative_sampler", ("mixed",)),
-}
 
 # What people type who come from TRON, gSASRec, RecBole or RecTools.
 _NAMES_ELSEWHERE = {

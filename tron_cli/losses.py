@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from tron_cli.registry import CATALOGUE_LOSSES, LOSSES, load, settings_of
+from tron_cli.registry import REGISTERED, load, settings_of
 
 if TYPE_CHECKING:
     from tron_cli.config import ExperimentConfig
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @functools.lru_cache
 def build_loss(config: ExperimentConfig, num_items: int) -> Callable[..., torch.Tensor]:
     """The loss that `config.loss` names, with its settings: tensors -> loss_N."""
-    entry = {**LOSSES, **CATALOGUE_LOSSES}[config.loss]
+    entry = REGISTERED["loss"][config.loss]
     return functools.partial(load(entry), **settings_of(entry, config, num_items=num_items))
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from tron_cli.errors import InputError
+from tron_cli.registry import OPTIMIZERS, load
 
 # Rows updated at once: few enough for a CPU's cache to hold what belongs to them.
 _ROWS_AT_ONCE = {"cpu": 1024, "cuda": 1 << 22}
@@ -360,13 +361,13 @@ def _touched_rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def build_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
-    """The optimizer of a config's `optimizer`."""
-    return {"adam": Adam, "row_adam": RowAdam, "adagrad": Adagrad}[name](parameters, lr)
+    """Return the optimizer of a config's `optimizer`."""
+    return load(OPTIMIZERS[name])(parameters, lr)
 
 
 def gradients_are_sparse(optimizer: str) -> bool:
-    """Whether the gradients of tables hold only the rows touched."""
-    return optimizer in ("row_adam", "adagrad")
+    """Say whether the gradients of tables hold only the rows touched."""
+    return OPTIMIZERS[optimizer].sparse_gradients
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> None:

@@ -1,8 +1,8 @@
 """What a name in a configuration stands for: the one place to add a model, a loss or a sampler.
 
-Entries are "module:attribute", loaded when they are asked for, so that reading a configuration
-imports neither torch nor what is not used. What is registered says by its keyword-only parameters
-which settings it needs; `build` hands it these.
+Entries are loaded when they are asked for, so that reading a configuration imports neither torch
+nor what is not used. What is registered says by its keyword-only parameters which settings it
+needs; `settings_of` finds these.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from tron_cli.errors import InputError
@@ -18,54 +18,100 @@ from tron_cli.errors import InputError
 if TYPE_CHECKING:
     from tron_cli.config import ExperimentConfig
 
+
+@dataclass(frozen=True)
+class Entry:
+    """Something registered: path is "module:attribute".
+
+    owns: settings of the configuration that have an effect on this and on other owners only, so
+    that they are refused elsewhere. Of models: shares_table, whether inputs and scores have one
+    table where reuse_item_embeddings does not say; masks_inputs, whether the items that training
+    sees are masked at random. Of optimizers: sparse_gradients, whether the gradients of tables hold
+    only the rows touched.
+    """
+
+    path: str
+    owns: tuple[str, ...] = ()
+    shares_table: bool = True
+    masks_inputs: bool = False
+    sparse_gradients: bool = False
+
+
+_TRANSFORMER = ("num_heads", "key_padding_mask", "initialization")
+_BLOCKS = ("block", "feed_forward_dim", "activation", "attention_dropout_rate")
+
 # Networks: modules with `forward(batch, rows_UD) -> hidden_ND`; see models/__init__.py.
 MODELS = {
-    "bert4rec": "tron_cli.models.bert4rec:BERT4Rec",
-    "gru4rec": "tron_cli.models.gru4rec:GRU4Rec",
-    "gsasrec": "tron_cli.models.gsasrec:GSASRec",
-    "sasrec": "tron_cli.models.sasrec:SASRec",
+    "bert4rec": Entry(
+        "tron_cli.models.bert4rec:BERT4Rec",
+        owns=(*_TRANSFORMER, *_BLOCKS, "mask_probability"),
+        masks_inputs=True,
+    ),
+    "gru4rec": Entry("tron_cli.models.gru4rec:GRU4Rec", owns=("session_parallel",)),
+    "gsasrec": Entry("tron_cli.models.gsasrec:GSASRec", owns=_TRANSFORMER, shares_table=False),
+    "sasrec": Entry("tron_cli.models.sasrec:SASRec", owns=(*_TRANSFORMER, *_BLOCKS)),
 }
 
 # Methods without gradients, fitted at once; see baselines/base.py.
 BASELINES = {
-    "ease": "tron_cli.baselines.ease:EASE",
-    "markov": "tron_cli.baselines.markov:Markov",
-    "popular": "tron_cli.baselines.popular:Popular",
-    "session_knn": "tron_cli.baselines.session_knn:SessionKNN",
-    "session_popular": "tron_cli.baselines.session_popular:SessionPopular",
+    "ease": Entry("tron_cli.baselines.ease:EASE", owns=("ease_l2",)),
+    "markov": Entry("tron_cli.baselines.markov:Markov"),
+    "popular": Entry("tron_cli.baselines.popular:Popular"),
+    "session_knn": Entry(
+        "tron_cli.baselines.session_knn:SessionKNN", owns=("knn_neighbors", "knn_sample_size")
+    ),
+    "session_popular": Entry("tron_cli.baselines.session_popular:SessionPopular"),
 }
 
 # Losses on logits of sampled items: (positive_N, negative_NK, keep_NK) -> loss_N.
 LOSSES = {
-    "bce": "tron_cli.losses:bce",
-    "bpr": "tron_cli.losses:bpr",
-    "bpr-max": "tron_cli.losses:bpr_max",
-    "gbce": "tron_cli.losses:gbce",
-    "ssm": "tron_cli.losses:ssm",
+    "bce": Entry("tron_cli.losses:bce"),
+    "bpr": Entry("tron_cli.losses:bpr"),
+    "bpr-max": Entry("tron_cli.losses:bpr_max"),
+    "gbce": Entry("tron_cli.losses:gbce"),
+    "ssm": Entry("tron_cli.losses:ssm"),
 }
 
 # Losses that look at the whole catalogue: (hidden_ND, table_VD, targets_N) -> loss_N.
 CATALOGUE_LOSSES = {
-    "ce": "tron_cli.cross_entropy:ce",
-    "sce": "tron_cli.scalable_cross_entropy:sce",
+    "ce": Entry("tron_cli.cross_entropy:ce"),
+    "sce": Entry(
+        "tron_cli.scalable_cross_entropy:sce",
+        owns=("sce_buckets", "sce_bucket_positions", "sce_bucket_items", "sce_mix"),
+    ),
 }
 
 # What negatives are drawn from: training occurrences of each item, float64 [I] -> weights [I].
 SAMPLERS = {
-    "uniform": "tron_cli.samplers:uniform",
-    "popularity": "tron_cli.samplers:popularity",
-    "mixed": "tron_cli.samplers:mixed",
+    "uniform": Entry("tron_cli.samplers:uniform"),
+    "popularity": Entry("tron_cli.samplers:popularity", owns=("popularity_alpha",)),
+    "mixed": Entry("tron_cli.samplers:mixed", owns=("popularity_alpha", "mixed_share")),
+}
+
+# Subclasses of optim.Optimizer: (parameters, lr).
+OPTIMIZERS = {
+    "adam": Entry("tron_cli.optim:Adam"),
+    "row_adam": Entry("tron_cli.optim:RowAdam", sparse_gradients=True),
+    "adagrad": Entry("tron_cli.optim:Adagrad", sparse_gradients=True),
+}
+
+# Settings of the configuration whose value is one of these names.
+REGISTERED = {
+    "model": {**MODELS, **BASELINES},
+    "loss": {**LOSSES, **CATALOGUE_LOSSES},
+    "negative_sampler": SAMPLERS,
+    "optimizer": OPTIMIZERS,
 }
 
 
-def load(entry: str) -> Any:
-    """What an entry names."""
-    module, _, attribute = entry.partition(":")
+def load(entry: Entry) -> Any:
+    """Return what an entry names."""
+    module, _, attribute = entry.path.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
-def settings_of(entry: str, config: ExperimentConfig, **more: Any) -> dict[str, Any]:
-    """The settings that an entry's keyword-only parameters name, from `more` or the config.
+def settings_of(entry: Entry, config: ExperimentConfig, **more: Any) -> dict[str, Any]:
+    """Return the settings that an entry's keyword-only parameters name, from `more` or the config.
 
     Raises InputError where one names neither.
     """
@@ -77,6 +123,6 @@ def settings_of(entry: str, config: ExperimentConfig, **more: Any) -> dict[str, 
             near = difflib.get_close_matches(name, values, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(
-                f"{entry} has a keyword-only parameter {name!r}, which is no setting{hint}"
+                f"{entry.path} has a keyword-only parameter {name!r}, which is no setting{hint}"
             )
     return {name: values[name] for name in names}
