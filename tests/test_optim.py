@@ -8,6 +8,9 @@ from __future__ import annotations
 import copy
 import io
 import math
+import operator
+import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,8 @@ from test_resume import check_same_run, interrupt_at, resume, start, write_confi
 from torch import nn
 
 from tron_cli import optim
+from tron_cli.assess import EvaluationOptions, assess
+from tron_cli.checkpoint import load_checkpoint
 from tron_cli.errors import InputError
 from tron_cli.optim import build_optimizer, clip_gradients, learning_rate
 from tron_cli.train import InterruptedRunError
@@ -253,7 +258,7 @@ def test_more_rows_than_are_updated_at_once(name: str) -> None:
 SCHEDULES = {
     f"{schedule}, warm-up of {warmup}": {"schedule": schedule, "warmup_steps": warmup}
     for schedule in ("constant", "cosine")
-    for warmup in (0, 5_000)
+    for warmup in (0, 250)
 }
 
 
@@ -320,7 +325,6 @@ def test_a_sleep_may_be_longer_than_it_is_kept(
 ) -> None:
     monkeypatch.setattr(optim, "_SLEEPS", 700)
     options = {**SCHEDULES[schedule], "catch_up_every": catch_up_every}
-    options["warmup_steps"] //= 20
     assert difference_from_dense_adam(5_000, 0.01, **options) < 1e-5
 
 
@@ -354,9 +358,10 @@ def test_each_row_of_a_table_larger_than_the_sleeps_has_its_turn(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_row_adam_is_dense_adam_over_200_000_steps(schedule: str) -> None:
-    assert difference_from_dense_adam(200_000, 0.001, **SCHEDULES[schedule]) < 1e-5
+    options = {"schedule": schedule, "warmup_steps": 5_000}
+    assert difference_from_dense_adam(200_000, 0.001, **options) < 1e-5
 
 
 def test_a_row_that_has_made_its_moves_has_nothing_due(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,6 +572,43 @@ def test_a_state_with_clocks_of_floats_goes_on() -> None:
     assert torch.equal(ours, theirs)
     assert resumed.steps == 40
     assert resumed.steps.dtype == resumed.state[0]["touched"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_run_stopped_within_an_epoch_evaluates_with_the_weights_of_dense_adam(
+    shares: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most rows sleep when last.pt is written, which keeps them as they are to be resumed."""
+    rng = np.random.default_rng(12)
+    data = write_dataset(
+        tmp_path / "data",
+        train=random_sessions(rng, 45, 300),
+        val=random_sessions(rng, 20, 300),
+        num_items=300,
+    )
+    reports, models = [], []
+    for optimizer in ("row_adam", "adam"):
+        config = write_config(
+            tmp_path, optimizer=optimizer, save_every=0, reuse_item_embeddings=shares
+        )
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 11, signal.SIGINT)
+            with pytest.raises(InterruptedRunError):
+                start(config, tmp_path / "data", tmp_path / "runs", optimizer)
+        last = load_checkpoint(tmp_path / "runs" / optimizer / "last.pt")
+        assert last.step == 11
+        models.append(last.build_model(torch.device("cpu")))
+        options = EvaluationOptions(split="val", metrics="R@5 RR@100")
+        reports.append(assess(last, data, options, torch.device("cpu"))["metrics"])
+        if optimizer == "row_adam":
+            table = models[0].item_table.detach()
+            behind = (table != last.weights["item_embedding.weight"]).any(dim=1)
+            assert behind.sum() > 100 or not shares
+    for name in ("item_table", "item_embedding.weight"):  # a bias of keys follows its roundings
+        # Moves left out are of 1e-2; where gradients cancel, roundings of the two show.
+        ours, dense = (operator.attrgetter(name)(model) for model in models)
+        torch.testing.assert_close(ours, dense, rtol=1e-4, atol=3e-4)
+    assert reports[0] == reports[1]
 
 
 # --- clipping -------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ import pytest
 import torch
 from conftest import random_sessions, tiny_settings, write_dataset
 
-from tron_cli import train as training
 from tron_cli.assess import EvaluationOptions, assess
 from tron_cli.checkpoint import encode_item_ids, load_checkpoint
 from tron_cli.cli import run_training
@@ -29,7 +28,7 @@ from tron_cli.errors import InputError, RunError
 from tron_cli.models import build_model
 from tron_cli.optim import build_optimizer
 from tron_cli.run import Progress, RunFolder
-from tron_cli.train import InterruptedRunError, train
+from tron_cli.train import InterruptedRunError, train, training_splits
 
 CPU = torch.device("cpu")
 
@@ -306,6 +305,50 @@ def test_a_resumed_run_can_go_on_for_more_epochs(data_dir: Path, tmp_path: Path)
     assert json.loads((short / "config.json").read_text())["max_epochs"] == 3
 
 
+@pytest.mark.parametrize("begins_scaled", [False, True])
+def test_a_run_goes_on_with_another_precision_and_its_scaler(
+    begins_scaled: bool, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """precision=auto is float32 on one machine and fp16, which needs a scaler, on another."""
+    import tron_cli.train as module
+
+    config = write_config(tmp_path, max_epochs=1, lr_schedule="constant")
+
+    def scaled(precision: str, device: torch.device) -> torch.dtype:
+        return torch.float16
+
+    with monkeypatch.context() as patch:
+        if begins_scaled:
+            patch.setattr(module, "_training_dtype", scaled)
+        start(config, data_dir, tmp_path / "runs", "a")
+    run_dir = tmp_path / "runs" / "a"
+    assert bool(load_checkpoint(run_dir / "last.pt").training["scaler"]) == begins_scaled
+    if not begins_scaled:
+        monkeypatch.setattr(module, "_training_dtype", scaled)
+    resume(data_dir, run_dir, "max_epochs=2")
+    last = load_checkpoint(run_dir / "last.pt")
+    assert last.step == 12
+    assert bool(last.training["scaler"]) != begins_scaled
+
+
+def test_a_cosine_that_starts_anew_says_both_rates(
+    data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start(write_config(tmp_path, max_epochs=2), data_dir, tmp_path / "runs", "a")
+    run_dir = tmp_path / "runs" / "a"
+    caplog.clear()
+    resume(data_dir, run_dir)
+    resume(data_dir, run_dir, "early_stopping_patience=9")
+    assert "cosine" not in caplog.text
+    resume(data_dir, run_dir, "max_epochs=4")
+    # The rate of tiny_settings is 0.01: after 2 epochs of 2 it is 0, and of 4 it is half.
+    warning = next(record for record in caplog.records if "cosine" in record.message)
+    assert warning.levelno == logging.WARNING
+    assert "max_epochs=4" in warning.message
+    assert "0.005, not at 0" in warning.message
+    assert warning.message in (run_dir / "train.log").read_text()
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_a_resumed_run_lets_go_of_the_file_that_it_read(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -348,15 +391,6 @@ def test_weights_that_are_not_finite_are_not_saved(
             save(0)
     assert [path.name for path in (tmp_path / "run").glob("*.pt*")] == ["last.pt"]
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
-
-
-def test_a_run_begun_without_a_scaler_goes_on_with_one(data_dir: Path, tmp_path: Path) -> None:
-    """As one that a CPU began, or a card with bf16, and one without goes on with."""
-    start(write_config(tmp_path), data_dir, tmp_path / "runs", "a")
-    last = tmp_path / "runs" / "a" / "last.pt"
-    fresh, scaler = (torch.amp.GradScaler("cpu", enabled=True) for _ in range(2))
-    training._saved(last, load_checkpoint(last).config, CPU, scaler)
-    assert scaler.state_dict() == fresh.state_dict()
 
 
 def test_a_finished_run_resumed_changes_nothing(data_dir: Path, tmp_path: Path) -> None:
@@ -477,10 +511,29 @@ def test_limit_val_batches_and_overfit_batches(data_dir: Path, tmp_path: Path) -
 
     whole = validated()
     assert validated(limit_val_batches=100.0) == whole  # more than there are
-    assert validated(limit_val_batches=2.0) != whole  # the first 16 of 20 sessions
+    assert validated(limit_val_batches=2.0) != whole  # 16 of 20 sessions
     assert validated(limit_val_batches=0.8) == validated(limit_val_batches=2.0)
     fitted = validated(overfit_batches=1, max_epochs=60, lr=0.03, dropout_rate=0.0)
     assert fitted > 0.7 > 2 * whole
+
+
+def test_limited_validation_is_spread_over_the_whole_split(tmp_path: Path) -> None:
+    """The sessions of a split are in order of time, and the earliest are not like the others."""
+    rows = [[start, start + 1] + [50] * (start % 4) for start in range(1, 41)]
+    data = write_dataset(tmp_path, train=[[1, 2]], val=rows, num_items=50)
+
+    def validated(limit: float) -> list[list[int]]:
+        config = ExperimentConfig(**tiny_settings(limit_val_batches=limit, train_batch_size=5))
+        return [row.tolist() for row in training_splits(config, data)[1]]
+
+    for limit, count in ((0.25, 10), (0.99, 40), (1.0, 40), (2.0, 10), (7.0, 35), (0.01, 1)):
+        found = validated(limit)
+        assert len(found) == count
+        places = np.array([rows.index(row) for row in found])  # whole sessions of the split
+        steps = np.diff(places)
+        assert steps.size == 0 or (steps.min() >= 40 // count and steps.max() <= 40 // count + 1)
+        assert steps.size == 0 or places[-1] >= 40 - 40 // count - 1
+    assert validated(0.25) == rows[2::4]  # neither end is favoured
 
 
 def test_an_empty_training_split_is_an_input_error(tmp_path: Path) -> None:

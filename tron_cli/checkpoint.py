@@ -23,7 +23,8 @@ from tron_cli.config import ExperimentConfig, config_from_dict
 from tron_cli.dataset import Dataset
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import written_aside
-from tron_cli.models import build_model
+from tron_cli.models import Model, build_model
+from tron_cli.optim import Optimizer, build_optimizer
 from tron_cli.registry import BASELINES, settings_of
 
 FORMAT_VERSION = 1
@@ -49,17 +50,36 @@ class Checkpoint:
     training: dict[str, Any]
 
     def build_model(self, device: torch.device) -> Any:
-        """Return the `Model` with its weights, ready to evaluate, or the `Baseline`, on the CPU."""
+        """Return the `Model` with its weights, ready to evaluate, or the `Baseline`, on the CPU.
+
+        The weights are those that training has come to: rows that RowAdam had put to sleep when
+        the file was written make the moves that are due. Raises InputError where the state of the
+        optimizer is that of another version of tron.
+        """
         if self.config.is_baseline:
             baseline = build_baseline(self.config, self.dataset["num_items"])
             arrays = {name: values.numpy() for name, values in self.weights.items()}
             baseline.load_state_dict(arrays)
             return baseline
+        if self.training and self.config.optimizer == "row_adam":
+            model, optimizer = self.build_training(device)
+            optimizer.catch_up_all()
+            return model.eval()
+        return self._as_saved(device).eval()
+
+    def build_training(self, device: torch.device) -> tuple[Model, Optimizer]:
+        """The model and the optimizer just as they were when a last.pt was written."""
+        model = self._as_saved(device)
+        optimizer = build_optimizer(self.config.optimizer, model.parameters(), self.config.lr)
+        optimizer.load_state_dict(self.training["optimizer"])
+        return model, optimizer
+
+    def _as_saved(self, device: torch.device) -> Model:
         with torch.device("meta"):  # no random weights, only to be replaced
             model = build_model(self.config, self.dataset["num_items"])
         model.to_empty(device=device)
         model.load_state_dict(self.weights)
-        return model.eval()
+        return model
 
     def decoded_item_ids(self) -> np.ndarray:
         """Original ids, entry i - 1 for item i: int64, or str objects."""

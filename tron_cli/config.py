@@ -242,7 +242,8 @@ class ExperimentConfig:
     )
     limit_val_batches: float = _setting(
         1.0,
-        "validation sessions: a share up to 1.0, above it a number of batches of train_batch_size",
+        "validation sessions, evenly spaced over the split: a share up to 1.0, above it a number "
+        "of batches of train_batch_size",
         above=0,
     )
     eval_batch_size: int = _setting(512, "histories a forward pass in evaluation", low=1)

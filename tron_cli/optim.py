@@ -89,6 +89,11 @@ class Optimizer:
     def catch_up(self, weights: torch.Tensor, ids_U: torch.Tensor | None = None) -> None:
         """Bring rows of a table (None: all) to where the steps so far put them."""
 
+    def catch_up_all(self) -> None:
+        """Bring all parameters to where the steps so far put them, to evaluate with them."""
+        for weights in self.parameters:
+            self.catch_up(weights)
+
     def zero_grad(self) -> None:
         for weights in self.parameters:
             weights.grad = None

@@ -149,6 +149,8 @@ def differences_from_tron(config: ExperimentConfig) -> list[str]:
         differences.append(
             "bf16 on CUDA where it exists, float32 on CPU (TRON: precision=fp16, CUDA only)"
         )
+    if config.limit_val_batches != 1:
+        differences.append("validation sessions are evenly spaced (TRON: the first of the split)")
     if config.model == "gru4rec":
         differences.append("sessions under way at the end of an epoch go on (TRON: dropped)")
     else:

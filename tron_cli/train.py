@@ -80,8 +80,9 @@ def train(
     config = dataclasses.replace(config, val_metric=val_metric)
     dtype = _training_dtype(config.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    epochs_before = config.max_epochs
     if resume:
-        model, optimizer, progress = _saved(run_dir / LAST, config, device, scaler)
+        model, optimizer, progress, epochs_before = _saved(run_dir / LAST, device, scaler)
     else:
         _seed(config.seed, step=0)
         model = build_model(config, dataset.num_items).to(device)
@@ -117,6 +118,17 @@ def train(
             config.method, dataset.name, f"{len(sessions):,}", f"{dataset.num_items:,}",
             f"{parameters:,}", f"{steps_per_epoch:,}", device, str(dtype).removeprefix("torch."),
         )  # fmt: skip
+        if config.lr_schedule != "constant" and config.max_epochs != epochs_before:
+            old, new = (
+                _rate(config, progress.step, epochs * steps_per_epoch)
+                for epochs in (epochs_before, config.max_epochs)
+            )
+            log.warning(
+                "lr_schedule=%s is drawn anew for max_epochs=%s (before: %s): the learning rate "
+                "goes on at %.3g, not at %.3g; a run that begins with max_epochs=%s has no such "
+                "jump",
+                config.lr_schedule, config.max_epochs, epochs_before, new, old, config.max_epochs,
+            )  # fmt: skip
         while progress.step < total_steps:
             epoch = progress.step // steps_per_epoch
             if progress.step % steps_per_epoch == 0 and _out_of_patience(config, progress):
@@ -133,10 +145,7 @@ def train(
             for step in steps:
                 # Set the learning rate, and the seed of everything random in this step.
                 _seed(config.seed, step=step + 1)
-                rate = learning_rate(
-                    step, lr=config.lr, schedule=config.lr_schedule,
-                    warmup_steps=config.warmup_steps, total_steps=total_steps,
-                )  # fmt: skip
+                rate = _rate(config, step, total_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
 
@@ -182,8 +191,7 @@ def train(
 
             # Validate, keep the best, save.
             if progress.step == (epoch + 1) * steps_per_epoch:
-                for table in {model.item_table, model.item_embedding.weight}:
-                    optimizer.catch_up(table)
+                optimizer.catch_up_all()
                 with phase("validation"):
                     values = validate(model, validation, dataset, config, measures)
                 with phase("save"):
@@ -340,17 +348,26 @@ def _recorder(
     return CUDARecorder(device) if records else None
 
 
+def _rate(config: ExperimentConfig, step: int, total_steps: int) -> float:
+    return learning_rate(
+        step,
+        lr=config.lr,
+        schedule=config.lr_schedule,
+        warmup_steps=config.warmup_steps,
+        total_steps=total_steps,
+    )
+
+
 def _saved(
-    file: Path, config: ExperimentConfig, device: torch.device, scaler: torch.amp.GradScaler
-) -> tuple[Model, Optimizer, Progress]:
-    """What a run has come to; the scaler's state is put into `scaler`."""
+    file: Path, device: torch.device, scaler: torch.amp.GradScaler
+) -> tuple[Model, Optimizer, Progress, int]:
+    """Load the training state, and the max_epochs of so far; put the scaler's into `scaler`."""
     checkpoint = load_checkpoint(file)
-    model = checkpoint.build_model(device)
-    optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
-    optimizer.load_state_dict(checkpoint.training["optimizer"])
-    if checkpoint.training["scaler"]:  # else the run had none so far, and this one begins anew
+    model, optimizer = checkpoint.build_training(device)
+    if checkpoint.training["scaler"]:  # empty where the precision of so far needed none
         scaler.load_state_dict(checkpoint.training["scaler"])
-    return model, optimizer, Progress(**checkpoint.training["progress"])
+    progress = Progress(**checkpoint.training["progress"])
+    return model, optimizer, progress, checkpoint.config.max_epochs
 
 
 def training_splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Sessions, Sessions]:
@@ -370,11 +387,20 @@ def training_splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Session
     count = (
         math.ceil(limit * len(validation)) if limit <= 1 else int(limit) * config.train_batch_size
     )
-    return sessions, _first(validation, count)
+    return sessions, _spread(validation, count)
 
 
 def _first(sessions: Sessions, count: int) -> Sessions:
     return Sessions(sessions.items, sessions.offsets[: count + 1])
+
+
+def _spread(sessions: Sessions, count: int) -> Sessions:
+    """At most `count` sessions, evenly spaced: the first of a split are the earliest."""
+    if count >= len(sessions):
+        return sessions
+    rows = (2 * np.arange(count) + 1) * len(sessions) // (2 * count)
+    items = [sessions[row] for row in rows.tolist()]
+    return Sessions(np.concatenate(items), np.concatenate([[0], np.cumsum([*map(len, items)])]))
 
 
 def _seed(seed: int, *, step: int) -> None:
