@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import tempfile
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -158,11 +159,14 @@ def test_sequences_equal_brute_force(
     catalogue = list(dict.fromkeys(i for s in expected_train + expected_val for i in s))
     seen = [[item for item in items if item in catalogue] for items in long_test]
     expected_test = [items for items in seen if len(items) >= 2]
+    parts = [[items for items in part if items] for part in (train, val, test) if part is not None]
+    is_copied = any(one == other for one, other in combinations(parts, 2))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = [write_lines(folder / "train", train), write_lines(folder / "test", test)]
         val_file = None if val is None else write_lines(folder / "val", val)
-        if not expected_train or not expected_test or (val is not None and not any(val)):
+        has_no_val = val is not None and not any(val)
+        if not expected_train or not expected_test or has_no_val or is_copied:
             with pytest.raises(InputError):
                 prepare_sequences(*files, folder, "out", val=val_file)
             assert not (folder / "out").exists()
@@ -250,3 +254,19 @@ def test_larger_ids_are_bad_lines(tmp_path: Path, item: int) -> None:
         prepare_sequences(train, test, tmp_path, "out")
     dataset = prepare_sequences(train, test, tmp_path, "out", skip_bad_lines=True)
     assert dataset.item_ids.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("same", ["train test", "train val", "val test"])
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_identical_files_are_refused(tmp_path: Path, same: str, is_copy: bool) -> None:
+    files = {
+        name: write_lines(tmp_path / f"{name}.txt", [[1, 2], [2, 3], [3, first]] * 20)
+        for first, name in enumerate(("train", "val", "test"), 1)
+    }
+    one, other = same.split()
+    if is_copy:  # spelled otherwise
+        files[other].write_text(files[one].read_text().replace(" ", ",") + "\n")
+    else:
+        files[other] = files[one]
+    with pytest.raises(InputError, match=rf"{one}\.txt and .* hold the same sessions"):
+        prepare_sequences(files["train"], files["test"], tmp_path, "out", val=files["val"])

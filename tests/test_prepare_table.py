@@ -6,7 +6,10 @@ import base64
 import gzip
 import json
 import re
+import sys
+import tarfile
 import tempfile
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +29,11 @@ from tron_cli.dataset import Dataset
 from tron_cli.errors import InputError
 from tron_cli.prepare.columns import INTEGER, BadLines, read_parquet
 from tron_cli.prepare.table import TableColumns, prepare_table
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
@@ -250,6 +258,14 @@ def write_named(path: Path, rows: list[Row]) -> None:
     frame.select("user", "name", "item", "time", "kind").write_csv(path)
 
 
+CSV_HEAD = "user,item,time,kind\n"
+CSV = f"{CSV_HEAD}u,i,{START},view\n".encode()
+
+
+def write_csv_row(path: Path) -> None:
+    path.write_bytes(CSV)
+
+
 FORMATS: dict[str, Callable[[Path, list[Row]], Any]] = {
     "events.csv": write_csv,
     "events.csv.gz": gz(write_csv),
@@ -290,6 +306,90 @@ def test_every_format_gives_the_same_dataset(
     dataset = prepare_table(tmp_path / name, USER, tmp_path, "out")
     assert dataset.info["splits"] == expected.info["splits"]
     assert dataset.item_ids.tolist() == expected.item_ids.tolist()
+
+
+CONTENTS: dict[str, Callable[[Path, list[Row]], Any]] = {
+    "A.CSV": write_csv,
+    "a.txt": lambda path, rows: write_csv(path, rows, "\t"),
+    "a.log": lambda path, rows: write_csv(path, rows, "|"),
+    "a.tsv": write_csv,
+    "a": write_jsonl,
+    "a.JSONL": write_jsonl,
+    "json.csv": write_jsonl,
+    "a.json": write_jsonl,
+    "a.tsv.gz": gz(lambda path, rows: write_csv(path, rows, "\t")),
+    "gzip.csv": lambda path, rows: path.write_bytes(
+        gzip.compress(as_frame(rows).write_csv().encode())
+    ),
+    "a.csv.zst": lambda path, rows: path.write_bytes(
+        zstd.compress(as_frame(rows).write_csv().encode())
+    ),
+    "zstd.jsonl": lambda path, rows: path.write_bytes(
+        zstd.compress(as_frame(rows).write_ndjson().encode())
+    ),
+    "blank.csv": lambda path, rows: path.write_text("\n\r\n" + as_frame(rows).write_csv()),
+    "mark.csv": lambda path, rows: path.write_text("\ufeff" + as_frame(rows).write_csv()),
+    "mark.jsonl": lambda path, rows: path.write_text("\ufeff" + as_frame(rows).write_ndjson()),
+    "a.pq": lambda path, rows: as_frame(rows).write_parquet(path),
+    "parquet.csv": lambda path, rows: as_frame(rows).write_parquet(path),
+    # More of another separator in the header than of its own.
+    "names.csv": lambda path, rows: as_frame(rows).rename({"kind": "a;b;c;d;e"}).write_csv(path),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_file_is_read_as_what_it_is(tmp_path: Path, rng: np.random.Generator, name: str) -> None:
+    rows = shop(rng, users=50, days=4)
+    expected = prepare_table(write_csv(tmp_path / "plain", rows), USER, tmp_path, "expected")
+    CONTENTS[name](tmp_path / name, rows)
+    dataset = prepare_table(tmp_path / name, USER, tmp_path, "out")
+    assert dataset.info["splits"] == expected.info["splits"]
+
+
+def test_recboles_header_says_that_nothing_is_quoted(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    rows = shop(rng, users=50, days=4)
+    write_inter(tmp_path / "a.txt", [(user, f'"{item}', at, kind) for user, item, at, kind in rows])
+    items = prepare_table(tmp_path / "a.txt", USER, tmp_path, "out").item_ids.tolist()
+    assert all(item.startswith('"i') for item in items)
+
+
+def tar(path: Path, mode: str) -> None:
+    plain = write_csv(path.with_name("plain.csv"), [("u", "i", START, "view")])
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        archive.add(plain)
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.csv", CSV_HEAD)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "problem"),
+    [
+        ("a.tar", lambda path: tar(path, "w"), "is a tar archive: unpack it"),
+        ("a.tar.gz", lambda path: tar(path, "w:gz"), "is a tar archive: unpack it"),
+        ("a.csv.gz", lambda path: tar(path, "w:gz"), "is a tar archive: unpack it"),
+        ("a.tar.bz2", lambda path: tar(path, "w:bz2"), "is compressed by bzip2: decompress it"),
+        ("a.tar.xz", lambda path: tar(path, "w:xz"), "is compressed by xz: decompress it"),
+        ("a.csv", zipped, "is a zip archive"),
+        ("a.xlsx", zipped, "export CSV"),
+        ("a.parquet", write_csv_row, "is not a readable Parquet file"),
+        ("a.gz", lambda path: path.write_bytes(gzip.compress(b"")), "is empty"),
+        ("b.gz", lambda path: path.write_bytes(gzip.compress(CSV * 99)[:-9]), "corrupt gzip file"),
+        ("b.zst", lambda path: path.write_bytes(zstd.compress(CSV * 99)[:-9]), "corrupt zstd file"),
+        ("c.zst", lambda path: path.write_bytes(zstd.compress(CSV)[:9] + b"x" * 9), "corrupt zstd"),
+    ],
+)
+def test_files_that_must_be_unpacked_first_say_what_they_are(
+    tmp_path: Path, name: str, write: Callable[[Path], Any], problem: str
+) -> None:
+    write(tmp_path / name)
+    with pytest.raises(InputError, match=problem) as error:
+        prepare_table(tmp_path / name, USER, tmp_path, "out")
+    assert str(tmp_path / name) in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["events.csv", "events.jsonl", "events.parquet", "float.parquet"])
@@ -546,9 +646,6 @@ def test_wrong_options(tmp_path: Path, columns: TableColumns, problem: str) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["events.csv"]
 
 
-CSV_HEAD = "user,item,time,kind\n"
-
-
 @pytest.mark.parametrize(
     ("name", "line", "problem"),
     [
@@ -705,11 +802,9 @@ def test_other_encodings(tmp_path: Path, encoding: str) -> None:
 
 
 def test_files_that_are_no_tables(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(CSV_HEAD)
     (tmp_path / "b.csv").write_text(CSV_HEAD)
     (tmp_path / "c.csv").touch()
     for name, problem in (
-        ("a.txt", "expected a name that ends in .csv"),
         ("b.csv", "no readable line"),
         ("c.csv", "c.csv is empty"),
         ("d.csv", "is not a file"),
@@ -738,3 +833,46 @@ def test_recbole_movielens_100k(tmp_path: Path) -> None:
         assert unpack(dataset, split) == expected[split]
     test = dataset.split_info("test")
     assert test["sessions"] + test["lost_predictions"] == 943
+
+
+def test_a_json_array_is_named_in_a_short_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    for indent in (None, 1):
+        file.write_text(json.dumps(few([1, 2, 3]).to_dicts() * 500, indent=indent))
+        with pytest.raises(InputError, match=r"a\.jsonl is a JSON array: expected one object per"):
+            prepare_table(file, SESSION, tmp_path, "out", skip_bad_lines=True)
+
+
+def test_columns_of_json_are_found_as_those_of_csv(tmp_path: Path) -> None:
+    frame = few([1, 2, 3]).select(
+        pl.col("user").alias("sessionId"), pl.col("item").alias("item_id:token"), pl.col("time")
+    )
+    frame.write_ndjson(tmp_path / "a.jsonl")
+    columns = TableColumns("item_id", "Time", session="session_id")
+    assert prepare_table(tmp_path / "a.jsonl", columns, tmp_path, "out").num_items == 3
+    wrong = TableColumns("item", "time", session="sessionId")
+    problem = "no column 'item': its columns are sessionId, item_id:token, time"
+    with pytest.raises(InputError, match=problem):
+        prepare_table(tmp_path / "a.jsonl", wrong, tmp_path, "wrong")
+
+
+def test_keys_of_json_that_the_first_lines_lack(tmp_path: Path) -> None:
+    """Whoever logs no item leaves the key out."""
+    file = tmp_path / "a.jsonl"
+    page = json.dumps({"user": 1, "time": START, "kind": "page"}) + "\n"
+    few([1, 2, 3]).with_columns(kind=pl.lit("view")).write_ndjson(file)
+    file.write_text(page * 3000 + file.read_text())
+    columns = replace(SESSION, event="kind", keep_events=("view",))
+    assert prepare_table(file, columns, tmp_path, "out").num_items == 3
+
+
+def test_test_days_go_with_a_split_by_time(
+    tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    few([1, 2, 3, 1]).write_csv(tmp_path / "a.csv")
+    words = ["prepare", "table", "--input", tmp_path / "a.csv", "--item-col", "item"]
+    words += ["--time-col", "time", "--user-col", "user", "--data-dir", tmp_path]
+    words += ["--name", "out", "--split", "leave-one-out"]
+    code, _, error = command(*words, "--test-days", 1)
+    assert (code, "--test-days goes with a split by time" in error) == (2, True)
+    assert command(*words)[0] == 0

@@ -8,6 +8,8 @@ import random
 import shutil
 import socket
 import stat
+import sys
+import tarfile
 import threading
 import zipfile
 import zlib
@@ -25,6 +27,11 @@ from tron_cli.prepare import raw as raw_module
 from tron_cli.prepare.archive import unpack
 from tron_cli.prepare.download import download
 from tron_cli.prepare.raw import SOURCES, Source, describe, locate, open_raw
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 CONTENT = bytes(range(256)) * 4000  # about 1 MB
 CLICKS = b"1,2014-04-07T10:51:09.277Z,214536502,0\n" * 2000
@@ -318,6 +325,33 @@ def test_encrypted_archives(tmp_path: Path) -> None:
         archive.writestr(CLICKS, "clicks.dat")
     with pytest.raises(InputError, match="encrypted"):
         unpack(tmp_path / "a.7z", ["clicks.dat"], tmp_path / "out")
+
+
+def test_an_encrypted_zip_says_so(tmp_path: Path) -> None:
+    archive = make_zip(tmp_path / "a.zip", {"a.txt": CLICKS})
+    content = bytearray(archive.read_bytes())
+    content[6] |= 1  # in the member's own header
+    content[content.index(b"PK\x01\x02") + 8] |= 1  # and in the directory
+    archive.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.zip is encrypted: unpack it with its password"):
+        unpack(archive, ["a.txt"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("source", ["otto", "yoochoose", "ml1m"])
+def test_a_tar_archive_says_so(tmp_path: Path, source: str) -> None:
+    (tmp_path / "clicks").write_bytes(CLICKS)
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "clicks")
+    with pytest.raises(InputError, match=r"a\.tar\.gz is a tar archive: unpack it"):
+        locate(source, tmp_path / "a.tar.gz", tmp_path)
+
+
+def test_zstd_is_read_as_gzip_is(tmp_path: Path) -> None:
+    file = tmp_path / "yoochoose-clicks.dat.zst"
+    file.write_bytes(zstd.compress(CLICKS))
+    assert locate("yoochoose", tmp_path, tmp_path) == {"yoochoose-clicks.dat": file}
+    with open_raw(file) as content:
+        assert content.read() == CLICKS
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -37,7 +37,7 @@ class EASE(Baseline):
             raise InputError(
                 f"model=ease inverts a matrix of items x items, and {num_items:,} items would need "
                 f"{16 * num_items**2 / 1e9:,.0f} GB; it takes up to {MOST_ITEMS:,} items: prepare "
-                "the dataset with a larger --min-support, or take model=session_knn"
+                "the dataset with a larger --min-item-count, or take model=session_knn"
             )
         self.l2 = ease_l2
 

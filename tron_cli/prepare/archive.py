@@ -96,7 +96,7 @@ def _reading(archive: Path) -> Iterator[None]:
     except InputError:
         raise
     except PasswordRequired as error:
-        raise InputError(f"{archive} is encrypted: unpack it yourself, pass the folder") from error
+        raise _encrypted(archive) from error
     except OSError as error:
         if error.filename is not None or error.errno == errno.ENOSPC:  # ours: no right, no space
             raise InputError(f"unpacking {archive} failed: {error}") from error
@@ -104,6 +104,10 @@ def _reading(archive: Path) -> Iterator[None]:
     except Exception as error:
         # Damage shows as whatever it leads to in these libraries: struct, Type, Index, LZMA errors.
         raise _damaged(archive, error) from error
+
+
+def _encrypted(archive: Path) -> InputError:
+    return InputError(f"{archive} is encrypted: unpack it with its password, and pass the folder")
 
 
 def _damaged(archive: Path, error: Exception) -> InputError:
@@ -161,6 +165,8 @@ def _extract_zip(
             output = outputs.get(info.filename.replace("\\", "/"))
             if output is None:
                 continue
+            if info.flag_bits & 1:
+                raise _encrypted(archive)
             with content.open(info) as source, output.open("wb") as target:
                 while block := source.read(BLOCK):
                     target.write(block)

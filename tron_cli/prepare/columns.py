@@ -144,7 +144,7 @@ def read_delimited(
     names: list[str] | None = None,
     quoted: bool = False,
 ) -> Iterator[Columns]:
-    """The wanted columns of a delimited text file, plain or gzip, as strings.
+    """The wanted columns of a delimited text file, plain or compressed, as strings.
 
     names: the columns of a file without header line. quoted: double quotes may enclose fields,
     which may then hold separators and line breaks. Raises InputError where no line can be read.
@@ -179,7 +179,7 @@ def read_delimited(
 def read_json_lines(
     file: Path, wanted: list[str], bad: BadLines, ids: Collection[str] = ()
 ) -> Iterator[Columns]:
-    """Yield the wanted keys of a file with one JSON object a line, plain or gzip, as strings.
+    """Yield the wanted keys of a file with one JSON object a line, plain or compressed, as strings.
 
     ids: those of which a value that is no text, no exact number, true or false begins with
     NOT_TEXT.

@@ -21,7 +21,9 @@ app = typer.Typer(
 
 Raw = Annotated[
     Path | None,
-    typer.Option(help="The archive, its unpacked folder or the file (also .gz); else downloaded."),
+    typer.Option(
+        help="The archive, its unpacked folder or the file (also .gz, .zst); else downloaded."
+    ),
 ]
 Name = Annotated[str, typer.Option(help="Name of the dataset.")]
 DataDir = Annotated[Path, typer.Option(help="Folder of the prepared datasets.")]
@@ -202,7 +204,10 @@ def sequences(
 @app.command()
 def table(
     input_file: Annotated[
-        Path, typer.Option("--input", help="csv, tsv, inter, jsonl (also .gz) or parquet.")
+        Path,
+        typer.Option(
+            "--input", help="CSV, TSV, RecBole's .inter, JSON lines (also .gz, .zst) or Parquet."
+        ),
     ],
     item_col: Annotated[str, typer.Option(help="Column of the item ids.")],
     time_col: Annotated[str, typer.Option(help="Column of the times.")],
@@ -232,8 +237,9 @@ def table(
     split: Annotated[TableSplit, typer.Option(help="How to split.")] = TableSplit.time,
     val_days: ValDays = 1,
     test_days: Annotated[
-        float, typer.Option(min=0, help="Sessions that start in the last so many days test.")
-    ] = 1,
+        float | None,
+        typer.Option(min=0, help="Sessions that start in the last so many days test (default 1)."),
+    ] = None,
     min_session_length: Annotated[
         int, typer.Option(min=2, help="Drop sessions of fewer events (leave-one-out: at least 3).")
     ] = 2,

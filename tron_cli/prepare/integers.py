@@ -21,7 +21,7 @@ def read_integer_lines(
 
     Yields (numbers int64 [n], how many each line that has any holds, int64 [lines], these lines'
     numbers from 1, int64 [lines]). per_line: how many every line must hold. Blank lines are stepped
-    over; the file may be a gzip.
+    over; the file may be compressed.
     """
     for block, first_line in text_blocks(file):
         data = np.frombuffer(block, np.uint8)

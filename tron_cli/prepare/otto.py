@@ -28,7 +28,7 @@ from tron_cli.prepare.columns import MAX_LINE_BYTES, BadLines, text_blocks
 from tron_cli.prepare.events import drop_events, first_times, take_where
 from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.otto_lines import Clicks, read_clicks
-from tron_cli.prepare.raw import SOURCES, describe, is_gzip, locate
+from tron_cli.prepare.raw import SOURCES, describe, is_compressed, locate
 from tron_cli.prepare.split import DAY, WHY_LATE, sample_rows
 from tron_cli.prepare.write import check_books, dataset_path
 
@@ -421,7 +421,7 @@ class _Threads(ThreadPoolExecutor):
 
 
 class _RawFile:
-    """A file of JSON lines, plain or gzip."""
+    """A file of JSON lines, plain or compressed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -434,7 +434,7 @@ class _RawFile:
         Memory that is fresh from the system takes longer to get than to fill: put the blocks that
         are done with into `free`.
         """
-        if is_gzip(self.path):
+        if is_compressed(self.path):
             for text, _ in text_blocks(self.path):
                 block = self._block()
                 block[:] = text
@@ -473,7 +473,7 @@ class _RawFile:
 
     def description(self) -> dict[str, Any]:
         """What dataset.json records of the file, all blocks of which were read."""
-        if is_gzip(self.path):
+        if is_compressed(self.path):
             return describe(self.path)
         return {
             "file": self.path.name,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import re
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,23 @@ from tron_cli.errors import InputError
 from tron_cli.prepare.archive import is_archive, unpack
 from tron_cli.prepare.download import download
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+PARQUET_MAGIC = b"PAR1"
+_NO_TEXT = {
+    rb"PK\x03\x04": "a zip archive (or a workbook): unpack it (or export CSV)",
+    rb"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it",
+    rb"Rar!\x1a": "a rar archive: unpack it",
+    rb"BZh[1-9]1AY&SY": "compressed by bzip2: decompress it, or compress it by gzip or zstd",
+    rb"\xfd7zXZ\0": "compressed by xz: decompress it, or compress it by gzip or zstd",
+    rb".{257}ustar": "a tar archive: unpack it",
+    PARQUET_MAGIC: "a Parquet file, where text was expected",
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,7 @@ def locate(source: str, raw: Path | None, data_dir: Path) -> dict[str, Path]:
 
     raw: the archive, the unpacked folder (searched with its subfolders) or the file itself; without
     it DATA_DIR/raw/SOURCE is searched, then the source is downloaded to there. Returns the path of
-    every file in SOURCES[source].files, gzip-compressed or not: read them with `open_raw`. Raises
+    every file in SOURCES[source].files, compressed or not: read them with `open_raw`. Raises
     InputError where a file cannot be had, and says how to get it.
     """
     known = SOURCES[source]
@@ -108,7 +126,7 @@ def _from_raw(known: Source, raw: Path, folder: Path) -> dict[str, Path]:
         archive = _find_one(raw, known.downloads)
         if archive is None:
             raise InputError(
-                f"{raw} and its subfolders hold neither {wanted} (or .gz) nor "
+                f"{raw} and its subfolders hold neither {wanted} (or .gz, .zst) nor "
                 f"{known.downloads[0]}; get it from {known.page}"
             )
         raw = archive
@@ -116,22 +134,25 @@ def _from_raw(known: Source, raw: Path, folder: Path) -> dict[str, Path]:
         raise InputError(f"{raw} does not exist: expected {wanted}, its folder or its archive")
     if is_archive(raw):
         return unpack(raw, known.files, folder)
+    with open_raw(raw):
+        pass  # refuses other archives
     if len(known.files) == 1:
         return {known.files[0]: raw}
-    if raw.name.removesuffix(".gz") not in known.files:
+    name = raw.name.removesuffix(".gz").removesuffix(".zst")
+    if name not in known.files:
         raise InputError(
-            f"{raw} is not an archive and not named as expected: {wanted} (or .gz); "
+            f"{raw} is not an archive and not named as expected: {wanted} (or .gz, .zst); "
             "rename it, or pass the folder that holds them"
         )
     found = _search(known, raw.parent)
     if not found:
-        raise InputError(f"{raw.parent} must hold both {wanted} (or .gz), one of them is missing")
-    return found | {raw.name.removesuffix(".gz"): raw}
+        raise InputError(f"{raw.parent} must hold both {wanted} (or .gz, .zst), one is missing")
+    return found | {name: raw}
 
 
 def _search(known: Source, folder: Path) -> dict[str, Path] | None:
-    """All files of the source in a folder, plain or .gz; None where one is missing."""
-    found = {name: _find_one(folder, (name, name + ".gz")) for name in known.files}
+    """All files of the source in a folder, plain, .gz or .zst; None where one is missing."""
+    found = {name: _find_one(folder, (name, name + ".gz", name + ".zst")) for name in known.files}
     complete = {name: path for name, path in found.items() if path is not None}
     return complete if len(complete) == len(found) else None
 
@@ -153,35 +174,55 @@ def _find_one(folder: Path, names: tuple[str, ...]) -> Path | None:
     return None
 
 
-def is_gzip(path: Path) -> bool:
-    """Whether a file is gzip-compressed, by its first bytes."""
-    with path.open("rb") as file:
-        return file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+def first_bytes(path: Path) -> bytes:
+    """Return the first 512 bytes of a file; one that cannot be read raises InputError."""
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def is_compressed(path: Path) -> bool:
+    """Tell by its first bytes if `open_raw` decompresses a file."""
+    return first_bytes(path).startswith((GZIP_MAGIC, ZSTD_MAGIC))
 
 
 @contextmanager
 def open_raw(path: Path) -> Iterator[IO[bytes]]:
-    """Open a raw file for binary reading, decompressing gzip as it goes.
+    """Open a raw file for binary reading, decompressing gzip and zstd as it goes.
 
-    A file that cannot be read, or a truncated or corrupt gzip file, raises InputError, also while
-    it is being read within the `with` block.
+    A file that cannot be read, an archive, or a truncated or corrupt compressed file raises
+    InputError, also while it is being read within the `with` block.
     """
-    try:
-        compressed = is_gzip(path)
-        file = path.open("rb")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    with file:
-        if not compressed:
+    start = first_bytes(path)
+    _check_text(path, start)
+    with path.open("rb") as file:
+        if not start.startswith((GZIP_MAGIC, ZSTD_MAGIC)):
             yield file
             return
+        kind = "gzip" if start.startswith(GZIP_MAGIC) else "zstd"
         try:
-            with gzip.GzipFile(fileobj=file) as content:
+            with gzip.GzipFile(fileobj=file) if kind == "gzip" else _ZstdFile(file) as content:
+                _check_text(path, content.read(512))
+                content.seek(0)
                 yield content  # type: ignore[misc]
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
             raise InputError(
-                f"{path} is a truncated or corrupt gzip file ({error}); get it again"
+                f"{path} is a truncated or corrupt {kind} file ({error}); get it again"
             ) from error
+
+
+class _ZstdFile(zstd.ZstdFile):
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+        self.fileobj = file  # as GzipFile has it
+
+
+def _check_text(path: Path, start: bytes) -> None:
+    for magic, what in _NO_TEXT.items():
+        if re.match(magic, start, re.DOTALL):
+            raise InputError(f"{path} is {what}")
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ that the last training lines can validate.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,14 @@ def prepare_sequences(
         bad = BadLines(skip=skip_bad_lines, max_share=max_bad_share)
         steps = Steps()
         parts = [_read(file, bad) for file in files]
+        for (one, first), (other, second) in combinations(zip(files, parts, strict=True), 2):
+            if np.array_equal(first.items, second.items) and np.array_equal(
+                first.offsets, second.offsets
+            ):
+                raise InputError(
+                    f"{one} and {other} hold the same sessions: a model would be scored on what it "
+                    "has seen; give different files"
+                )
         bad.check_share(sum(map(len, parts)))
         distinct, positions = np.unique(
             np.concatenate([part.items for part in parts]), return_inverse=True

@@ -7,9 +7,12 @@ held out, so that nothing is trained on what comes after the first event that is
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +24,25 @@ from tron_cli.prepare.columns import (
     BadLines,
     Columns,
     Parser,
+    find_columns,
     read_delimited,
     read_json_lines,
     read_parquet,
 )
 from tron_cli.prepare.events import IdKeys, collect_events, split_at_gaps, to_sessions
 from tron_cli.prepare.filters import Cleaning, Steps, apply_filters, are_duplicates
-from tron_cli.prepare.raw import open_raw
+from tron_cli.prepare.raw import PARQUET_MAGIC, first_bytes, open_raw
 from tron_cli.prepare.split import Splits, by_start, sample_rows, split_by_time, split_last_items
 from tron_cli.prepare.times import TimeParser
 from tron_cli.prepare.write import dataset_path, in_order_of_appearance, write_splits
 
 DEFAULT_GAP = "30m"
+DEFAULT_TEST_DAYS = 1.0
 NULL_TOKENS = ("NULL", "null", "None", "NA", "N/A", "NaN", "nan", "\\N")  # of databases, pandas, R
 _MS_PER = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _SEPARATORS = ",;\t|"
+_TYPED = r"[^\t]+:(?:token|float)(?:_seq)?"
+_RECBOLE_HEADER = rf"{_TYPED}(?:\t{_TYPED})+"
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ def prepare_table(
     *,
     leave_one_out: bool = False,
     val_days: float = 1,
-    test_days: float = 1,
+    test_days: float | None = None,
     min_session_length: int = 2,
     min_item_count: int = 5,
     max_val_sessions: int = 100_000,
@@ -85,6 +92,11 @@ def prepare_table(
     Before them come the cleanings that are asked for; see `Cleaning`.
     """
     gap = _checked_gap(columns, leave_one_out)
+    if leave_one_out and test_days is not None:
+        raise InputError(
+            "--test-days goes with a split by time; leave-one-out tests on the last event of each"
+        )
+    test_days = DEFAULT_TEST_DAYS if test_days is None else test_days
     cleaning = Cleaning(drop_duplicates, collapse_repeats, max_session_length)
     _check_lengths(max_session_length, min_session_length, leave_one_out)
     with DatasetWriter(dataset_path(data_dir, name, input_file), force=force) as writer:
@@ -250,26 +262,37 @@ class _TableReader:
             )
 
     def _blocks(self, wanted: list[str]) -> Iterator[Columns]:
-        kind = Path(self.file.name.removesuffix(".gz")).suffix
-        if kind in (".csv", ".tsv", ".inter"):
-            separator = _separator(self.file)
-            quoted = kind != ".inter"  # RecBole's files have no quoting
-            return read_delimited(self.file, wanted, self.bad, separator=separator, quoted=quoted)
-        if kind in (".jsonl", ".ndjson"):
-            return read_json_lines(self.file, wanted, self.bad, ids=wanted[:2])
-        if kind == ".parquet":
+        """Read the file as what it is, whatever its name says."""
+        suffix = self.file.suffix.lower()
+        if first_bytes(self.file).startswith(PARQUET_MAGIC) or suffix == ".parquet":
             return read_parquet(self.file, wanted)
-        raise InputError(
-            f"{self.file}: expected a name that ends in .csv, .tsv, .inter, .jsonl, .ndjson "
-            "(or one of these and .gz) or .parquet"
+        header = _header(self.file)
+        if header.startswith(("{", "[")):
+            return read_json_lines(self.file, wanted, self.bad, ids=wanted[:2])
+        # RecBole's files have no quoting.
+        is_recbole = suffix == ".inter" or re.fullmatch(_RECBOLE_HEADER, header) is not None
+        separator = "\t" if is_recbole else _separator(self.file, header, wanted)
+        return read_delimited(
+            self.file, wanted, self.bad, separator=separator, quoted=not is_recbole
         )
 
 
-def _separator(file: Path) -> str:
-    """The separator that the header line holds most often."""
+def _header(file: Path) -> str:
+    """Return the first line that is not blank, without its end."""
     with open_raw(file) as content:
-        header = content.readline(1 << 16).decode(errors="replace")
-    return max(_SEPARATORS, key=header.count)
+        lines = iter(partial(content.readline, 1 << 16), b"")
+        header = next((line for line in lines if line.strip(b"\r\n")), b"")
+    return header.removeprefix(b"\xef\xbb\xbf").decode(errors="replace").strip("\r\n")
+
+
+def _separator(file: Path, header: str, wanted: list[str]) -> str:
+    """Return the separator that the header has most often of those that give the wanted columns."""
+    by_count = sorted(_SEPARATORS, key=header.count, reverse=True)
+    for separator in by_count:
+        with suppress(InputError, csv.Error):
+            find_columns(file, next(csv.reader([header], delimiter=separator)), wanted)
+            return separator
+    return by_count[0]
 
 
 def _ids(column: pl.Series) -> pl.Series:
