@@ -181,6 +181,34 @@ def test_few_items_are_in_doubt() -> None:
     assert float(compared.in_doubt_E.float().mean()) < 5
 
 
+@needs_triton
+@runs_kernels
+@pytest.mark.parametrize("capacity", [1, 7, 1 << 14])
+def test_counting_ends_when_the_list_is_full(
+    capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All items tie with the target: each of the programs notices at its first item too many."""
+    monkeypatch.setattr(rank_kernel, "_CAPACITY", capacity)
+    monkeypatch.setattr(rank_kernel, "_multiprocessors", lambda device: 3)
+    items, events = 900, 5
+    table, hidden = torch.ones(items + 1, 8, device=DEVICE), torch.ones(events, 8, device=DEVICE)
+    hidden[1], hidden[2] = 0, torch.tensor([3, -3] * 4)
+    score = (hidden.double() * table[1].double()).sum(dim=1)
+    found = rank_kernel.CoarseTable(table).compare(hidden, score)
+    listed = min(capacity, items)
+    assert found.in_doubt_EN.shape == (events, listed)
+    assert found.ahead_E.tolist() == [0] * events
+    programs = 4 * 3
+    for event in range(events):
+        count = int(found.in_doubt_E[event])
+        assert count == items if capacity > items else capacity < count <= capacity + programs
+        ids = found.in_doubt_EN[event].tolist()
+        assert len(set(ids)) == listed
+        assert set(ids) <= set(range(1, items + 1))
+    target_E = torch.arange(1, events + 1, device=DEVICE)
+    assert Catalogue(table).ranks(hidden, target_E).tolist() == [items] * events
+
+
 @on_cuda
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_the_chunked_path_is_the_oracle_at_size(offset: float) -> None:

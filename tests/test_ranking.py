@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import subprocess
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tron_cli import ranking
+from tron_cli import rank_kernel, ranking
 from tron_cli.errors import RunError
 from tron_cli.ranking import Catalogue, SeenItems
 
@@ -240,3 +243,100 @@ def test_ranks_do_not_depend_on_which_events_are_ranked_together() -> None:
     together = catalogue.ranks(hidden, targets)
     alone = torch.cat([catalogue.ranks(hidden[e : e + 1], targets[e : e + 1]) for e in range(64)])
     assert together.tolist() == alone.tolist()
+
+
+# --- kernels that do not run ----------------------------------------------------------------------
+
+
+class BrokenKernel:
+    """Stands for `rank_kernel.CoarseTable` where Triton fails at the first call of a kernel."""
+
+    error: Exception
+    scores_first = False
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self._table = table
+
+    def pair_scores(self, hidden: torch.Tensor, event: torch.Tensor, item: torch.Tensor) -> Any:
+        if self.scores_first:
+            return (hidden[event].double() * self._table[item].double()).sum(dim=1)
+        raise self.error
+
+    def compare(self, hidden: torch.Tensor, score: torch.Tensor) -> Any:
+        raise self.error
+
+
+@pytest.fixture
+def broken_kernel(monkeypatch: pytest.MonkeyPatch) -> type[BrokenKernel]:
+    monkeypatch.setattr(rank_kernel, "_has_failed", False)
+    monkeypatch.setattr(rank_kernel, "usable", lambda device: not rank_kernel._has_failed)
+    monkeypatch.setattr(rank_kernel, "CoarseTable", BrokenKernel)
+    monkeypatch.setattr(BrokenKernel, "scores_first", False)
+    return BrokenKernel
+
+
+@pytest.mark.parametrize("scores_first", [False, True])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+            "RuntimeError: Failed to find C compiler. Please specify via CC environment variable.",
+        ),
+        (
+            subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+            "CalledProcessError: Command '['gcc', 'main.c']' returned non-zero exit status 1.",
+        ),
+        (
+            PermissionError(13, "Permission denied", "/root/.triton"),
+            "PermissionError: [Errno 13] Permission denied: '/root/.triton'",
+        ),
+        (AssertionError("libcuda.so cannot found!\nhelp"), "AssertionError: libcuda.so cannot fo"),
+    ],
+    ids=["no compiler", "compiler fails", "no cache", "no driver"],
+)
+def test_ranks_go_on_without_a_kernel_that_does_not_compile(
+    broken_kernel: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    reason: str,
+    scores_first: bool,
+) -> None:
+    """Here and in every later catalogue of the process; one warning says why."""
+    monkeypatch.setattr(broken_kernel, "error", error, raising=False)
+    monkeypatch.setattr(broken_kernel, "scores_first", scores_first)
+    rng = np.random.default_rng(0)
+    table = with_ties(rng, 30, 6)
+    hidden = torch.from_numpy(rng.standard_normal((9, 6)).astype(np.float32))
+    targets = rng.integers(1, 31, 9).tolist()
+    with caplog.at_level(logging.WARNING, "tron"):
+        assert Catalogue(table)._kernel is not None
+        check(hidden, table, targets)
+        check(hidden, table, targets, [{1, 2}] * 9)
+    assert Catalogue(table)._kernel is None
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith(
+        f"ranks are computed without the Triton kernel, more slowly: {reason}"
+    )
+    assert "\n" not in message
+
+
+def test_a_kernel_that_runs_out_of_memory_is_no_kernel_that_does_not_compile(
+    broken_kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broken_kernel, "error", torch.OutOfMemoryError("no"), raising=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        Catalogue(torch.ones(4, 2)).ranks(torch.ones(1, 2), torch.tensor([1]))
+    assert not rank_kernel._has_failed
+
+
+def test_which_cards_the_kernels_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = {0: (7, 5), 1: (8, 0), 2: (9, 0)}  # T4, A100, H100
+    monkeypatch.setattr(rank_kernel, "triton", object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capabilities[d.index])
+    cards = [torch.device("cuda", index) for index in capabilities]
+    assert [rank_kernel.usable(card) for card in cards] == [False, True, True]
+    assert not rank_kernel.usable(torch.device("cpu"))
+    monkeypatch.setattr(rank_kernel, "_has_failed", True)
+    assert not any(rank_kernel.usable(card) for card in cards)

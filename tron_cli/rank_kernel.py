@@ -15,6 +15,7 @@ Shapes: E events, D width of the table, K the same rounded up, I items, P (event
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -31,23 +32,42 @@ _BLOCK_P = 16
 _WAVES = 4  # programs for each multiprocessor, so that the last ones to end are short
 _LARGEST_EXPONENT = 8  # entries are scaled below 2^8: sums stay in range, few entries underflow
 
+log = logging.getLogger("tron")
+
+_has_failed = False
+
 
 def usable(device: torch.device) -> bool:
-    """Whether the kernels run on `device`: an NVIDIA card with float16 tensor cores, and Triton."""
+    """Whether the kernels run on `device`: an NVIDIA card with float16 tensor cores, and Triton.
+
+    False once `give_up` was called.
+    """
     return (
         triton is not None
+        and not _has_failed
         and device.type == "cuda"
         and torch.version.hip is None
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
+def give_up(error: Exception) -> None:
+    """Use the kernels no more in this process, and say why in the log."""
+    global _has_failed
+    _has_failed = True
+    reason = str(error).strip().partition("\n")[0][:300]
+    log.warning(
+        "ranks are computed without the Triton kernel, more slowly: %s: %s",
+        type(error).__name__, reason,
+    )  # fmt: skip
+
+
 class Comparison(NamedTuple):
     """What the coarse pass knows of each event.
 
     ahead_E: int64, items that certainly score higher than the target. in_doubt_E: int64, how many
-    may or may not, the target among them. in_doubt_EN: int32, their ids in no order; those of an
-    event with more than N are incomplete.
+    may or may not, the target among them. in_doubt_EN: int32, their ids in no order. Of an event
+    with more than N in doubt, the list is incomplete and the counting ends soon after N.
     """
 
     ahead_E: torch.Tensor
@@ -225,7 +245,10 @@ if triton is not None:
                     mask=(near_E > 0) & (place_E < CAPACITY),
                 )
                 near_EI = near_EI & (item_I[None, :] != last_E[:, None])
-                near_E -= 1
+                # A full list says all there is to say: nothing is near that event any more.
+                is_full_E = (near_E > 0) & (place_E >= CAPACITY)
+                below_E = tl.where(is_full_E, float("inf"), below_E)
+                near_E = tl.where(is_full_E, 0, near_E - 1)
         tl.atomic_add(ahead_ptr + event_E, ahead_E, mask=is_event_E)
 
     @triton.jit

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -32,6 +34,7 @@ _LIST_ELEMENTS = 1 << 24  # scores held at once for lists of the best items, of 
 _PAIRS_AT_ONCE = 1 << 10
 _ROWS_AT_ONCE = 1 << 12
 _SPARE_CANDIDATES = 32  # beyond the last place asked for, in case rounding swapped some
+_T = TypeVar("_T")
 _NO_RANKS = "no rank can be given; train again with a lower lr or with clip_norm"
 
 
@@ -84,8 +87,9 @@ class Catalogue:
         self, hidden_ED: torch.Tensor, event_P: torch.Tensor, item_P: torch.Tensor
     ) -> torch.Tensor:
         """float64 [P]: scores of items at events, within `_relative_bound` of float64."""
-        if self._kernel is not None:
-            return self._kernel.pair_scores(hidden_ED, event_P, item_P)
+        by_kernel = self._by_kernel(lambda kernel: kernel.pair_scores(hidden_ED, event_P, item_P))
+        if by_kernel is not None:
+            return by_kernel
         scores = [
             (hidden_ED[event].double() * self.table[item].double()).sum(dim=1)
             for event, item in zip(
@@ -93,6 +97,23 @@ class Catalogue:
             )
         ]
         return torch.cat(scores) if scores else hidden_ED.new_zeros(0, dtype=torch.float64)
+
+    def _by_kernel(self, compute: Callable[[rank_kernel.CoarseTable], _T]) -> _T | None:
+        """What the kernel computes; None without one, or where it turns out not to run here.
+
+        Triton compiles a kernel when it is first called, for which it needs a C compiler, a folder
+        to write to, and a card that it knows.
+        """
+        if self._kernel is None:
+            return None
+        try:
+            return compute(self._kernel)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self._kernel = None
+            rank_kernel.give_up(error)
+            return None
 
     def _relative_bound(self, dtype: torch.dtype) -> float:
         """g such that a dot product computed in `dtype` errs by at most g * |h| * |e|.
@@ -148,12 +169,11 @@ class Catalogue:
 
         The target is in doubt with itself.
         """
-        compare = self._compare_in_chunks if self._kernel is None else self._compare_in_kernel
         pieces = max(1, math.ceil(len(events.target_E) / _EVENTS_AT_ONCE))
         size = max(1, math.ceil(len(events.target_E) / pieces))
         ahead, event, item = [], [], []
         for low in range(0, size * pieces, size):
-            ahead_e, event_P, item_P = compare(events[low : low + size])
+            ahead_e, event_P, item_P = self._compare_in_kernel(events[low : low + size])
             ahead.append(ahead_e)
             event.append(event_P + low)
             item.append(item_P)
@@ -162,9 +182,12 @@ class Catalogue:
     def _compare_in_kernel(
         self, events: _Events
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `_compare_in_chunks`, which takes the events that have too many items in doubt."""
-        assert self._kernel is not None
-        ahead_E, near_count_E, near_item_EN = self._kernel.compare(events.hidden_ED, events.score_E)
+        """As `_compare_in_chunks`, which takes the events that have too many items in doubt, and
+        all events where there is no kernel."""
+        compared = self._by_kernel(lambda kernel: kernel.compare(events.hidden_ED, events.score_E))
+        if compared is None:
+            return self._compare_in_chunks(events)
+        ahead_E, near_count_E, near_item_EN = compared
         open_E = near_count_E > near_item_EN.shape[1]
         near_count_E = near_count_E.masked_fill(open_E, 0)
         event_P = torch.repeat_interleave(near_count_E)
