@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import pack_sessions, tiny_settings, write_dataset
 
-from tron_cli import rank_kernel
+from tron_cli import cli, rank_kernel
 from tron_cli import train as training
 from tron_cli.batches import Batch, prepared_ahead, training_batch
 from tron_cli.config import ExperimentConfig
@@ -179,6 +179,21 @@ def test_the_training_loop_gives_the_same_with_and_without_graphs(tmp_path: Path
         figures.append(float(best.stem.rpartition("=")[2]))
     assert figures[0] == pytest.approx(figures[1], abs=0.02)
     assert min(figures) > 0.9
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_all_of_a_run_is_on_the_card_that_was_named(tmp_path: Path) -> None:
+    """Graphs, pinned batches and the kernel of ranks included."""
+    rows = [list(map(int, row)) for row in map(cyclic_sessions(200).__getitem__, range(200))]
+    dataset = write_dataset(tmp_path, train=rows, val=rows[:50], num_items=ITEMS)
+    before = torch.cuda.memory_allocated(0)
+    try:
+        device = cli._device("cuda:1")
+        best = training.train(settings(max_epochs=10), dataset, tmp_path / "run", device=device)
+    finally:
+        torch.cuda.set_device(0)
+    assert float(best.stem.rpartition("=")[2]) > 0.9
+    assert torch.cuda.memory_allocated(0) == before
 
 
 @pytest.mark.skipif(

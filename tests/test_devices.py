@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_settings, write_dataset
 
+from tron_cli import cli
 from tron_cli import train as training
-from tron_cli.errors import RunError
+from tron_cli.config import ExperimentConfig
+from tron_cli.errors import InputError, RunError
 from tron_cli.evaluate import _float32_arithmetic
+from tron_cli.fit import fit
 
 CPU = torch.device("cpu")
 
@@ -46,6 +52,72 @@ def test_bf16_is_chosen_where_the_hardware_has_it(
     assert training._training_dtype("bf16", device) is torch.bfloat16
     assert training._training_dtype("float32", device) is torch.float32
     assert training._training_dtype("auto", CPU) is torch.float32
+
+
+# --- --device -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_cards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.device]]:
+    """A machine with two CUDA devices; what was asked of them."""
+    asked: list[tuple[str, torch.device]] = []
+
+    def zeros(*shape: int, device: torch.device) -> None:
+        asked.append(("zeros", device))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(("set", device)))
+    monkeypatch.setattr(torch, "zeros", zeros)
+    return asked
+
+
+def test_the_device_that_is_named_becomes_the_current_one(two_cards: list[Any]) -> None:
+    """Before anything is put on it: graphs, streams and Triton's kernels use the current one."""
+    device = torch.device("cuda", 1)
+    assert cli._device("cuda:1") == device
+    assert two_cards == [("set", device), ("zeros", device)]
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cpu"])
+def test_without_a_number_the_current_device_stays(two_cards: list[Any], name: str) -> None:
+    assert cli._device(name).index is None
+    assert [what for what, _ in two_cards] == ["zeros"]
+
+
+@pytest.mark.parametrize("name", ["cuda:2", "cuda:7"])
+def test_a_device_that_does_not_exist_is_refused(two_cards: list[Any], name: str) -> None:
+    with pytest.raises(InputError) as error:
+        cli._device(name)
+    assert str(error.value) == f"--device {name} does not exist here; there is cuda:0, cuda:1"
+    assert two_cards == []
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "compare"])
+def test_every_command_that_computes_chooses_its_device_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    """Before it computes; each is stopped there."""
+
+    class ChosenError(Exception):
+        pass
+
+    def choose(name: str) -> torch.device:
+        assert name == "cuda:1"
+        raise ChosenError
+
+    dataset = write_dataset(tmp_path, train=[[1, 2, 3]] * 4, val=[[1, 2]], test=[[1, 2]])
+    checkpoint = fit(
+        ExperimentConfig(**tiny_settings(model="popular")), dataset, tmp_path / "run"
+    )  # fmt: skip
+    monkeypatch.setattr(cli, "_device", choose)
+    words = {
+        "train": ["--config", "config_synthetic", "dataset_name=tiny"],
+        "evaluate": [str(checkpoint)],
+        "compare": [str(checkpoint), str(checkpoint)],
+    }
+    with pytest.raises(ChosenError):
+        cli.app([command, *words[command], "--data-dir", str(tmp_path), "--device", "cuda:1"])
 
 
 # --- evaluation in float32 ------------------------------------------------------------------------

@@ -470,5 +470,6 @@ def test_the_accelerator_says_what_device_auto_means(
 ):
     """On a machine with a GPU; another --device wins."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.zeros", lambda *shape, device: None)
     path = written(tmp_path, tron_json({"accelerator": accelerator}))
     assert training_device(option, path).type == expected

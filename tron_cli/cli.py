@@ -518,10 +518,18 @@ def _device(name: str) -> torch.device:
 
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    chosen = name
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(chosen)
+        if device.index is not None and torch.cuda.is_available():
+            count = torch.cuda.device_count()
+            if device.index >= count:
+                there = ", ".join(f"cuda:{index}" for index in range(count))
+                raise InputError(f"--device {name} does not exist here; there is {there}")
+            # Graphs, streams and Triton's kernels are those of the current device.
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
