@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars
 import pytest
 import torch
 from conftest import pack_sessions, random_sessions, tiny_settings, write_dataset
@@ -26,6 +27,8 @@ from tron_cli.errors import InputError
 from tron_cli.evaluate import predict
 from tron_cli.models import build_model
 from tron_cli.models.sasrec import SASRec
+from tron_cli.prepare.table import TableColumns, prepare_table
+from tron_cli.report import evaluation_text
 
 CPU = torch.device("cpu")
 TRAIN = [[1, 2, 3], [4, 5]]
@@ -281,6 +284,73 @@ def test_events_lost_in_preparation_are_also_counted_as_misses(tmp_path: Path) -
     assert report["left_out"]["lost_predictions"] == 17
     limited = assess(checkpoint, data, EvaluationOptions(metrics="R@5", limit_sessions=5), CPU)
     assert "value_with_lost_as_misses" not in limited["metrics"]["R@5"]
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_the_error_with_lost_events_as_misses_is_clustered_by_the_sessions_that_lost_them(
+    tmp_path: Path, shuffled: bool
+) -> None:
+    """From the raw log: an event without a predicted row is a miss of its session."""
+    rng = np.random.default_rng(4)
+    lengths: dict[int, int] = {}  # of the test sessions
+    lines = []
+    for visit in range(400):
+        length = int(rng.integers(1, 7))
+        for step in range(length):
+            unseen = visit > 250 and rng.random() < 0.3
+            item = 90 + rng.integers(9) if unseen else rng.integers(8)
+            lines.append(f"{visit},i{item},{1_700_000_000 + visit * 1000 + step}")
+        if visit > 250:
+            lengths[visit] = length
+    if shuffled:  # so that the sessions of the file are not in the order of their start
+        lines = [lines[row] for row in rng.permutation(len(lines))]
+    (tmp_path / "log.csv").write_text("\n".join(["session,item,time", *lines]) + "\n")
+    data = prepare_table(
+        tmp_path / "log.csv", TableColumns("item", "time", session="session"), tmp_path, "shop",
+        test_days=148_500 / 86_400, val_days=0.5, min_item_count=1,
+    )  # fmt: skip
+    checkpoint = random_checkpoint(data, tmp_path / "model.pt")
+    options = EvaluationOptions(
+        metrics="RR@5", full_sessions=True, per_event=tmp_path / "events.parquet"
+    )
+    report = assess(checkpoint, data, options, CPU)
+    totals = {visit: 0.0 for visit, length in lengths.items() if length > 1}
+    events = {visit: lengths[visit] - 1 for visit in totals}
+    for row in polars.read_parquet(tmp_path / "events.parquet").to_dicts():
+        totals[row["session"]] += 1 / row["rank"] if row["rank"] <= 5 else 0
+    count, groups = sum(events.values()), len(totals)
+    mean = sum(totals.values()) / count
+    squares = sum((totals[visit] - events[visit] * mean) ** 2 for visit in totals)
+    assert report["left_out"]["lost_predictions"] == count - report["events"] > 100
+    assert groups > report["sessions"]
+    figure = report["metrics"]["RR@5"]
+    assert figure["value_with_lost_as_misses"] == pytest.approx(mean)
+    assert figure["stderr_with_lost_as_misses"] == pytest.approx(
+        np.sqrt(groups / (groups - 1) * squares) / count
+    )
+    lost_file = data.path / "test" / "lost_predictions.npy"
+    lost_file.unlink()  # as earlier versions prepared it
+    older = assess(checkpoint, data, options, CPU)
+    assert older["metrics"]["RR@5"] == {**figure, "stderr_with_lost_as_misses": None}
+    assert "for its error, prepare the dataset again" in evaluation_text(older)
+    np.save(lost_file, np.ones(3, np.int32))
+    with pytest.raises(InputError, match=r"lost_predictions\.npy of the test split .* is damaged"):
+        assess(checkpoint, data, options, CPU)
+
+
+def test_each_lost_prediction_of_leave_one_out_data_is_a_session(tmp_path: Path) -> None:
+    test = [[1, 2, 3], [4, 5], [2, 1], [3, 3]]
+    data = write_dataset(
+        tmp_path, train=TRAIN, test=test, protocol="last-item", lost_predictions=3, num_items=6
+    )
+    checkpoint = random_checkpoint(data, tmp_path / "model.pt")
+    figure = assess(checkpoint, data, EvaluationOptions(metrics="RR@5"), CPU)["metrics"]["RR@5"]
+    ranks = predict(checkpoint.build_model(CPU), pack_sessions(test), protocol="last-item").rank_E
+    values = [*np.where(ranks <= 5, 1 / ranks, 0), 0, 0, 0]
+    assert figure["value_with_lost_as_misses"] == pytest.approx(np.mean(values))
+    assert figure["stderr_with_lost_as_misses"] == pytest.approx(
+        np.std(values, ddof=1) / np.sqrt(7)
+    )
 
 
 def test_lost_events_count_as_misses_only_where_whole_sessions_are_predicted(

@@ -14,7 +14,7 @@ import pytest
 from ir_measures import Qrel, ScoredDoc
 
 from tron_cli.errors import InputError
-from tron_cli.metrics import Figure, parse_measures, score
+from tron_cli.metrics import Figure, figures, parse_measures, score, values_by_rank
 
 MEASURES = "R@1 R@5 R@20 R@50 RR@10 RR@20 nDCG@5 nDCG@10 Success@1 Success@3 P@10 AP@10 Judged@10"
 if shutil.which("perl"):  # ir-measures runs these two in a perl script
@@ -98,6 +98,16 @@ def test_stderr_equals_a_bootstrap_over_sessions() -> None:
         sums = np.bincount(sessions, weights=gain)
         bootstrap = ((drawn @ sums) / (drawn @ lengths)).std()
         assert figures[name].stderr == pytest.approx(bootstrap, rel=0.06), name
+
+
+def test_lost_events_are_misses_of_their_sessions() -> None:
+    """Session 1 has lost events only, session 3 none of either."""
+    ranks, sessions, lost = np.array([1, 2, 9]), np.array([0, 2, 2]), np.array([2, 1, 0, 0])
+    value_of = values_by_rank(parse_measures("RR@5"))
+    figure = figures(value_of, ranks, sessions, lost)["RR@5"]
+    # Sums 1, 0, 0.5 of 3, 1, 2 events at the mean 0.25: residuals 0.25, -0.25, 0.
+    assert figure.value == pytest.approx(1.5 / 6)
+    assert figure.stderr == pytest.approx(math.sqrt(3 / 2 * (0.25**2 + 0.25**2)) / 6)
 
 
 def test_stderr_of_one_session_is_unknown() -> None:

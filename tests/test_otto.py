@@ -267,8 +267,16 @@ def plain_protocol(train: list[Session], test: list[Session], val_days: float) -
         "late_events": sum(map(len, early)) - sum(len(s) for s in cut if len(s) >= 2),
         "test": final,
         "unseen_events": sum(map(len, test_clicks)) - sum(map(len, known)),
-        "lost_predictions": sum(max(len(s) - 1, 0) for s in test_clicks)
-        - sum(len(s) - 1 for s in final),
+        "lost_of_kept": [
+            len(before) - len(after)
+            for before, after in zip(test_clicks, known, strict=True)
+            if len(after) >= 2
+        ],
+        "lost_of_others": [
+            len(before) - 1
+            for before, after in zip(test_clicks, known, strict=True)
+            if len(after) < 2 <= len(before)
+        ],
     }
 
 
@@ -299,7 +307,12 @@ def assert_follows(
     unseen_in_val = sum(aid not in trained for session in val for aid, _, _ in session)
     assert dataset.split_info("val")["events_unseen_in_train"] == unseen_in_val
     assert dataset.split_info("test")["unseen_events"] == plain["unseen_events"]
-    assert dataset.split_info("test")["lost_predictions"] == plain["lost_predictions"]
+    lost = plain["lost_of_kept"] + plain["lost_of_others"]
+    assert dataset.split_info("test")["lost_predictions"] == sum(lost)
+    lost_of_sessions = dataset.lost_of_sessions("test")
+    assert lost_of_sessions is not None
+    assert lost_of_sessions[: len(lost)].tolist() == lost
+    assert not lost_of_sessions[len(lost) :].any()
     assert info["training_period"] == {
         "sessions": len(plain["period"]),
         "events": sum(map(len, plain["period"])),

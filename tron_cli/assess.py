@@ -17,7 +17,7 @@ from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
 from tron_cli.evaluate import predict
 from tron_cli.events import Predictions, ranges
-from tron_cli.metrics import Figure, figures, parse_measures, values_by_rank
+from tron_cli.metrics import figures, parse_measures, values_by_rank
 from tron_cli.slices import KINDS, sliced_figures
 from tron_cli.trec import check_writable, write_qrels, write_run
 
@@ -88,11 +88,13 @@ def assess(
     found = figures(value_of, predictions.rank_E, predictions.session_E)
     events = len(predictions.rank_E)
     absent = left_out(dataset, options.split, protocol, sessions, events)
-    lost_as_misses = absent["lost_predictions"] if absent["earlier_events"] == 0 else 0
+    metrics: dict[str, dict[str, float | None]] = {
+        name: asdict(figure) for name, figure in found.items()
+    }
+    if absent["lost_predictions"] and not absent["earlier_events"]:
+        _add_lost(metrics, value_of, predictions, dataset, options.split)
     report: dict[str, Any] = {
-        "metrics": {
-            name: _with_lost(figure, events, lost_as_misses) for name, figure in found.items()
-        },
+        "metrics": metrics,
         "protocol": protocol,
         "split": options.split,
         "events": events,
@@ -275,11 +277,26 @@ def _write_files(
         write_event_table(options.per_event, predictions, item_ids, session_ids, user_ids)
 
 
-def _with_lost(figure: Figure, events: int, lost: int) -> dict[str, float | None]:
-    shown: dict[str, float | None] = {"value": figure.value, "stderr": figure.stderr}
-    if lost:
-        shown["value_with_lost_as_misses"] = figure.value * events / (events + lost)
-    return shown
+def _add_lost(
+    metrics: dict[str, dict[str, float | None]],
+    value_of: dict[str, np.ndarray],
+    predictions: Predictions,
+    dataset: Dataset,
+    split: str,
+) -> None:
+    """Add figures that count predictions lost in preparation as misses, of the whole split.
+
+    Their standard error, clustered by session, is None where the dataset does not say which
+    sessions lost them.
+    """
+    lost = dataset.lost_of_sessions(split)
+    known = lost is not None
+    if lost is None:  # in whichever session they are, the mean is the same
+        lost = np.array([dataset.split_info(split)["lost_predictions"]])
+    found = figures(value_of, predictions.rank_E, predictions.session_E, lost)
+    for name, figure in found.items():
+        metrics[name]["value_with_lost_as_misses"] = figure.value
+        metrics[name]["stderr_with_lost_as_misses"] = figure.stderr if known else None
 
 
 def _positions(config: ExperimentConfig, one_pass: bool) -> str:

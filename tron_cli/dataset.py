@@ -9,6 +9,9 @@
         train|val|test/session_ids.npy    int64, original id of each session, where it has one; or
         train|val|test/session_ids.txt    UTF-8, one a line, where not all are integers, and
         train|val|test/session_ids_offsets.npy    int64: id s is txt[offsets[s]:offsets[s + 1] - 1]
+        train|val|test/lost_predictions.npy    int32: predictions that each session lost because the
+                                  catalogue lacks their item, and behind these those of each session
+                                  that was left out for it; only where there are any
         train|val|test/user_ids...        likewise the original id of each session's user
 
 Item ids are 1..num_items; 0 means padding. Opening maps the files and reads none of them, so that a
@@ -181,6 +184,27 @@ class Dataset:
         """Map the original id of each session's user, as `session_ids`; None where unknown."""
         return self._ids_of(split, "user_ids")
 
+    def lost_of_sessions(self, split: str) -> np.ndarray | None:
+        """Return how many predictions of the dataset's protocol each session lost in preparation.
+
+        int32 [at least S]: those of the split's sessions, then those of sessions that were left out
+        as a whole. None where nobody counted them: prepared by an earlier version.
+        """
+        counts = self.split_info(split)
+        file = self.path / split / "lost_predictions.npy"
+        sessions, total = counts["sessions"], counts["lost_predictions"]
+        if not file.exists():
+            if self.protocol == "last-item":  # a history has one prediction
+                return np.repeat(np.array([0, 1], np.int32), [sessions, total])
+            return None if total else np.zeros(sessions, np.int32)
+        try:
+            lost = _map(file)
+        except (OSError, EOFError, ValueError) as error:
+            raise self._damaged(f"{file.name} of the {split} split", error) from error
+        if lost.ndim != 1 or len(lost) < sessions or lost.min() < 0 or lost.sum() != total:
+            raise self._damaged(f"{file.name} of the {split} split", "it does not match")
+        return lost
+
     def _ids_of(self, split: str, kind: str) -> np.ndarray | TextIds | None:
         folder = self.path / split
         numbers, offsets = folder / f"{kind}.npy", folder / f"{kind}_offsets.npy"
@@ -269,14 +293,15 @@ class DatasetWriter:
         chunks: Iterable[Sessions],
         *,
         unseen_events: int = 0,
-        lost_predictions: int = 0,
+        lost_predictions: int | np.ndarray = 0,
         **counts: Any,
     ) -> dict[str, Any]:
         """Append chunks of sessions (each with offsets from 0) to a split.
 
         All chunks have times, or none has; likewise session and user ids. unseen_events: dropped
         before, because the training period lacks their item; lost_predictions: predictions of the
-        dataset's protocol that were possible before. These and further counts go into dataset.json.
+        dataset's protocol that were possible before; an array is as in `Dataset.lost_of_sessions`.
+        These and further counts go into dataset.json.
         Returns what dataset.json says of the split.
         """
         folder = self._folder / name
@@ -304,6 +329,8 @@ class DatasetWriter:
                         file.append(values)
         for file in ids:
             file.finish()
+        if isinstance(lost_predictions, np.ndarray) and lost_predictions.any():
+            np.save(folder / "lost_predictions.npy", lost_predictions.astype(np.int32))
         length = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
         offsets = np.zeros(len(length) + 1, np.int64)
         np.cumsum(length, out=offsets[1:])
@@ -324,7 +351,7 @@ class DatasetWriter:
             "fingerprint": digest.hexdigest(),
             **({"first_time": span[0], "last_time": span[1]} if span else {}),
             "unseen_events": unseen_events,
-            "lost_predictions": lost_predictions,
+            "lost_predictions": int(np.sum(lost_predictions)),
             **counts,
         }
         return self._splits[name]

@@ -28,20 +28,20 @@ def evaluation_text(report: dict[str, Any]) -> str:
     lost = any("value_with_lost_as_misses" in figure for figure in metrics.values())
     header = ["measure", "value", "std. error"]
     if lost:
-        header.append("lost as misses")
+        header += ["lost as misses", "std. error"]
     header += list(references)
     rows = []
     for name, figure in metrics.items():
         row = [name, f"{figure['value']:.4f}", _number(figure["stderr"])]
         if lost:
-            row.append(f"{figure['value_with_lost_as_misses']:.4f}")
+            row += [_number(figure[f"{key}_with_lost_as_misses"]) for key in ("value", "stderr")]
         row += [_number(references[reference].get(name)) for reference in references]
         rows.append(row)
-    lost_note = (
-        "counted as misses in the column named so"
-        if lost
-        else "--full-sessions also gives figures that count them as misses"
-    )
+    lost_note = "--full-sessions also gives figures that count them as misses"
+    if lost:
+        lost_note = "counted as misses in the column named so"
+        if all(figure["stderr_with_lost_as_misses"] is None for figure in metrics.values()):
+            lost_note += "; for its error, prepare the dataset again"
     tables = [format_table(header, rows)]
     facts = _facts(report, f" ({lost_note})")
     for kind, sliced in report.get("slices", {}).items():

@@ -148,9 +148,14 @@ def to_sessions(events: Events) -> Sessions:
 
 def by_first_event(sessions: Sessions) -> Sessions:
     """Sessions (none empty) stably sorted by when they start; as they are where times lack."""
+    return take(sessions, order_by_first_event(sessions))
+
+
+def order_by_first_event(sessions: Sessions) -> np.ndarray:
+    """int64 [S]: the rows that `by_first_event` takes."""
     if sessions.times is None:
-        return sessions
-    return take(sessions, np.argsort(first_times(sessions), kind="stable"))
+        return np.arange(len(sessions))
+    return np.argsort(first_times(sessions), kind="stable")
 
 
 def split_at_gaps(users: np.ndarray, times: np.ndarray, gap: int) -> np.ndarray:

@@ -258,18 +258,22 @@ def _without_short(clicks: Clicks) -> tuple[Sessions, np.ndarray]:
 
 def _read_test(
     file: _RawFile, bad: BadLines, index: np.ndarray, steps: Steps, threads: _Threads
-) -> tuple[list[Sessions], dict[str, int]]:
+) -> tuple[list[Sessions], dict[str, Any]]:
     """(test sessions, indexed, block by block; how much of test the catalogue does not cover)."""
     clicked, others, known, kept = _Tally(), _Tally(), _Tally(), _Tally()
-    test = []
-    predictions = 0
+    test: list[Sessions] = []
+    lost_of_kept: list[np.ndarray] = []
+    lost_of_others: list[np.ndarray] = []
     for clicks, covered in _clicks(file, bad, partial(_covered, index=index), threads):
         long_enough = drop_short(covered, MIN_CLICKS)
         clicked.add(_count(clicks.lengths > 0), clicks.aids)
         others.add(_count(clicks.lengths == 0), clicks.other_aids)
         known.add(_count(covered.lengths > 0), covered.items)
         kept.add(len(long_enough), long_enough.items)
-        predictions += int(np.maximum(clicks.lengths - 1, 0).sum())
+        is_kept = covered.lengths >= MIN_CLICKS
+        lost = np.maximum(clicks.lengths - 1, 0) - np.where(is_kept, covered.lengths - 1, 0)
+        lost_of_kept.append(lost[is_kept])
+        lost_of_others.append(lost[~is_kept & (lost > 0)])
         test.append(_indexed(long_enough, index))
     read = clicked + others
     if not kept.sessions:
@@ -288,7 +292,7 @@ def _read_test(
     )
     return test, {
         "unseen_events": clicked.events - known.events,
-        "lost_predictions": predictions - (kept.events - kept.sessions),
+        "lost_predictions": np.concatenate([*lost_of_kept, *lost_of_others]),
         "short_sessions": read.sessions - kept.sessions,
     }
 

@@ -12,7 +12,14 @@ import numpy as np
 from tron_cli.dataset import DATASET_NAME, Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError, RunError
 from tron_cli.prepare.columns import BadLines
-from tron_cli.prepare.events import IdKeys, by_first_event, drop_events, take, take_where
+from tron_cli.prepare.events import (
+    IdKeys,
+    by_first_event,
+    drop_events,
+    order_by_first_event,
+    take,
+    take_where,
+)
 from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.raw import describe
 from tron_cli.prepare.split import Splits
@@ -154,8 +161,11 @@ def check_books(steps: Steps, written: list[dict[str, Any]], protocol: str) -> N
 
 def _drop_unknown_items(
     splits: Splits, known: np.ndarray, steps: Steps
-) -> tuple[Sessions, int, int]:
-    """(test without unknown items, the events dropped for it, the predictions lost by it)."""
+) -> tuple[Sessions, int, np.ndarray]:
+    """Return test without unknown items, the events dropped for it, the predictions lost by it.
+
+    The last are as in `Dataset.lost_of_sessions`, of the sessions as they are written.
+    """
     test = splits.test
     seen = drop_events(test, known[test.items])
     unseen = len(test.items) - len(seen.items)
@@ -165,12 +175,18 @@ def _drop_unknown_items(
         "short test sessions", len(test) - len(kept), len(seen.items) - len(kept.items),
         "fewer than 2 events left",
     )  # fmt: skip
-    return kept, unseen, _predictions(test) - _predictions(kept)
+    is_kept = seen.lengths >= 2
+    lost = np.maximum(test.lengths - 1, 0) - np.where(is_kept, seen.lengths - 1, 0)
+    return (
+        kept,
+        unseen,
+        np.append(lost[is_kept][order_by_first_event(kept)], lost[~is_kept & (lost > 0)]),
+    )
 
 
 def _drop_unknown_targets(
     splits: Splits, known: np.ndarray, steps: Steps
-) -> tuple[Sessions, int, int]:
+) -> tuple[Sessions, int, np.ndarray]:
     """Likewise where only the last item of a history can be unknown to the training period."""
     test = splits.test
     is_known = known[test.items[test.offsets[1:] - 1]]
@@ -179,12 +195,7 @@ def _drop_unknown_targets(
     assert splits.in_others is not None
     gone = int(np.count_nonzero(~is_known & ~splits.in_others))
     steps.drop("unknown targets", gone, lost, "of test: the training period lacks them")
-    return kept, lost, lost
-
-
-def _predictions(sessions: Sessions) -> int:
-    """How many events of the sessions have one before them."""
-    return int(np.maximum(sessions.lengths - 1, 0).sum())
+    return kept, lost, np.repeat([0, 1], [len(kept), lost])
 
 
 def _ids(keys: IdKeys | None, of_sessions: np.ndarray | None) -> np.ndarray | None:
