@@ -461,7 +461,7 @@ def test_bad_choices_exit_with_2_and_a_sentence(
         assert "Traceback" not in err
 
 
-def test_two_seeds_are_within_noise_and_popularity_and_random_weights_are_not(
+def test_two_seeds_differ_little_and_popularity_and_random_weights_much(
     command: Command, tmp_path: Path
 ) -> None:
     """In a shop where the next item is mostly the one after, and else any."""
@@ -496,7 +496,8 @@ def test_two_seeds_are_within_noise_and_popularity_and_random_weights_are_not(
     models = json.loads(out)["models"]
     assert list(models) == ["one", "two", "popular", "untrained"]
     assert models["one"]["metrics"]["R@1"]["value"] > 0.6
-    assert models["two"]["differences"]["RR@5"]["within_noise"] is True
+    # Seeds may differ by more than sessions do: within_noise would depend on the draws.
+    assert abs(models["two"]["differences"]["RR@5"]["value"]) < 0.05
     for label in ("popular", "untrained"):
         assert models[label]["differences"]["RR@5"]["within_noise"] is False
         assert models[label]["differences"]["RR@5"]["high"] < -0.3
