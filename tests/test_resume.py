@@ -153,10 +153,13 @@ def die_at(event: int, config: Path, data_dir: Path, run_dir: Path) -> None:
     start_or_resume(config, data_dir, run_dir)
 
 
-def die_in_step(step: int, config: Path, data_dir: Path, run_dir: Path) -> None:
+def die_in_step(
+    step: int, config: Path, data_dir: Path, run_dir: Path, log_every: int = 20
+) -> None:
     """Train or resume, and be killed in the middle of a step."""
     import tron_cli.train as module
 
+    module._LOG_EVERY = log_every
     original, calls = module.training_loss, 0
 
     def watched(*arguments: Any, **options: Any) -> torch.Tensor:
@@ -237,6 +240,24 @@ def test_killed_several_times_at_random_steps_and_resumed_ends_the_same(
     start_or_resume(config, data_dir, run_dir)
     assert kills >= 3
     check_same_run(run_dir, tmp_path / "runs" / "whole")
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(1e-9, 10), (1e9, 6), (0.0, 6)])
+def test_last_is_written_by_the_clock_and_weights_do_not_depend_on_it(
+    minutes: float, saved: int, processes: Any, data_dir: Path, tmp_path: Path
+) -> None:
+    """A kill in step 12 loses what came after the last line of the log, or after the epoch."""
+    config = write_config(tmp_path, optimizer="row_adam", save_every=0, save_minutes=minutes)
+    config_without = write_config(tmp_path / "data", optimizer="row_adam", save_every=0)
+    start(config_without, data_dir, tmp_path / "runs", "whole")
+    run_dir = tmp_path / "runs" / "killed"
+    assert in_process(processes, die_in_step, 12, config, data_dir, run_dir, 5) == -signal.SIGKILL
+    assert load_checkpoint(run_dir / "last.pt").step == saved
+    resume(data_dir, run_dir)
+    weights = [
+        load_checkpoint(run / "last.pt").weights for run in (run_dir, run_dir.parent / "whole")
+    ]
+    assert same_values(*weights)
 
 
 # ---- Ctrl-C ---------------------------------------------------------------------------------

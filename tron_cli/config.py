@@ -251,7 +251,12 @@ class ExperimentConfig:
     recommendation_limit: int = _setting(20, "items a prediction in a run file", low=1)
 
     # Bookkeeping
-    save_every: int = _setting(1000, "steps between writes of last.pt; 0: only epochs", low=0)
+    save_minutes: float = _setting(
+        10.0, "minutes between writes of last.pt within an epoch; 0: none by the clock", low=0
+    )
+    save_every: int = _setting(
+        0, "steps between writes of last.pt within an epoch; 0: none by the count", low=0
+    )
 
     def __post_init__(self) -> None:
         # Lists and ir-measures objects (as gSASRec's configs have them) become tuples of names.

@@ -129,6 +129,7 @@ def train(
                 "jump",
                 config.lr_schedule, config.max_epochs, epochs_before, new, old, config.max_epochs,
             )  # fmt: skip
+        saved_at = time.monotonic()
         while progress.step < total_steps:
             epoch = progress.step // steps_per_epoch
             if progress.step % steps_per_epoch == 0 and _out_of_patience(config, progress):
@@ -165,9 +166,14 @@ def train(
                 steps_summed += 1
                 events += int(batch.lengths_B.sum())
                 bar.update()
-                due_to_save = config.save_every and progress.step % config.save_every == 0
+                logs = progress.step % _LOG_EVERY == 0
+                minutes = (time.monotonic() - saved_at) / 60
+                # By the clock where a line is logged anyway: what is logged does not depend on it.
+                due_to_save = (0 < config.save_minutes <= minutes and logs) or (
+                    config.save_every > 0 and progress.step % config.save_every == 0
+                )
                 epoch_ends = progress.step == (epoch + 1) * steps_per_epoch
-                if progress.step % _LOG_EVERY == 0 or due_to_save or epoch_ends or ends:
+                if logs or due_to_save or epoch_ends or ends:
                     mean_loss = loss_sum.item() / steps_summed
                     if not math.isfinite(mean_loss):
                         raise run.diverged(f"the loss is {mean_loss}")
@@ -185,6 +191,7 @@ def train(
                 if due_to_save and not epoch_ends:
                     with phase("save"):
                         run.save_last(epoch)
+                    saved_at = time.monotonic()
                 if ends and not epoch_ends:
                     break
             bar.close()
@@ -196,6 +203,7 @@ def train(
                     values = validate(model, validation, dataset, config, measures)
                 with phase("save"):
                     run.finish_epoch(epoch, values)
+                saved_at = time.monotonic()
             else:
                 run.save_last(epoch)
             if profiler is not None and profiler.result is not None:
