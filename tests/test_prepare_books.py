@@ -167,7 +167,7 @@ def test_books_of_ml1m(tmp_path: Path, seed: int) -> None:
 
 def test_books_that_do_not_balance_are_an_internal_error(tmp_path: Path) -> None:
     steps = Steps()
-    steps.record("read", pack_sessions([[1, 2], [1, 2, 3]]), "")
+    steps.record("read", [pack_sessions([[1, 2], [1, 2, 3]])], "")
     with DatasetWriter(tmp_path / "out") as writer:
         written = [writer.write_split("train", [pack_sessions([[1, 2]])])]
     with pytest.raises(RunError, match=r"internal error: .* 2 sessions and 5 events, but 1 ses"):

@@ -110,6 +110,11 @@ def test_options_reach_the_table(tmp_path: Path, events: Path) -> None:
         "time_unit": "ms",
     }
     info = json.loads(prepare(*words, "--test-days", 2, "--val-days", 0).stdout)
+    dated = json.loads(
+        prepare(*words, "--test-from", "2023-11-24", "--val-from", "2023-11-23").stdout
+    )
+    assert dated["options"]["test_from"] == "2023-11-24"
+    assert [split["sessions"] for split in dated["splits"].values()] == [81, 10, 9]
     cleaning = ("--collapse-repeats", "--drop-duplicates", "--max-session-length", 50)
     options = json.loads(prepare(*words, *cleaning).stdout)["options"]
     assert options["collapse_repeats"] is options["drop_duplicates"] is True
@@ -206,7 +211,17 @@ def test_every_source_from_raw(tmp_path: Path, source: str) -> None:
         expected = [100, len(drawn & set(range(1, 101))), 100]
     else:
         raw.write_text("1 2 3\n" * 40)
-        words = [source, "--train", raw, "--test", raw, "--name", "lines", *words[3:]]
+        (tmp_path / "test.txt").write_text("1 3 2\n" * 40)
+        words = [
+            source,
+            "--train",
+            raw,
+            "--test",
+            tmp_path / "test.txt",
+            "--name",
+            "lines",
+            *words[3:],
+        ]
         expected = [38, 2, 40]
     info = json.loads(prepare(*words).stdout)
     assert info["source"] == source

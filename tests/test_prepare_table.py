@@ -628,8 +628,8 @@ def test_what_is_left_of_the_kinds_is_told_where_nothing_is(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [
-        (TableColumns("item", "time"), "exactly one of --session-col and --user-col"),
-        (TableColumns("item", "time", session="user", user="user"), "exactly one of"),
+        (TableColumns("item", "time"), "expected --session-col, --user-col or both"),
+        (TableColumns("item", "time", session="user", user="user"), "expected different columns"),
         (TableColumns("item", "time", user="user", event="kind"), "go together"),
         (TableColumns("item", "time", user="user", keep_events=("view",)), "go together"),
         (TableColumns("item", "time", session="user", session_gap="30m"), "goes with --user-col"),
@@ -874,5 +874,5 @@ def test_test_days_go_with_a_split_by_time(
     words += ["--time-col", "time", "--user-col", "user", "--data-dir", tmp_path]
     words += ["--name", "out", "--split", "leave-one-out"]
     code, _, error = command(*words, "--test-days", 1)
-    assert (code, "--test-days goes with a split by time" in error) == (2, True)
+    assert (code, "--test-days has no effect with --split leave-one-out" in error) == (2, True)
     assert command(*words)[0] == 0

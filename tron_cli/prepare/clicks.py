@@ -42,8 +42,10 @@ def prepare_clicks(
         bad = BadLines(skip=skip_bad_lines)
         events = collect_events(file, read(file, bad), bad)
         steps = Steps()
-        sessions = apply_filters(
-            steps.record("read", to_sessions(events), ""),
+        sessions = to_sessions(events)
+        steps.record("read", [sessions], "")
+        (sessions,) = apply_filters(
+            [sessions],
             steps,
             min_session_length=MIN_SESSION_LENGTH,
             min_item_count=MIN_ITEM_COUNT,

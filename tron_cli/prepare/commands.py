@@ -203,21 +203,36 @@ def sequences(
 
 @app.command()
 def table(
-    input_file: Annotated[
-        Path,
-        typer.Option(
-            "--input", help="CSV, TSV, RecBole's .inter, JSON lines (also .gz, .zst) or Parquet."
-        ),
-    ],
     item_col: Annotated[str, typer.Option(help="Column of the item ids.")],
     time_col: Annotated[str, typer.Option(help="Column of the times.")],
     name: Name,
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--input",
+            help="CSV, TSV, RecBole's .inter, JSON lines (also .gz, .zst) or Parquet: a file, a "
+            "folder of parts or a quoted pattern; may be given again.",
+        ),
+    ] = None,
+    train: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead of --input, with --test: tables that are already split."),
+    ] = None,
+    val: Annotated[
+        list[Path] | None,
+        typer.Option(help="The validation table; else the last days of --train validate."),
+    ] = None,
+    test: Annotated[list[Path] | None, typer.Option(help="The test table.")] = None,
     time_unit: Annotated[
         TimeUnit, typer.Option(help="auto: ISO 8601, or numbers of a guessed unit.")
     ] = TimeUnit.auto,
     session_col: Annotated[str | None, typer.Option(help="Column of the session ids.")] = None,
     user_col: Annotated[
-        str | None, typer.Option(help="Column of the user ids, instead of --session-col.")
+        str | None,
+        typer.Option(
+            help="Column of the user ids, instead of --session-col; or with it, where session ids "
+            "are a user's own."
+        ),
     ] = None,
     session_gap: Annotated[
         str | None,
@@ -235,15 +250,31 @@ def table(
         ),
     ] = None,
     split: Annotated[TableSplit, typer.Option(help="How to split.")] = TableSplit.time,
-    val_days: ValDays = 1,
+    val_days: Annotated[
+        float | None,
+        typer.Option(min=0, help="Days of training that validate (1 by default); 0: none."),
+    ] = None,
     test_days: Annotated[
         float | None,
         typer.Option(min=0, help="Sessions that start in the last so many days test (default 1)."),
     ] = None,
+    val_from: Annotated[
+        str | None,
+        typer.Option(help="Instead of --val-days: sessions that start from this date on validate."),
+    ] = None,
+    test_from: Annotated[
+        str | None,
+        typer.Option(help="Instead of --test-days: an ISO date or time, UTC without a zone."),
+    ] = None,
     min_session_length: Annotated[
         int, typer.Option(min=2, help="Drop sessions of fewer events (leave-one-out: at least 3).")
     ] = 2,
-    min_item_count: Annotated[int, typer.Option(min=1, help="Drop items with fewer events.")] = 5,
+    min_item_count: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Drop items with fewer events (5 by default, 1 where --train is given)."
+        ),
+    ] = None,
     drop_duplicates: Annotated[
         bool,
         typer.Option(
@@ -266,10 +297,13 @@ def table(
     as_json: AsJson = False,
 ) -> None:
     """Your own data: a table with a row per event."""
+    from tron_cli.errors import InputError
     from tron_cli.prepare.table import NULL_TOKENS, TableColumns, prepare_table
 
+    if bool(inputs) == bool(train) or bool(train) != bool(test):
+        raise InputError("expected --input, or --train and --test for tables already split")
     dataset = prepare_table(
-        input_file,
+        inputs or train or [],
         TableColumns(
             item=item_col,
             time=time_col,
@@ -284,8 +318,12 @@ def table(
         data_dir,
         name,
         leave_one_out=split is TableSplit.leave_one_out,
+        val=val or [],
+        test=test or [],
         val_days=val_days,
         test_days=test_days,
+        val_from=val_from,
+        test_from=test_from,
         min_session_length=min_session_length,
         min_item_count=min_item_count,
         max_val_sessions=max_val_sessions,

@@ -71,12 +71,17 @@ class IdKeys:
         self._texts = pl.DataFrame(schema={"key": pl.Int64, "text": pl.String})
         self._new: list[pl.DataFrame] = []
 
-    def keys(self, ids: pl.Series) -> np.ndarray:
-        """int64 [n]: the key of each id."""
-        if ids.dtype == pl.Int64:
+    def keys(self, ids: pl.Series, users: pl.Series | None = None) -> np.ndarray:
+        """int64 [n]: the key of each id; with users, ids are told apart by their user as well."""
+        if users is not None:
+            keys = pl.DataFrame([ids.alias("id"), users.alias("user")]).hash_rows()
+        elif ids.dtype == pl.Int64:
             return ids.to_numpy()
-        keys = ids.hash().reinterpret(signed=True)
-        self._new.append(pl.DataFrame({"key": keys, "text": ids}).unique("key"))
+        else:
+            keys = ids.hash()
+        keys = keys.reinterpret(signed=True)
+        texts = pl.DataFrame({"key": keys, "text": ids.cast(pl.String)})
+        self._new.append(texts.unique("key"))
         if sum(map(len, self._new)) > max(len(self._texts), 1 << 20):
             self._gather()
         return keys.to_numpy()
@@ -106,9 +111,14 @@ def plain_integers(texts: pl.Series) -> pl.Series:
     return numbers if (numbers.cast(pl.String) == texts).fill_null(False).all() else texts
 
 
-def collect_events(file: Path, blocks: Iterable[Columns], bad: BadLines) -> Events:
-    """One log of all blocks: int64 columns session, time and perhaps user; item of any ids."""
-    index = ItemIndex()
+def collect_events(
+    file: Path, blocks: Iterable[Columns], bad: BadLines, index: ItemIndex | None = None
+) -> Events:
+    """One log of all blocks: int64 columns session, time and perhaps user; item of any ids.
+
+    index: of logs that share their items; item_ids are those of the logs so far.
+    """
+    index = index or ItemIndex()
     sessions, items, times, users = [], [], [], []
     for block in blocks:
         if "user" in block.frame.columns:
@@ -144,6 +154,22 @@ def to_sessions(events: Events) -> Sessions:
         order = np.lexsort((times, codes))
         items, times = items[order], times[order]
     return Sessions(items, _offsets(np.bincount(codes, minlength=len(ids))), times, ids, users)
+
+
+def joined(parts: list[Sessions]) -> Sessions:
+    """The sessions of all parts, one after the other; what one of them lacks, all lose."""
+
+    def whole(arrays: list[np.ndarray | None]) -> np.ndarray | None:
+        held = [array for array in arrays if array is not None]
+        return np.concatenate(held) if len(held) == len(arrays) else None
+
+    return Sessions(
+        np.concatenate([part.items for part in parts]),
+        _offsets(np.concatenate([part.lengths for part in parts])),
+        whole([part.times for part in parts]),
+        whole([part.session_ids for part in parts]),
+        whole([part.user_ids for part in parts]),
+    )
 
 
 def by_first_event(sessions: Sessions) -> Sessions:

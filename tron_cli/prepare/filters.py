@@ -16,10 +16,10 @@ def drop_short(sessions: Sessions, min_length: int) -> Sessions:
     return take_where(sessions, sessions.lengths >= min_length)
 
 
-def drop_rare_items(sessions: Sessions, min_count: int) -> Sessions:
-    """Without the events of items that occur fewer than `min_count` times in all of them."""
-    support = np.bincount(sessions.items)
-    return drop_events(sessions, (support >= min_count)[sessions.items])
+def drop_rare_items(parts: list[Sessions], min_count: int) -> list[Sessions]:
+    """Without the events of items that occur fewer than `min_count` times in all the parts."""
+    support = np.bincount(np.concatenate([part.items for part in parts]))
+    return [drop_events(part, (support >= min_count)[part.items]) for part in parts]
 
 
 def are_duplicates(sessions: Sessions) -> np.ndarray:
@@ -50,18 +50,18 @@ class Cleaning:
     collapse_repeats: bool = False
     max_session_length: int | None = None
 
-    def apply(self, sessions: Sessions, steps: Steps) -> Sessions:
+    def apply(self, parts: list[Sessions], steps: Steps) -> list[Sessions]:
         """The sessions (with times) that are left, and a step for each kind of cleaning."""
         if self.drop_duplicates:
-            sessions = drop_events(sessions, ~are_duplicates(sessions))
-            steps.record("duplicates", sessions, "same session, item and time")
+            parts = [drop_events(part, ~are_duplicates(part)) for part in parts]
+            steps.record("duplicates", parts, "same session, item and time")
         if self.collapse_repeats:
-            sessions = drop_events(sessions, ~are_repeats(sessions))
-            steps.record("repeats", sessions, "the item of the event before")
+            parts = [drop_events(part, ~are_repeats(part)) for part in parts]
+            steps.record("repeats", parts, "the item of the event before")
         if self.max_session_length is not None:
-            sessions = take_where(sessions, sessions.lengths <= self.max_session_length)
-            steps.record("long sessions", sessions, f"more than {self.max_session_length:,} events")
-        return sessions
+            parts = [take_where(part, part.lengths <= self.max_session_length) for part in parts]
+            steps.record("long sessions", parts, f"more than {self.max_session_length:,} events")
+        return parts
 
 
 class Steps:
@@ -74,11 +74,11 @@ class Steps:
     def __init__(self) -> None:
         self.entries: list[dict[str, Any]] = []
 
-    def record(self, step: str, sessions: Sessions, why: str) -> Sessions:
-        """Note what `step` left over; returns it."""
-        items = int(np.count_nonzero(np.bincount(sessions.items))) if len(sessions.items) else 0
-        self.count(step, len(sessions), len(sessions.items), items, why)
-        return sessions
+    def record(self, step: str, parts: list[Sessions], why: str) -> None:
+        """Note what `step` left over, in all the parts."""
+        items = np.concatenate([part.items for part in parts])
+        distinct = int(np.count_nonzero(np.bincount(items))) if len(items) else 0
+        self.count(step, sum(map(len, parts)), len(items), distinct, why)
 
     def count(
         self, step: str, sessions: int | None, events: int, items: int | None, why: str
@@ -109,14 +109,21 @@ class Steps:
 
 
 def apply_filters(
-    sessions: Sessions, steps: Steps, *, min_session_length: int, min_item_count: int
-) -> Sessions:
-    """Short sessions, rare items, short sessions again: each once, in this order, as TRON does."""
+    parts: list[Sessions], steps: Steps, *, min_session_length: int, min_item_count: int
+) -> list[Sessions]:
+    """Short sessions, rare items, short sessions again: each once, in this order, as TRON does.
+
+    Of several parts the last one tests: it has no say in which items are rare, and keeps them.
+    """
     short = f"fewer than {min_session_length} events"
-    sessions = drop_short(sessions, min_session_length)
-    steps.record("short sessions", sessions, short)
-    sessions = drop_rare_items(sessions, min_item_count)
-    sessions = take_where(sessions, sessions.lengths > 0)
-    steps.record("rare items", sessions, f"fewer than {min_item_count} events")
-    sessions = drop_short(sessions, min_session_length)
-    return steps.record("short sessions again", sessions, f"{short} left")
+    parts = [drop_short(part, min_session_length) for part in parts]
+    steps.record("short sessions", parts, short)
+    training = slice(0, max(len(parts) - 1, 1))
+    parts[training] = [
+        take_where(part, part.lengths > 0)
+        for part in drop_rare_items(parts[training], min_item_count)
+    ]
+    steps.record("rare items", parts, f"fewer than {min_item_count} events")
+    parts = [drop_short(part, min_session_length) for part in parts]
+    steps.record("short sessions again", parts, f"{short} left")
+    return parts

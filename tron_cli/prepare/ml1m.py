@@ -41,9 +41,9 @@ def prepare_ml1m(
         bad = BadLines(skip=skip_bad_lines)
         histories, item_ids = _read(file, bad)
         steps = Steps()
-        steps.record("read", histories, "")
+        steps.record("read", [histories], "")
         histories = drop_short(histories, MIN_EVENTS)
-        steps.record("short histories", histories, f"fewer than {MIN_EVENTS} events")
+        steps.record("short histories", [histories], f"fewer than {MIN_EVENTS} events")
         # The numbers are drawn from 0..6039 and compared with user ids, which are 1..6040.
         drawn = np.random.RandomState(SPLIT_SEED).choice(USERS, VAL_USERS, replace=False)
         assert histories.user_ids is not None

@@ -7,7 +7,6 @@ that the last training lines can validate.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,11 @@ import numpy as np
 from tron_cli.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
 from tron_cli.prepare.columns import BadLines
-from tron_cli.prepare.events import take
+from tron_cli.prepare.events import joined, take
 from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.integers import read_integer_lines
 from tron_cli.prepare.split import Splits, sample
-from tron_cli.prepare.write import dataset_path, in_order_of_appearance, write_splits
+from tron_cli.prepare.write import dataset_path, in_order_of_appearance, refuse_copies, write_splits
 
 VAL_SHARE = 0.05
 
@@ -40,22 +39,14 @@ def prepare_sequences(
     """Prepare files with one session a line; without `val` the last 5 % of the training lines.
 
     A session's id is the number of its line. Sessions of fewer than two events are dropped and
-    counted. The catalogue is the items of train
-    and val; test loses the others.
+    counted. The catalogue is the items of train and val; test loses the others.
     """
     files = [train, *([val] if val else []), test]
     with DatasetWriter(dataset_path(data_dir, name, *files), force=force) as writer:
         bad = BadLines(skip=skip_bad_lines, max_share=max_bad_share)
         steps = Steps()
         parts = [_read(file, bad) for file in files]
-        for (one, first), (other, second) in combinations(zip(files, parts, strict=True), 2):
-            if np.array_equal(first.items, second.items) and np.array_equal(
-                first.offsets, second.offsets
-            ):
-                raise InputError(
-                    f"{one} and {other} hold the same sessions: a model would be scored on what it "
-                    "has seen; give different files"
-                )
+        refuse_copies(files, parts)
         bad.check_share(sum(map(len, parts)))
         distinct, positions = np.unique(
             np.concatenate([part.items for part in parts]), return_inverse=True
@@ -65,10 +56,10 @@ def prepare_sequences(
             replace(part, items=positions[start:end].astype(np.int32))
             for part, start, end in zip(parts, bounds[:-1], bounds[1:], strict=True)
         ]
-        steps.record("read", _joined(parts), "")
+        steps.record("read", parts, "")
         parts = [drop_short(part, 2) for part in parts]
-        steps.record("short sessions", _joined(parts), "fewer than 2 events")
-        period = _joined(parts[:-1])
+        steps.record("short sessions", parts, "fewer than 2 events")
+        period = joined(parts[:-1])
         val_sessions = len(parts[1]) if val else int(len(period) * VAL_SHARE)
         rows = np.arange(len(period))
         cut = len(period) - val_sessions
@@ -105,12 +96,3 @@ def _read(file: Path, bad: BadLines) -> Sessions:
         raise InputError(f"{file} holds no session: expected integer item ids, one session a line")
     offsets = np.concatenate(([0], np.cumsum(np.concatenate(counts))))
     return Sessions(np.concatenate(numbers), offsets, session_ids=np.concatenate(lines))
-
-
-def _joined(parts: list[Sessions]) -> Sessions:
-    lengths = np.concatenate([part.lengths for part in parts])
-    return Sessions(
-        np.concatenate([part.items for part in parts]),
-        np.concatenate(([0], np.cumsum(lengths))),
-        session_ids=np.concatenate([part.session_ids for part in parts]),
-    )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tron_cli.dataset import Sessions
+from tron_cli.errors import InputError
 from tron_cli.prepare.events import drop_events, first_times, last_times, take, take_where
 from tron_cli.prepare.filters import Steps, drop_short
 
@@ -31,6 +32,11 @@ class Splits:
     val: Sessions
     test: Sessions
     in_others: np.ndarray | None = None
+
+
+def moment(ms: int) -> str:
+    """A time as text, to the minute. Of numpy, whose years do not end with 9999."""
+    return str(np.datetime64(int(ms), "ms").astype("datetime64[m]")).replace("T", " ")
 
 
 def by_last_event(sessions: Sessions, days: float) -> np.ndarray:
@@ -62,31 +68,50 @@ def split_by_time(
     max_val_sessions: int,
     seed: int,
     cut_late_events: bool = False,
+    test_from: int | None = None,
+    val_from: int | None = None,
+    test: Sessions | None = None,
 ) -> Splits:
     """Test by the rule, then validation from the training period by the same rule (0 days: none).
 
+    test_from, val_from (ms): hold out the sessions that start then or later instead. test: the test
+    sessions, where the source gives them.
     cut_late_events: sessions that start earlier than a held-out stretch lose the events that lie in
     it, and are dropped where fewer than two remain. (The published splits of Yoochoose and
     Diginetica keep them.)
     """
     late_sessions = late_events = 0
 
-    def divide(whole: Sessions, days: float) -> tuple[Sessions, Sessions]:
+    def divide(
+        whole: Sessions, days: float, since: int | None, option: str
+    ) -> tuple[Sessions, Sessions]:
         nonlocal late_sessions, late_events
-        held_out = rule(whole, days) if len(whole) else np.zeros(0, bool)
+        if not len(whole):
+            return whole, whole
+        held_out = rule(whole, days) if since is None else first_times(whole) >= since
         before, after = take_where(whole, ~held_out), take_where(whole, held_out)
+        if since is not None and not (len(before) and len(after)):
+            starts = first_times(whole)
+            raise InputError(
+                f"{option} {moment(since)}: {'every' if len(after) else 'no'} session to split "
+                f"starts then or later; they start from {moment(starts.min())} to "
+                f"{moment(starts.max())} (UTC)"
+            )
         if not cut_late_events or not len(after) or not len(before):
             return before, after
         assert before.times is not None
-        cut = drop_short(drop_events(before, before.times < first_times(after).min()), 2)
+        limit = first_times(after).min() if since is None else since
+        cut = drop_short(drop_events(before, before.times < limit), 2)
         late_sessions += len(before) - len(cut)
         late_events += len(before.items) - len(cut.items)
         return cut, after
 
-    period, test = divide(sessions, test_days)
-    train, held_out = (
-        divide(period, val_days) if val_days > 0 else (period, take_where(period, _none(period)))
-    )
+    period = sessions
+    if test is None:
+        period, test = divide(sessions, test_days, test_from, "--test-from")
+    train, held_out = period, take_where(period, _none(period))
+    if val_days > 0 or val_from is not None:
+        train, held_out = divide(period, val_days, val_from, "--val-from")
     if cut_late_events:
         steps.drop("late events", late_sessions, late_events, WHY_LATE)
     val = sample(held_out, max_val_sessions, seed, steps)

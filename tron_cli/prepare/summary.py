@@ -5,10 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
 from tron_cli.dataset import SPLITS, Dataset
-from tron_cli.prepare.split import DAY
+from tron_cli.prepare.split import DAY, moment
 from tron_cli.report import format_table
 
 # Sizes after preparation as their authors give them: TRON's paper (train is the whole training
@@ -119,10 +117,7 @@ def _percent(share: float | None) -> str:
 
 
 def _moment(ms: int | None) -> str:
-    # Of numpy, whose years do not end with 9999: a source may hold any time.
-    return (
-        "" if ms is None else str(np.datetime64(ms, "ms").astype("datetime64[m]")).replace("T", " ")
-    )
+    return "" if ms is None else moment(ms)
 
 
 def _notes(info: dict[str, Any]) -> list[str]:

@@ -2,14 +2,15 @@
 
 Whole sessions are split by when they start: the last `test_days` before the latest start test, the
 `val_days` before those validate. Earlier sessions keep only their events before the stretch that is
-held out, so that nothing is trained on what comes after the first event that is predicted.
+held out, so that nothing is trained on what comes after the first event that is predicted. Or the
+stretches begin at fixed dates, or the splits are tables of their own.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -29,15 +30,36 @@ from tron_cli.prepare.columns import (
     read_json_lines,
     read_parquet,
 )
-from tron_cli.prepare.events import IdKeys, collect_events, split_at_gaps, to_sessions
+from tron_cli.prepare.events import (
+    Events,
+    IdKeys,
+    ItemIndex,
+    collect_events,
+    joined,
+    split_at_gaps,
+    to_sessions,
+)
 from tron_cli.prepare.filters import Cleaning, Steps, apply_filters, are_duplicates
+from tron_cli.prepare.inputs import check_distinct, input_files
 from tron_cli.prepare.raw import PARQUET_MAGIC, first_bytes, open_raw
-from tron_cli.prepare.split import Splits, by_start, sample_rows, split_by_time, split_last_items
-from tron_cli.prepare.times import TimeParser
-from tron_cli.prepare.write import dataset_path, in_order_of_appearance, write_splits
+from tron_cli.prepare.split import (
+    Splits,
+    by_start,
+    sample,
+    sample_rows,
+    split_by_time,
+    split_last_items,
+)
+from tron_cli.prepare.times import TimeParser, from_iso
+from tron_cli.prepare.write import (
+    dataset_path,
+    in_order_of_appearance,
+    refuse_copies,
+    write_splits,
+)
 
 DEFAULT_GAP = "30m"
-DEFAULT_TEST_DAYS = 1.0
+DEFAULT_DAYS = 1.0  # of validation and of test
 NULL_TOKENS = ("NULL", "null", "None", "NA", "N/A", "NaN", "nan", "\\N")  # of databases, pandas, R
 _MS_PER = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _SEPARATORS = ",;\t|"
@@ -47,7 +69,7 @@ _RECBOLE_HEADER = rf"{_TYPED}(?:\t{_TYPED})+"
 
 @dataclass(frozen=True)
 class TableColumns:
-    """Which columns of a table say what; exactly one of session and user is given.
+    """Which columns of a table say what; session, user or both: then a session id is a user's own.
 
     time_unit: auto, s, ms, us or ns. session_gap: a user's session ends where the next event is
     farther away than this, such as 30m; None keeps a user's events together. event, keep_events:
@@ -66,16 +88,20 @@ class TableColumns:
 
 
 def prepare_table(
-    input_file: Path,
+    inputs: Path | Sequence[Path],
     columns: TableColumns,
     data_dir: Path,
     name: str,
     *,
+    val: Sequence[Path] = (),
+    test: Sequence[Path] = (),
     leave_one_out: bool = False,
-    val_days: float = 1,
+    val_days: float | None = None,
     test_days: float | None = None,
+    val_from: str | None = None,
+    test_from: str | None = None,
     min_session_length: int = 2,
-    min_item_count: int = 5,
+    min_item_count: int | None = None,
     max_val_sessions: int = 100_000,
     seed: int = 42,
     force: bool = False,
@@ -87,46 +113,62 @@ def prepare_table(
 ) -> Dataset:
     """Prepare a table of events, split by time, or leave-one-out (then val_days 0: no validation).
 
-    The filters are those of the session-based literature: short sessions, rare items, and sessions
-    that became short by that, each once. Leave-one-out needs at least three events of each.
-    Before them come the cleanings that are asked for; see `Cleaning`.
+    inputs, val, test: files, folders of parts or patterns. With `test` they are the splits: inputs
+    trains, and validates in its last stretch where `val` is not given. val_days, test_days: 1
+    unless a stretch begins at a date (val_from, test_from: ISO 8601, UTC where it names no zone).
+
+    The filters are those of the session-based literature: short sessions, rare items (fewer than
+    min_item_count events: 5, or 1 where the splits are given, of which test does not count), and
+    sessions that became short by that, each once. Leave-one-out needs at least three events of
+    each. Before them come the cleanings that are asked for; see `Cleaning`.
     """
     gap = _checked_gap(columns, leave_one_out)
-    if leave_one_out and test_days is not None:
-        raise InputError(
-            "--test-days goes with a split by time; leave-one-out tests on the last event of each"
-        )
-    test_days = DEFAULT_TEST_DAYS if test_days is None else test_days
+    val_ms, test_ms = _checked_dates(
+        leave_one_out, bool(val), bool(test), val_days, test_days, val_from, test_from
+    )
     cleaning = Cleaning(drop_duplicates, collapse_repeats, max_session_length)
     _check_lengths(max_session_length, min_session_length, leave_one_out)
-    with DatasetWriter(dataset_path(data_dir, name, input_file), force=force) as writer:
+    val_days = DEFAULT_DAYS if val_days is None else val_days
+    test_days = DEFAULT_DAYS if test_days is None else test_days
+    min_item_count = min_item_count or (1 if test else 5)
+    given = [inputs] if isinstance(inputs, Path) else inputs
+    options = ("--train", "--val", "--test") if test else ("--input", "--val", "--test")
+    files = {
+        option: input_files(paths, option)
+        for option, paths in zip(options, (given, val, test), strict=True)
+        if paths
+    }
+    all_files = [file for part in files.values() for file in part]
+    check_distinct(all_files)
+    with DatasetWriter(dataset_path(data_dir, name, *all_files), force=force) as writer:
         bad = BadLines(skip=skip_bad_lines, max_share=max_bad_share)
         steps = Steps()
-        reader = _TableReader(input_file, columns, bad)
-        events = collect_events(input_file, iter(reader), bad)
+        reader = _TableReader(columns, bad)
+        index = ItemIndex()
+        logs = [collect_events(part[0], reader.read(part), bad, index) for part in files.values()]
+        reader.check(all_files[0])
         bad.check_share(reader.rows)
         if columns.event:
             steps.count("read", None, reader.rows, None, "")
-        if gap is not None:
-            events = replace(events, sessions=split_at_gaps(events.sessions, events.times, gap))
-        sessions = to_sessions(events)
-        if columns.session is None:  # neither pieces of a log nor whole histories have ids
-            sessions = replace(sessions, session_ids=None)
+        parts = [_sessions(events, columns, gap) for events in logs]
+        refuse_copies([part[0] for part in files.values()], parts)
         kinds = f"only {', '.join(columns.keep_events)}" if columns.event else ""
-        steps.record("kinds of events" if kinds else "read", sessions, kinds)
-        duplicates = int(np.count_nonzero(are_duplicates(sessions)))
-        sessions = cleaning.apply(sessions, steps)
-        sessions = apply_filters(
-            sessions,
+        steps.record("kinds of events" if kinds else "read", parts, kinds)
+        duplicates = sum(int(np.count_nonzero(are_duplicates(part))) for part in parts)
+        parts = apply_filters(
+            cleaning.apply(parts, steps),
             steps,
             min_session_length=max(min_session_length, 3 if leave_one_out else 2),
             min_item_count=min_item_count,
         )
         if leave_one_out:
-            splits = _leave_one_out(sessions, steps, val_days > 0, max_val_sessions, seed)
+            splits = _leave_one_out(parts[0], steps, val_days > 0, max_val_sessions, seed)
+        elif val:
+            sampled = sample(parts[1], max_val_sessions, seed, steps)
+            splits = Splits(joined(parts[:2]), parts[0], sampled, parts[2])
         else:
             splits = split_by_time(
-                sessions,
+                parts[0],
                 by_start,
                 steps,
                 test_days=test_days,
@@ -134,17 +176,22 @@ def prepare_table(
                 max_val_sessions=max_val_sessions,
                 seed=seed,
                 cut_late_events=True,
+                test=parts[1] if test else None,
+                val_from=val_ms,
+                test_from=test_ms,
             )
         return write_splits(
             writer,
             splits,
-            item_ids=events.item_ids,
+            item_ids=logs[-1].item_ids,
             catalogue=in_order_of_appearance(splits.period),
             name=name,
             protocol="last-item" if leave_one_out else "every-step",
             source="table",
             options={
-                "input": str(input_file),
+                "input": [str(path) for path in given],
+                "val": [str(path) for path in val],
+                "test": [str(path) for path in test],
                 "item_col": columns.item,
                 "time_col": columns.time,
                 "time_unit": columns.time_unit,
@@ -154,9 +201,11 @@ def prepare_table(
                 "event_col": columns.event,
                 "keep_events": list(columns.keep_events),
                 "null_tokens": list(columns.null_tokens),
-                "split": "leave-one-out" if leave_one_out else "time",
-                "val_days": val_days,
-                "test_days": None if leave_one_out else test_days,
+                "split": "leave-one-out" if leave_one_out else "given" if test else "time",
+                "val_days": None if val or val_from else val_days,
+                "test_days": None if leave_one_out or test or test_from else test_days,
+                "val_from": val_from,
+                "test_from": test_from,
                 "min_session_length": min_session_length,
                 "min_item_count": min_item_count,
                 "max_val_sessions": max_val_sessions,
@@ -166,23 +215,88 @@ def prepare_table(
                 **asdict(cleaning),
             },
             duplicate_events=duplicates,
-            files=[input_file],
+            files=all_files,
             steps=steps,
             bad=bad,
-            session_keys=reader.owners,
-            user_keys=reader.owners,
+            session_keys=reader.sessions,
+            user_keys=reader.users,
         )
+
+
+def _sessions(events: Events, columns: TableColumns, gap: int | None) -> Sessions:
+    if gap is not None:
+        events = replace(events, sessions=split_at_gaps(events.sessions, events.times, gap))
+    sessions = to_sessions(events)
+    if columns.session is None:  # neither pieces of a log nor whole histories have ids
+        sessions = replace(sessions, session_ids=None)
+    return sessions
+
+
+def _checked_dates(
+    leave_one_out: bool,
+    has_val: bool,
+    has_test: bool,
+    val_days: float | None,
+    test_days: float | None,
+    val_from: str | None,
+    test_from: str | None,
+) -> tuple[int | None, int | None]:
+    """The dates from which sessions validate and test, in ms; refuses what contradicts itself."""
+    if has_val and not has_test:
+        raise InputError("--val goes with --train and --test: tables that are already split")
+    for option, value, other, is_given in (
+        ("--test", has_test or None, "--split leave-one-out", leave_one_out),
+        ("--test-days", test_days, "--split leave-one-out", leave_one_out),
+        ("--test-from", test_from, "--split leave-one-out", leave_one_out),
+        ("--val-from", val_from, "--split leave-one-out", leave_one_out),
+        ("--test-days", test_days, "--test", has_test),
+        ("--test-from", test_from, "--test", has_test),
+        ("--val-days", val_days, "--val", has_val),
+        ("--val-from", val_from, "--val", has_val),
+        ("--test-days", test_days, "--test-from", test_from is not None),
+        ("--val-days", val_days, "--val-from", val_from is not None),
+    ):
+        if value is not None and is_given:
+            raise InputError(f"{option} has no effect with {other}: leave one of them out")
+    val_ms, test_ms = _date("--val-from", val_from), _date("--test-from", test_from)
+    if val_ms is not None and test_ms is not None and val_ms >= test_ms:
+        raise InputError(
+            f"--val-from {val_from} is not before --test-from {test_from}: validation is the last "
+            "stretch before the test"
+        )
+    return val_ms, test_ms
+
+
+def _date(option: str, text: str | None) -> int | None:
+    """Milliseconds since 1970 UTC of an ISO date or time, in UTC where it names no zone."""
+    if text is None:
+        return None
+    times = from_iso(pl.Series([text.strip()]))
+    if times[0] is None:
+        raise InputError(
+            f"{option} {text!r}: expected a date or time such as 2024-01-31, 2024-01-31T12:00 or "
+            "2024-01-31T12:00+02:00"
+        )
+    return int(times[0])
 
 
 def _checked_gap(columns: TableColumns, leave_one_out: bool) -> int | None:
     """The session gap in ms, None where the sessions (or whole histories) are given."""
-    if (columns.session is None) == (columns.user is None):
-        raise InputError("expected exactly one of --session-col and --user-col")
+    if columns.session is None and columns.user is None:
+        raise InputError("expected --session-col, --user-col or both")
+    if columns.session and columns.user and leave_one_out:
+        raise InputError(
+            "--split leave-one-out takes --user-col or --session-col, not both: one of them says "
+            "what a history is"
+        )
     if bool(columns.event) != bool(columns.keep_events):
         raise InputError("--event-col and --keep-events go together: give both or none")
-    if columns.session_gap and (columns.user is None or leave_one_out):
-        raise InputError("--session-gap goes with --user-col and a split by time")
-    if columns.user is None or leave_one_out:
+    if columns.session_gap and (columns.session or leave_one_out):
+        raise InputError(
+            "--session-gap cuts the logs of users into sessions: it goes with --user-col, without "
+            "--session-col and --split leave-one-out"
+        )
+    if columns.session or leave_one_out:
         return None
     return duration(columns.session_gap or DEFAULT_GAP)
 
@@ -214,66 +328,91 @@ def _leave_one_out(
 
 
 class _TableReader:
-    """The blocks of a table as session, item and time; counts the readable rows of all kinds."""
+    """The blocks of tables as session, item and time; counts the readable rows of all kinds."""
 
-    def __init__(self, file: Path, columns: TableColumns, bad: BadLines) -> None:
-        if not file.is_file():
-            raise InputError(f"--input {file} is not a file")
-        self.file, self.columns, self.bad = file, columns, bad
+    def __init__(self, columns: TableColumns, bad: BadLines) -> None:
+        self.columns, self.bad = columns, bad
         self.rows = 0
-        self.owners = IdKeys()  # sessions or users
+        self.sessions, self.users = IdKeys(), IdKeys()
+        self._ids = [name for name in (columns.session, columns.user, columns.item) if name]
+        self._wanted = [*self._ids, columns.time, *([columns.event] if columns.event else [])]
+        if len(set(self._wanted)) < len(self._wanted):
+            raise InputError(f"expected different columns, got {', '.join(self._wanted)}")
+        self._times = TimeParser(columns.time_unit)
+        ids = Parser(_ids, "an id in one line", columns.null_tokens)
+        self._parsers = {**dict.fromkeys(self._ids, ids), columns.time: self._times}
+        self._kinds: set[str] = set()
+        self._first: tuple[Path, dict[str, pl.DataType]] | None = None
 
-    def __iter__(self) -> Iterator[Columns]:
-        owner = self.columns.session or self.columns.user
-        assert owner is not None
-        wanted = [owner, self.columns.item, self.columns.time]
-        ids = Parser(_ids, "an id in one line", self.columns.null_tokens)
-        times = TimeParser(self.columns.time_unit)
-        parsers = {owner: ids, self.columns.item: ids, self.columns.time: times}
-        if self.columns.event:
-            wanted.append(self.columns.event)
-        if len(set(wanted)) < len(wanted):
-            raise InputError(f"expected different columns, got {', '.join(wanted)}")
-        kinds: set[str] = set()
-        for block in self._blocks(wanted):
-            if self.columns.event:
-                # A search has no item: nothing else of the other kinds is read.
-                kind = block.parse({self.columns.event: _KIND}, self.bad).frame.to_series()
-                kinds.update(kind.unique().to_list())
-                is_kept = kind.is_in(self.columns.keep_events).to_numpy()
-                self.rows += int(np.count_nonzero(~is_kept))
-                block = block.where(is_kept)
-            block = block.parse(parsers, self.bad)
-            self.rows += len(block.lines)
-            frame = block.frame
-            keys = pl.Series(self.owners.keys(frame[owner]))
-            frame = frame.select(session=keys, item=self.columns.item, time=self.columns.time)
-            if self.columns.user:
-                frame = frame.with_columns(user="session")
-            yield replace(block, frame=frame)
-        times.check(self.file)
-        missing = [kind for kind in self.columns.keep_events if kind not in kinds]
+    def read(self, files: Sequence[Path]) -> Iterator[Columns]:
+        """Yield the int64 columns session, time and perhaps user, and the ids in item."""
+        kept = 0
+        for file in files:
+            for block in self._blocks(file):
+                if self.columns.event:
+                    # A search has no item: nothing else of the other kinds is read.
+                    kind = block.parse({self.columns.event: _KIND}, self.bad).frame.to_series()
+                    self._kinds.update(kind.unique().to_list())
+                    is_kept = kind.is_in(self.columns.keep_events).to_numpy()
+                    self.rows += int(np.count_nonzero(~is_kept))
+                    block = block.where(is_kept)
+                block = block.parse(self._parsers, self.bad)
+                self.rows += len(block.lines)
+                kept += len(block.lines)
+                self._check_types(file, block.frame)
+                yield replace(block, frame=self._keyed(block.frame))
+        if not kept:
+            self.check(files[0])  # which may say why
+
+    def _keyed(self, frame: pl.DataFrame) -> pl.DataFrame:
+        session, user = self.columns.session, self.columns.user
+        users = frame[user] if user else None
+        keys = {} if users is None else {"user": self.users.keys(users)}
+        if session:
+            keys["session"] = self.sessions.keys(frame[session], users)
+        else:
+            keys["session"] = keys["user"]
+        named = frame.select(item=self.columns.item, time=self.columns.time)
+        return named.with_columns(**{name: pl.Series(values) for name, values in keys.items()})
+
+    def _check_types(self, file: Path, frame: pl.DataFrame) -> None:
+        types = {name: frame[name].dtype for name in self._ids}
+        self._first = self._first or (file, types)
+        for name, dtype in types.items():
+            if dtype != self._first[1][name]:
+                kind, other = (
+                    "integers" if of == pl.Int64 else "text" for of in (dtype, self._first[1][name])
+                )
+                raise InputError(
+                    f"{file}: {name} holds {kind}, but {other} in {self._first[0]}; store the ids "
+                    "of all files alike"
+                )
+
+    def check(self, file: Path) -> None:
+        """Refuse times that are mostly of another kind, and kinds of events that never came."""
+        self._times.check(file)
+        missing = [kind for kind in self.columns.keep_events if kind not in self._kinds]
         if missing:
-            found = ", ".join(kind or "nothing" for kind in sorted(kinds)[:10])
+            found = ", ".join(kind or "nothing" for kind in sorted(self._kinds)[:10])
             raise InputError(
-                f"{self.file} has no event of the kind {' or '.join(missing)}: its "
-                f"{self.columns.event} holds {found}{', ...' if len(kinds) > 10 else ''}; correct "
-                "--keep-events"
+                f"{file} has no event of the kind {' or '.join(missing)}: its "
+                f"{self.columns.event} holds {found}{', ...' if len(self._kinds) > 10 else ''}; "
+                "correct --keep-events"
             )
 
-    def _blocks(self, wanted: list[str]) -> Iterator[Columns]:
+    def _blocks(self, file: Path) -> Iterator[Columns]:
         """Read the file as what it is, whatever its name says."""
-        suffix = self.file.suffix.lower()
-        if first_bytes(self.file).startswith(PARQUET_MAGIC) or suffix == ".parquet":
-            return read_parquet(self.file, wanted)
-        header = _header(self.file)
+        suffix = file.suffix.lower()
+        if first_bytes(file).startswith(PARQUET_MAGIC) or suffix == ".parquet":
+            return read_parquet(file, self._wanted)
+        header = _header(file)
         if header.startswith(("{", "[")):
-            return read_json_lines(self.file, wanted, self.bad, ids=wanted[:2])
+            return read_json_lines(file, self._wanted, self.bad, ids=self._ids)
         # RecBole's files have no quoting.
         is_recbole = suffix == ".inter" or re.fullmatch(_RECBOLE_HEADER, header) is not None
-        separator = "\t" if is_recbole else _separator(self.file, header, wanted)
+        separator = "\t" if is_recbole else _separator(file, header, self._wanted)
         return read_delimited(
-            self.file, wanted, self.bad, separator=separator, quoted=not is_recbole
+            file, self._wanted, self.bad, separator=separator, quoted=not is_recbole
         )
 
 

@@ -72,7 +72,7 @@ class TimeParser(Parser):
         count = len(column) - numbers.null_count()
         nothing = iso = pl.repeat(None, len(column), dtype=pl.Int64, eager=True)
         if self._is_auto and count + column.null_count() < len(column):
-            iso = _from_iso(column)  # a date such as 20240131 is a number only
+            iso = from_iso(column)  # a date such as 20240131 is a number only
             self._counts["iso"] += len(iso) - iso.null_count()
         if self._unit is None:
             if not count and iso.null_count() == len(iso):  # says nothing about the others
@@ -143,7 +143,7 @@ def _within(numbers: pl.Series, low: int, high: int) -> pl.Series:
     return numbers.set(outside, None) if outside.any() else numbers
 
 
-def _from_iso(column: pl.Series) -> pl.Series:
+def from_iso(column: pl.Series) -> pl.Series:
     text = (
         column.cast(pl.String)
         .str.strip_suffix(" UTC")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,18 @@ def in_order_of_appearance(sessions: Sessions) -> np.ndarray:
     first[sessions.items[::-1]] = np.arange(events)[::-1]  # of repeated positions the last one wins
     order = np.argsort(first, kind="stable")
     return order[: np.count_nonzero(first < events)]
+
+
+def refuse_copies(files: list[Path], parts: list[Sessions]) -> None:
+    """Raise InputError where two splits, each of its own file, hold the same sessions."""
+    for (one, first), (other, second) in combinations(zip(files, parts, strict=True), 2):
+        if np.array_equal(first.items, second.items) and np.array_equal(
+            first.offsets, second.offsets
+        ):
+            raise InputError(
+                f"{one} and {other} hold the same sessions: a model would be scored on what it has "
+                "seen; give different files"
+            )
 
 
 def write_splits(
