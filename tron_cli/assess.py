@@ -18,6 +18,7 @@ from tron_cli.errors import InputError
 from tron_cli.evaluate import predict
 from tron_cli.events import Predictions, ranges
 from tron_cli.metrics import figures, parse_measures, values_by_rank
+from tron_cli.registry import REGISTERED, settings_of
 from tron_cli.slices import KINDS, sliced_figures
 from tron_cli.trec import check_writable, write_qrels, write_run
 
@@ -300,7 +301,8 @@ def _add_lost(
 
 
 def _positions(config: ExperimentConfig, one_pass: bool) -> str:
-    positions = "none" if config.is_baseline else config.positions
+    settings = settings_of(REGISTERED["model"][config.model], config, num_items=0)
+    positions = settings.get("positions", "none")
     if one_pass:
         return f"{positions}, one pass over the whole session"
     return f"{positions}, each event from its own history"

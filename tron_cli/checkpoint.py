@@ -25,6 +25,7 @@ from tron_cli.errors import InputError, RunError
 from tron_cli.files import written_aside
 from tron_cli.models import Model, build_model
 from tron_cli.optim import Optimizer, build_optimizer
+from tron_cli.plugins import UnnamedCodeError, label
 from tron_cli.registry import BASELINES, settings_of
 
 FORMAT_VERSION = 1
@@ -95,7 +96,7 @@ def checkpoint_name(config: ExperimentConfig, step: int, metrics: dict[str, floa
     if config.is_baseline:
         settings = settings_of(BASELINES[config.model], config, num_items=0)
         own = settings.keys() - {"num_items", "sequence_length"}
-        parts += [f"{name}={settings[name]:g}" for name in sorted(own)]
+        parts += [f"{name}={_shown(settings[name])}" for name in sorted(own)]
     else:
         parts += _settings_of_training(config, step)
     if config.val_metric in metrics:
@@ -103,10 +104,14 @@ def checkpoint_name(config: ExperimentConfig, step: int, metrics: dict[str, floa
     return "-".join(parts) + ".pt"
 
 
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else label(str(value))
+
+
 def _settings_of_training(config: ExperimentConfig, step: int) -> list[str]:
     parts = [
         f"step={step}",
-        f"loss={config.loss}",
+        f"loss={label(config.loss)}",
         f"negs={config.num_uniform_negatives}+{config.num_batch_negatives}",
     ]
     if config.topk_sampling:
@@ -226,8 +231,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"{path} is not a whole tron checkpoint: {wrong} missing or unknown")
     try:
         config = config_from_dict(content.pop("config"))
+    except UnnamedCodeError as error:
+        raise InputError(f"{path} needs {error}") from error
     except (InputError, TypeError) as error:
-        raise InputError(f"{path} was written by another version of tron: {error}") from error
+        raise InputError(
+            f"{path} was written by another version of tron, or with a package that is not "
+            f"installed here: {error}"
+        ) from error
     return Checkpoint(path=path, config=config, **content)
 
 

@@ -56,6 +56,25 @@ Overrides = Annotated[
 ]
 
 
+def _add_plugins(references: list[str] | None) -> list[str] | None:
+    from tron_cli.plugins import add_plugin
+
+    for reference in references or []:
+        add_plugin(reference)
+    return references
+
+
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        callback=_add_plugins,
+        metavar="FILE.py:NAME",
+        help="Run this code from outside tron (or package.module:NAME), which a checkpoint needs.",
+    ),
+]
+
+
 class Split(str, Enum):
     """Splits that `tron evaluate` reads."""
 
@@ -153,6 +172,7 @@ def train(
             "trace.json in the run's folder is a Chrome trace, --resume goes on with the run.",
         ),
     ] = None,
+    plugin: Plugins = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -298,6 +318,7 @@ def evaluate(
         ),
     ] = 0,
     data_dir: DataDir = Path("datasets"),
+    plugin: Plugins = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -386,6 +407,7 @@ def compare(
         ),
     ] = None,
     data_dir: DataDir = Path("datasets"),
+    plugin: Plugins = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:

@@ -20,7 +20,8 @@ from typing import Any
 
 from tron_cli import peers
 from tron_cli.dataset import DATASET_NAME
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, place_of
+from tron_cli.plugins import GROUPS, check_named, label, registered_name
 from tron_cli.registry import (
     BASELINES,
     CATALOGUE_LOSSES,
@@ -69,7 +70,8 @@ class ExperimentConfig:
     # Model
     model: str = _setting(
         "sasrec",
-        "network, of which sasrec is TRON's backbone; or a baseline",
+        "network, of which sasrec is TRON's backbone; or a baseline; or a class of your own as "
+        "mine.py:Name",
         choices=(*MODELS, *BASELINES),
     )
     sequence_length: int = _setting(50, "last events of a session that the model sees", low=1)
@@ -266,6 +268,8 @@ class ExperimentConfig:
             object.__setattr__(self, "val_metric", str(self.val_metric))
         for field in dataclasses.fields(self):
             value = _checked_type(field.name, getattr(self, field.name))
+            if field.name in GROUPS:
+                value = registered_name(field.name, value, FIELDS)
             object.__setattr__(self, field.name, value)
             _check_range(field, value)
         self._check_together()
@@ -396,9 +400,12 @@ class ExperimentConfig:
 
     @property
     def method(self) -> str:
-        """What is trained: tron for SASRec with a listwise loss on shared negatives."""
+        """What is trained: tron for SASRec with a listwise loss on shared negatives.
+
+        It may be part of a file's name.
+        """
         is_tron = (self.model, self.loss, self.sampling_style) == ("sasrec", "ssm", "batchwise")
-        return "tron" if is_tron else self.model
+        return "tron" if is_tron else label(self.model)
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(ExperimentConfig)}
@@ -500,7 +507,11 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
-    """The inverse of `dataclasses.asdict`, for configs stored in checkpoints."""
+    """Return the inverse of `dataclasses.asdict`, for configs stored in checkpoints.
+
+    Raises UnnamedCodeError where it needs code from outside that nobody has named.
+    """
+    check_named(values)
     for key in values:
         _check_key(key)
     return ExperimentConfig(**values)
@@ -543,21 +554,11 @@ def _execute(path: Path) -> ExperimentConfig:
     try:
         exec(compile(path.read_text(), str(path), "exec"), scope)
     except Exception as error:
-        raise InputError(f"{_where(path, error)}: {_reason(error)}") from error
+        raise InputError(f"{place_of(path, error)}: {_reason(error)}") from error
     config = scope.get("config")
     if not isinstance(config, ExperimentConfig):
         raise InputError(f"{path} must define `config = ExperimentConfig(...)`, got {config!r}")
     return config
-
-
-def _where(path: Path, error: Exception) -> str:
-    line = getattr(error, "lineno", None)
-    trace = error.__traceback__
-    while line is None and trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f"{path}, line {line}" if line else str(path)
 
 
 def _reason(error: Exception) -> str:
@@ -637,7 +638,7 @@ def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
     if value is None:
         return
     limits = field.metadata
-    choices = limits.get("choices")
+    choices = REGISTERED.get(field.name, limits.get("choices"))
     if choices:
         if value not in choices:
             near = difflib.get_close_matches(value, choices, n=1)

@@ -72,6 +72,17 @@ def sentence_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def place_of(path: Path, error: BaseException) -> str:
+    """Return the file and, where it can be told, the line that raised or that cannot be parsed."""
+    line = getattr(error, "lineno", None)
+    trace = error.__traceback__
+    while line is None and trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f"{path}, line {line}" if line else str(path)
+
+
 def _is_out_of_device_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")  # what never loaded it cannot have raised its errors
     return torch is not None and isinstance(error, torch.OutOfMemoryError)

@@ -20,6 +20,7 @@ class Baseline(ABC):
     An instance knows nothing before `fit` or `load_state_dict`.
     """
 
+    is_baseline = True
     popularity: Popularity
     mask_item: None = None  # as a network may have; see models/__init__.py
 
