@@ -276,17 +276,49 @@ class Catalogue:
             score_ek, index_ek = score_eI.topk(kept, dim=1)
             # In exact arithmetic an item this far below the last place cannot reach it.
             hopeless_e = score_ek[:, limit_here - 1].double() - 2 * bound_E[part]
-            for event in range(len(score_eI)):
-                if kept < self.num_items and score_ek[event, -1] >= hopeless_e[event]:
-                    possible = (score_eI[event] >= hopeless_e[event]) & score_eI[event].isfinite()
-                    item_C = possible.nonzero()[:, 0] + 1
-                else:
-                    item_C = index_ek[event][score_ek[event] > -torch.inf].sort().values + 1
+            item_ek = (index_ek + 1).masked_fill(score_ek == -torch.inf, 0)
+            best_ek, told_ek = self._ordered_by_float64(
+                hidden_ED[part], item_ek, target_E[part], close_E[part]
+            )
+            top[part, :limit_here] = best_ek[:, :limit_here]
+            open_e = ~told_ek[:, :limit_here].all(dim=1)
+            if kept < self.num_items:
+                open_e |= score_ek[:, -1] >= hopeless_e
+            for event in open_e.nonzero()[:, 0].tolist():
+                possible = (score_eI[event] >= hopeless_e[event]) & score_eI[event].isfinite()
                 best = self._ordered(
-                    hidden_ED[low + event], item_C, target_E[low + event], close_E[low + event]
-                )
-                top[low + event, : len(best[:limit])] = best[:limit]
+                    hidden_ED[low + event],
+                    possible.nonzero()[:, 0] + 1,
+                    target_E[low + event],
+                    close_E[low + event],
+                )[:limit_here]
+                top[low + event, : len(best)] = best
         return top
+
+    def _ordered_by_float64(
+        self,
+        hidden_eD: torch.Tensor,
+        item_ek: torch.Tensor,
+        target_e: torch.Tensor,
+        close_e: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Items of each event as `_ordered` has them, and whether float64 tells each from the next.
+
+        Item 0 is none, and comes last.
+        """
+        rank_ek = item_ek.masked_fill(item_ek == target_e[:, None], self.num_items + 1)
+        item_ek = item_ek.gather(1, rank_ek.argsort(dim=1))
+        event_P = torch.arange(len(item_ek), device=item_ek.device).repeat_interleave(
+            item_ek.shape[1]
+        )
+        score_ek = self.score(hidden_eD, event_P, item_ek.flatten()).view(item_ek.shape)
+        score_ek, order_ek = score_ek.masked_fill(item_ek == 0, -torch.inf).sort(
+            dim=1, descending=True, stable=True
+        )
+        # Differences to and among those of item 0 are infinite or NaN: neither is close.
+        near_ek = (score_ek[:, :-1] - score_ek[:, 1:] <= close_e[:, None]) & (close_e > 0)[:, None]
+        last_e1 = torch.zeros_like(item_ek[:, :1], dtype=torch.bool)
+        return item_ek.gather(1, order_ek), ~torch.cat([near_ek, last_e1], dim=1)
 
     def _ordered(
         self,
