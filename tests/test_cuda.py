@@ -16,13 +16,13 @@ import pytest
 import torch
 from conftest import pack_sessions, tiny_settings, write_dataset
 
-from tron_cli import cli, rank_kernel
+from tron_cli import rank_kernel
 from tron_cli import train as training
 from tron_cli.batches import Batch, prepared_ahead, training_batch
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Sessions
 from tron_cli.evaluate import predict
-from tron_cli.feed import WholeSessions
+from tron_cli.feed import WholeSessions, build_feed
 from tron_cli.graphs import CUDARecorder, GraphedSteps
 from tron_cli.models import build_model
 from tron_cli.models.sasrec import SASRec
@@ -166,6 +166,30 @@ def test_a_step_that_cannot_be_recorded_is_taken_as_usual(
     check_learned(run(settings(), torch.float32, graphs=True)[0])
 
 
+@pytest.mark.parametrize("session_parallel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_gru_has_the_precision_that_was_asked_for(
+    dtype: torch.dtype, session_parallel: bool
+) -> None:
+    """In bf16 its states are those of float32, within the rounding of TF32."""
+    config = settings(model="gru4rec", session_parallel=session_parallel, train_batch_size=8)
+    torch.manual_seed(0)
+    model = build_model(config, ITEMS).to(CUDA).eval()
+    sessions = cyclic_sessions(60)
+    feed = build_feed(config, sessions, model, padded=False)
+    batch = feed.batch(3).to(CUDA)
+    seen = []
+    model.gru.register_forward_hook(lambda _, __, outputs: seen.append(outputs[1].dtype))
+    expected = model(batch)
+    if session_parallel:
+        model.carried_LBD.zero_()
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        found = model(batch)
+    half = dtype == torch.float16
+    assert seen == [torch.float32, torch.float16 if half else torch.float32]
+    torch.testing.assert_close(found.float(), expected, rtol=5e-3, atol=5e-3)
+
+
 def test_the_training_loop_gives_the_same_with_and_without_graphs(tmp_path: Path) -> None:
     pytest.importorskip("ir_measures.measures")
     rows = [list(map(int, row)) for row in map(cyclic_sessions(200).__getitem__, range(200))]
@@ -184,8 +208,10 @@ def test_the_training_loop_gives_the_same_with_and_without_graphs(tmp_path: Path
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_all_of_a_run_is_on_the_card_that_was_named(tmp_path: Path) -> None:
     """Graphs, pinned batches and the kernel of ranks included."""
+    pytest.importorskip("ir_measures.measures")
     rows = [list(map(int, row)) for row in map(cyclic_sessions(200).__getitem__, range(200))]
     dataset = write_dataset(tmp_path, train=rows, val=rows[:50], num_items=ITEMS)
+    cli = pytest.importorskip("tron_cli.cli")
     before = torch.cuda.memory_allocated(0)
     try:
         device = cli._device("cuda:1")

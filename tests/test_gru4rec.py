@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 import torch
 from conftest import pack_sessions, random_sessions, tiny_settings, write_dataset
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.rnn import PackedSequence
 
 import tron_cli.train as module
 from tron_cli.batches import Batch, pack, training_batch
@@ -304,6 +307,60 @@ def test_bf16_autocast_is_near_float32() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             found = other(batch)
         torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.02)
+
+
+@pytest.fixture
+def cuda_autocast() -> Iterator[Callable[[torch.dtype | None], None]]:
+    """Autocast of CUDA tensors, which torch.autocast refuses where there is no device."""
+    before = torch.get_autocast_dtype("cuda")
+
+    def choose(dtype: torch.dtype | None) -> None:
+        torch.set_autocast_enabled("cuda", dtype is not None)
+        if dtype is not None:
+            torch.set_autocast_dtype("cuda", dtype)
+
+    yield choose
+    torch.set_autocast_enabled("cuda", False)
+    torch.set_autocast_dtype("cuda", before)
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+@pytest.mark.parametrize("packed_rows", [False, True])
+@pytest.mark.parametrize("asked", [None, torch.bfloat16, torch.float16], ids=str)
+def test_the_recurrence_is_float16_on_cuda_only_where_that_was_asked_for(
+    cuda_autocast: Callable[[torch.dtype | None], None],
+    asked: torch.dtype | None,
+    packed_rows: bool,
+) -> None:
+    """cuDNN's autocast is float16 whatever is asked for, and bf16 comes without a scaler.
+
+    Fake tensors stand for those of a device: they have one, and no values.
+    """
+    seen = []
+
+    class Watched(nn.GRU):
+        def forward(self, x: Any, *state: torch.Tensor) -> Any:
+            within = torch.is_autocast_enabled("cuda")
+            seen.append([x.data.dtype, *(each.dtype for each in state)])
+            seen.append(torch.get_autocast_dtype("cuda") if within else None)
+            return x, state
+
+    model = build(num_blocks=1).float()
+    model.gru = Watched(DIM, DIM)
+    with FakeTensorMode():
+        # Dropout, say, may have computed the inputs in autocast's precision.
+        x_ND = torch.empty(5, DIM, device="cuda", dtype=asked)
+        state_1BD = torch.empty(1, 5, DIM, device="cuda")
+        cuda_autocast(asked)
+        if packed_rows:
+            model._recurrence(PackedSequence(x_ND, torch.tensor([3, 2])))
+        else:
+            model._recurrence(x_ND.unsqueeze(0), state_1BD)
+    if asked == torch.float16:
+        assert seen[1] == torch.float16
+    else:
+        assert set(seen[0]) == {torch.float32}
+        assert seen[1] is None
 
 
 class KilledError(Exception):

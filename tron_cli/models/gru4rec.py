@@ -12,13 +12,17 @@ Dropout is on the input embeddings and on the output of each layer; TRON's GRU4R
 layers only, that is nowhere with its one layer. The state that goes on to the next event is not
 dropped, as in TRON's; in Hidasi's code it is what dropout has left.
 
+On CUDA with precision=bf16 the recurrence is float32 (TF32 where torch allows it, as by default):
+cuDNN has none in bf16, and under autocast torch would run it in float16, unscaled
+(aten/src/ATen/cudnn/AutocastRNN.cpp).
+
 Shapes: N packed events, D embedding_dim, B rows, L layers, U rows looked up.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -99,8 +103,17 @@ class GRU4Rec(ItemTables):
         # By place, the last and so the longest rows first, as PackedSequence wants it.
         order_N = len(x_ND) - 1 - batch.places_N.flip(0).argsort(stable=True)
         rows_at_place = batch.places_N.bincount().cpu()
-        states, _ = self.gru(PackedSequence(x_ND.index_select(0, order_N), rows_at_place))
+        inputs = PackedSequence(x_ND.index_select(0, order_N), rows_at_place)
+        states, _ = self._recurrence(inputs)
         return states.data.index_select(0, order_N.argsort())
+
+    def _recurrence(self, *inputs: PackedSequence | torch.Tensor) -> Any:
+        """The GRU, in the precision that autocast asks for or a higher one."""
+        if not inputs[0].is_cuda or torch.get_autocast_dtype("cuda") == torch.float16:
+            return self.gru(*inputs)
+        with torch.autocast("cuda", enabled=False):
+            dtype = self.item_embedding.weight.dtype
+            return self.gru(*(values.to(dtype) for values in inputs))
 
     def _next_events(
         self, x_BD: torch.Tensor, lanes_B: torch.Tensor, places_B: torch.Tensor
@@ -108,7 +121,7 @@ class GRU4Rec(ItemTables):
         """One step of each lane, from its carried state or, at a session's first event, zero."""
         begins_B1 = (places_B == 0)[:, None]
         before_LBD = self.carried_LBD[:, lanes_B].masked_fill(begins_B1, 0.0)
-        states_1BD, after_LBD = self.gru(x_BD[None], before_LBD)
+        states_1BD, after_LBD = self._recurrence(x_BD[None], before_LBD)
         self.carried_LBD[:, lanes_B] = after_LBD.detach().to(self.carried_LBD.dtype)
         return states_1BD[0]
 
