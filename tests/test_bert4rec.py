@@ -329,6 +329,60 @@ def test_hidden_states_are_those_of_torchs_encoder_in_both_directions(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("reuse", [True, False])
+def test_the_head_is_the_originals(block: str, reuse: bool, rng: np.random.Generator) -> None:
+    """FeiSun/BERT4Rec's get_masked_lm_output on the states of a model without a head."""
+    plain = make_model(block=block, output_bias=True, reuse_item_embeddings=reuse).double()
+    changes = {"output_bias": True, "reuse_item_embeddings": reuse, "prediction_head": True}
+    model = make_model(block=block, **changes).double()
+    (_, dense, _, norm) = (each for each in model.norm.modules() if not list(each.children()))
+    assert isinstance(dense, nn.Linear)
+    assert isinstance(norm, nn.LayerNorm)
+    of_both = {name: value for name, value in model.state_dict().items() if "norm." not in name[:5]}
+    plain.load_state_dict({**plain.state_dict(), **of_both})
+    plain.norm.load_state_dict(model.norm[0].state_dict())
+    batch = cloze(random_sessions(rng, 12, ITEMS))
+    states_ND = plain(batch)[:, :8].detach()
+    # gelu(x W + b) by the error function, normalized with an epsilon of 1e-12; then scores of the
+    # items with a bias each.
+    x_ND = states_ND @ dense.weight.T + dense.bias
+    x_ND = x_ND * 0.5 * (1.0 + torch.erf(x_ND / math.sqrt(2.0)))
+    centred_ND = x_ND - x_ND.mean(dim=1, keepdim=True)
+    deviation_N1 = (centred_ND.square().mean(dim=1, keepdim=True) + 1e-12).sqrt()
+    x_ND = centred_ND / deviation_N1 * norm.weight + norm.bias
+    expected_NV = x_ND @ model.item_table[:, :8].T + model.item_table[:, 8]
+    found_NV = model(batch) @ model.item_table.T
+    torch.testing.assert_close(found_NV, expected_NV, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("initialization", ["default", "normal"])
+def test_a_head_begins_as_in_the_original(initialization: str) -> None:
+    config = make_config(
+        model="bert4rec", prediction_head=True, output_bias=True, initialization=initialization,
+        embedding_dim=64, num_heads=1,
+    )  # fmt: skip
+    model = build_model(config, 500)
+    assert isinstance(model, BERT4Rec)
+    assert not model.item_table[:, 64].any()
+    assert model.item_table[:, :64].all(dim=1).all()
+    dense = model.norm[1][0]
+    if initialization == "normal":
+        assert float(dense.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+        assert not dense.bias.any()
+    with torch.device("meta"):  # as checkpoints are loaded
+        assert build_model(config, 500).state_dict().keys() == model.state_dict().keys()
+
+
+def test_without_a_head_nothing_is_named_otherwise_than_before() -> None:
+    """Checkpoints from before there was one have no such setting, and load."""
+    names = set(make_model().state_dict())
+    assert {name for name in names if name.startswith("norm")} == {"norm.weight", "norm.bias"}
+    assert not [name for name in make_model(block="post-norm").state_dict() if name[:4] == "norm"]
+    head = make_model(block="post-norm", prediction_head=True)
+    assert len(head.state_dict()) == len(make_model(block="post-norm").state_dict()) + 4
+
+
 def test_one_row_does_not_serve_all_and_steps_are_not_recorded() -> None:
     for positions in ("end", "start", "none"):
         model = make_model(positions)

@@ -43,6 +43,21 @@ def test_a_parameter_that_is_no_setting_is_named(entry_of):
         registry.settings_of(entry_of(misspelt), CONFIG)
 
 
+class Base:
+    def __init__(self, *, num_items, lr):
+        pass
+
+
+class Extended(Base):
+    def __init__(self, *, bpr_penalty, **settings):
+        super().__init__(**settings)
+
+
+def test_a_class_needs_also_what_it_passes_on_to_the_one_that_it_extends(entry_of):
+    found = registry.settings_of(entry_of(Extended), CONFIG, num_items=7)
+    assert found == {"bpr_penalty": 0.25, "num_items": 7, "lr": CONFIG.lr}
+
+
 @pytest.mark.parametrize(
     "table",
     ["MODELS", "BASELINES", "LOSSES", "CATALOGUE_LOSSES", "SAMPLERS"],

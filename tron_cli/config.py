@@ -120,6 +120,11 @@ class ExperimentConfig:
         "way, which is a separate table for gsasrec only",
     )
     output_bias: bool = _setting(False, "one learned bias an item, added to its score")
+    prediction_head: bool = _setting(
+        False,
+        "bert4rec: a linear layer, GELU and LayerNorm between the transformer and the scores, as "
+        "in the original, which has output_bias as well",
+    )
     mask_probability: float = _setting(
         0.15, "bert4rec: share of the events that a training step hides", above=0, high=1
     )

@@ -44,7 +44,7 @@ _BLOCKS = ("block", "feed_forward_dim", "activation", "attention_dropout_rate")
 MODELS = {
     "bert4rec": Entry(
         "tron_cli.models.bert4rec:BERT4Rec",
-        owns=(*_TRANSFORMER, *_BLOCKS, "mask_probability"),
+        owns=(*_TRANSFORMER, *_BLOCKS, "prediction_head", "mask_probability"),
         masks_inputs=True,
     ),
     "gru4rec": Entry("tron_cli.models.gru4rec:GRU4Rec", owns=("session_parallel",)),
@@ -113,11 +113,11 @@ def load(entry: Entry) -> Any:
 def settings_of(entry: Entry, config: ExperimentConfig, **more: Any) -> dict[str, Any]:
     """Return the settings that an entry's keyword-only parameters name, from `more` or the config.
 
-    Raises InputError where one names neither.
+    A class that takes **settings for the class that it extends needs that one's as well. Raises
+    InputError where a parameter names neither.
     """
     values = {**{field.name: getattr(config, field.name) for field in fields(config)}, **more}
-    parameters = inspect.signature(load(entry)).parameters.values()
-    names = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    names = _keywords(load(entry))
     for name in names:
         if name not in values:
             near = difflib.get_close_matches(name, values, n=1)
@@ -126,3 +126,12 @@ def settings_of(entry: Entry, config: ExperimentConfig, **more: Any) -> dict[str
                 f"{entry.path} has a keyword-only parameter {name!r}, which is no setting{hint}"
             )
     return {name: values[name] for name in names}
+
+
+def _keywords(registered: Any) -> list[str]:
+    """Names of keyword-only parameters."""
+    parameters = inspect.signature(registered).parameters.values()
+    names = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    if inspect.isclass(registered) and any(each.kind is each.VAR_KEYWORD for each in parameters):
+        names += _keywords(registered.__base__)
+    return names
