@@ -113,7 +113,9 @@ def assess(
         report["sample"] = sample_of(dataset, options)
     train_counts = None
     if options.cutoff or "popularity" in options.by:
-        train_counts = count_items(dataset.split("train"), dataset.num_items, progress="popularity")
+        train_counts = count_items(
+            dataset.checked_split("train"), dataset.num_items, progress="popularity"
+        )
     if options.by:
         events_I = None if train_counts is None else train_counts.events_I
         report["slices"] = {
@@ -178,7 +180,7 @@ def chosen_sessions(dataset: Dataset, options: EvaluationOptions) -> tuple[Sessi
         )
     if options.seed is not None and options.sample_sessions is None:
         raise InputError("--seed is that of --sample-sessions; give both, or neither")
-    sessions = dataset.split(options.split)
+    sessions = dataset.checked_split(options.split)
     if not len(sessions):
         raise InputError(
             f"the {options.split} split of {dataset.path} is empty; prepare it with one, or "

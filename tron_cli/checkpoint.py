@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.serialization import get_crc32_options, set_crc32_options
 
 from tron_cli.baselines import build_baseline
 from tron_cli.baselines.base import Baseline
@@ -60,7 +59,12 @@ class Checkpoint:
         if self.config.is_baseline:
             baseline = build_baseline(self.config, self.dataset["num_items"])
             arrays = {name: values.numpy() for name, values in self.weights.items()}
-            baseline.load_state_dict(arrays)
+            try:
+                baseline.load_state_dict(arrays)
+            except (KeyError, ValueError, IndexError, TypeError) as error:
+                raise self._misfit(f"{type(error).__name__}: {error}") from error
+            if len(arrays["popularity"]) != baseline.num_items + 1:
+                raise self._misfit("counts of another number of items")
             return baseline
         if self.training and self.config.optimizer == "row_adam":
             model, optimizer = self.build_training(device)
@@ -78,9 +82,27 @@ class Checkpoint:
     def _as_saved(self, device: torch.device) -> Model:
         with torch.device("meta"):  # no random weights, only to be replaced
             model = build_model(self.config, self.dataset["num_items"])
+        self._check_shapes(model.state_dict())
         model.to_empty(device=device)
         model.load_state_dict(self.weights)
         return model
+
+    def _check_shapes(self, expected: Mapping[str, torch.Tensor]) -> None:
+        """Raise an InputError where the weights are not those of the configuration's network."""
+        if expected.keys() != self.weights.keys():
+            raise self._misfit(
+                f"{min(expected.keys() ^ self.weights.keys())} is missing or unknown"
+            )
+        for name, values in self.weights.items():
+            if values.shape != expected[name].shape or values.dtype != expected[name].dtype:
+                shapes = [f"{v.dtype} {list(v.shape)}" for v in (values, expected[name])]
+                raise self._misfit(f"{name} is {shapes[0]}, not {shapes[1]}".replace("torch.", ""))
+
+    def _misfit(self, reason: str) -> InputError:
+        return InputError(
+            f"the weights in {self.path} do not fit its configuration ({reason}): the file is "
+            "damaged, or was written by another version of tron; train again"
+        )
 
     def decoded_item_ids(self) -> np.ndarray:
         """Original ids, entry i - 1 for item i: int64, or str objects."""
@@ -171,27 +193,12 @@ def save_checkpoint(
     }
     try:
         with written_aside(path, "wb") as file:
-            with _zip_checksums(wanted=not training):
-                torch.save(content, file)
+            torch.save(content, file)  # a zip file with checksums, which load_checkpoint compares
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a disk is full
         reason = str(error).splitlines()[0]
         raise RunError(f"cannot write {path} ({reason}); make room on the disk") from error
-
-
-@contextmanager
-def _zip_checksums(wanted: bool) -> Iterator[None]:
-    """Whether torch.save adds the checksums that zip programs look at, and torch.load does not.
-
-    They take twice as long as the writing, which a file for resuming is spared.
-    """
-    before = get_crc32_options()
-    set_crc32_options(wanted)
-    try:
-        yield
-    finally:
-        set_crc32_options(before)
 
 
 def _on_cpu(state: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:
@@ -212,12 +219,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}: expected a .pt file or a run folder")
     try:
+        damaged = _damaged_part(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch's own words advise to load without care
         raise InputError(
             f"{path} is truncated or no tron checkpoint ({type(error).__name__}); name another "
             "file, or train again"
         ) from error
+    if damaged is not None:
+        raise InputError(
+            f"{path} is damaged: {damaged} in it does not have its checksum; take another copy, or "
+            "train again"
+        )
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise InputError(
@@ -229,6 +242,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if set(content) != expected:
         wrong = ", ".join(sorted(set(content) ^ expected))
         raise InputError(f"{path} is not a whole tron checkpoint: {wrong} missing or unknown")
+    flaw = _flaw(content)
+    if flaw is not None:
+        raise InputError(f"{path} is not a whole tron checkpoint: {flaw}")
     try:
         config = config_from_dict(content.pop("config"))
     except UnnamedCodeError as error:
@@ -239,6 +255,38 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"installed here: {error}"
         ) from error
     return Checkpoint(path=path, config=config, **content)
+
+
+def _damaged_part(path: Path) -> str | None:
+    """Name a part whose content does not have its checksum; older last.pt files have none."""
+    with zipfile.ZipFile(path) as archive:
+        if not any(member.CRC for member in archive.infolist()):
+            return None
+        return archive.testzip()
+
+
+def _flaw(content: dict[str, Any]) -> str | None:
+    """Look for entries of a wrong kind; return the first in a few words."""
+    kinds: dict[str, type] = {
+        **dict.fromkeys(("config", "weights", "metrics", "dataset", "training"), dict),
+        **dict.fromkeys(("step", "epoch"), int),
+        "item_ids": torch.Tensor,
+    }
+    for name, kind in kinds.items():
+        if not isinstance(content[name], kind):
+            return f"{name} is no {kind.__name__}"
+    if not all(isinstance(values, torch.Tensor) for values in content["weights"].values()):
+        return "weights holds other things than tensors"
+    dataset, ids = content["dataset"], content["item_ids"]
+    if not isinstance(dataset.get("name"), str) or not isinstance(dataset.get("num_items"), int):
+        return "its dataset has no name or no number of items"
+    if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.uint8):
+        return "its item ids are neither numbers nor text"
+    # Text is one id a line.
+    count = len(ids) if ids.dtype == torch.int64 else int((ids == ord("\n")).sum())
+    if count != dataset["num_items"]:
+        return f"it has {count:,} item ids for {dataset['num_items']:,} items"
+    return None
 
 
 def best_checkpoint(run_dir: Path) -> Path:

@@ -443,6 +443,34 @@ def compare(
 
 
 @app.command()
+def check(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATASET|CKPT", help="Name or folder of a dataset, a .pt file, or a run folder."
+        ),
+    ],
+    data_dir: DataDir = Path("datasets"),
+    as_json: AsJson = False,
+) -> None:
+    """Read all of a dataset or checkpoint and compare it with its fingerprints or checksums."""
+    from tron_cli.check import check as check_parts
+    from tron_cli.report import format_table
+
+    parts = check_parts(target, data_dir)
+    faults = [part.fault for part in parts if part.fault is not None]
+    if as_json:
+        print(json.dumps({"parts": [dataclasses.asdict(part) for part in parts], "faults": faults}))
+    else:
+        rows = [[part.name, part.holds, "damaged" if part.fault else "sound"] for part in parts]
+        print(format_table(["part", "holds", "state"], rows))
+    for fault in faults:
+        print(f"tron: {fault}", file=sys.stderr)
+    if faults:
+        raise typer.Exit(2)
+
+
+@app.command()
 def demo(
     overrides: Overrides = None,
     data_dir: DataDir = Path("datasets"),

@@ -126,7 +126,9 @@ def compare(
     labels = short_labels([checkpoint.path for checkpoint in checkpoints])
     counts = None
     if depth:
-        counts = count_items(dataset.split("train"), dataset.num_items, progress="popularity")
+        counts = count_items(
+            dataset.checked_split("train"), dataset.num_items, progress="popularity"
+        )
     values_of = values_by_rank(measures)
 
     models: dict[str, dict[str, Any]] = {label: {} for label in labels}

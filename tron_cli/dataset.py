@@ -34,9 +34,16 @@ import numpy as np
 
 from tron_cli.dataset_folder import SPLITS, DatasetFolder
 from tron_cli.errors import InputError
+from tron_cli.integrity import (
+    PROTOCOLS,
+    fingerprint,
+    flaw_of_contents,
+    flaw_of_description,
+    flaw_of_ends,
+)
 
 FORMAT_VERSION = 1
-PROTOCOLS = ("every-step", "last-item")
+FINGERPRINTED_BYTES = 1 << 28  # arrays up to this size take less than a second to check
 DATASET_NAME = r"\w[\w.+-]*"  # a folder in --data-dir, and a part of checkpoints' names
 
 
@@ -121,7 +128,7 @@ class Dataset:
             )
         try:
             info = json.loads(file.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{file} is not readable JSON ({error}); delete its folder and prepare the dataset "
                 "again"
@@ -132,28 +139,54 @@ class Dataset:
                 f"{file} has format version {version}, this tron reads {FORMAT_VERSION}; "
                 "prepare the dataset again"
             )
-        try:
-            return cls(path, info)
-        except KeyError as error:
-            raise InputError(f"{file} lacks {error}; prepare the dataset again") from error
+        flaw = flaw_of_description(info)
+        if flaw is not None:
+            raise InputError(f"{file} is damaged ({flaw}); prepare the dataset again")
+        return cls(path, info)
 
     def split(self, name: str) -> Sessions:
-        """Map the arrays of `train`, `val` or `test`."""
+        """Map the arrays of `train`, `val` or `test`; only their ends are read and checked."""
         folder = self.path / name
-        times = folder / "times.npy"
+        times_file = folder / "times.npy"
         try:
-            sessions = Sessions(
-                items=_map(folder / "items.npy"),
-                offsets=_map(folder / "offsets.npy"),
-                times=_map(times) if times.exists() else None,
-            )
-        except (OSError, EOFError, ValueError) as error:
+            items = _map(folder / "items.npy", np.int32)
+            offsets = _map(folder / "offsets.npy", np.int64)
+            times = _map(times_file, np.int64) if times_file.exists() else None
+        except Exception as error:  # of a damaged header NumPy raises almost anything
             raise self._damaged(f"the {name} split", error) from error
-        counts = self.split_info(name)
-        found = (len(sessions), len(sessions.items), int(sessions.offsets[-1]))
-        if found != (counts["sessions"], counts["events"], counts["events"]):
-            raise self._damaged(f"the {name} split", "its arrays do not match dataset.json")
+        flaw = flaw_of_ends(items, offsets, times, self.split_info(name))
+        if flaw is not None:
+            raise self._damaged(f"the {name} split", flaw)
+        return Sessions(items, offsets, times)
+
+    def checked_split(self, name: str, *, fully: bool = False) -> Sessions:
+        """Map a split and read it once, for whoever is to read it anyway.
+
+        Its offsets and items must be possible, and it and the catalogue must have their
+        fingerprints; where these would take more than a second, only if `fully`. Raises InputError.
+        """
+        sessions = self.split(name)
+        flaw = flaw_of_contents(sessions.items, sessions.offsets, self.num_items)
+        if flaw is not None:
+            raise self._damaged(f"the {name} split", flaw)
+        if fully or sessions.items.nbytes + sessions.offsets.nbytes <= FINGERPRINTED_BYTES:
+            found = fingerprint(sessions.items, sessions.offsets)
+            if found != self.split_info(name)["fingerprint"]:
+                raise self._damaged(f"the {name} split", "it is not what was prepared")
+        self.check_item_ids(fully=fully)
         return sessions
+
+    def check_item_ids(self, *, fully: bool = False) -> None:
+        """Compare the list of item ids with its fingerprint, as `checked_split` does."""
+        ids = self.item_ids
+        if ids.dtype == object:
+            found = _sha256((self.path / "item_ids.txt").read_bytes())
+        elif fully or ids.nbytes <= FINGERPRINTED_BYTES:
+            found = fingerprint(ids)
+        else:
+            return
+        if found != self.catalogue_fingerprint:
+            raise self._damaged("the list of item ids", "it is not what was prepared")
 
     @cached_property
     def item_ids(self) -> np.ndarray:
@@ -161,12 +194,12 @@ class Dataset:
         file = self.path / "item_ids.npy"
         try:
             if file.exists():
-                ids = _map(file)
+                ids = _map(file, np.int64)
             else:
                 # Not read_text: it would end a line at a carriage return within an id.
                 text = (self.path / "item_ids.txt").read_bytes().decode()
                 ids = np.array(text.split("\n")[:-1], dtype=object)
-        except (OSError, EOFError, ValueError) as error:
+        except Exception as error:
             raise self._damaged("the list of item ids", error) from error
         if len(ids) != self.num_items:
             raise self._damaged("the list of item ids", f"{len(ids):,}, not {self.num_items:,}")
@@ -198,10 +231,10 @@ class Dataset:
                 return np.repeat(np.array([0, 1], np.int32), [sessions, total])
             return None if total else np.zeros(sessions, np.int32)
         try:
-            lost = _map(file)
-        except (OSError, EOFError, ValueError) as error:
+            lost = _map(file, np.int32)
+        except Exception as error:
             raise self._damaged(f"{file.name} of the {split} split", error) from error
-        if lost.ndim != 1 or len(lost) < sessions or lost.min() < 0 or lost.sum() != total:
+        if len(lost) < sessions or lost.min(initial=0) < 0 or lost.sum() != total:
             raise self._damaged(f"{file.name} of the {split} split", "it does not match")
         return lost
 
@@ -212,13 +245,13 @@ class Dataset:
         ids: np.ndarray | TextIds
         try:
             if numbers.exists():
-                ids = _map(numbers)
+                ids = _map(numbers, np.int64)
             elif offsets.exists():
                 text = np.memmap(folder / f"{kind}.txt", np.uint8, "r")
-                ids = TextIds(text, _map(offsets))
+                ids = TextIds(text, _map(offsets, np.int64))
             else:
                 return None
-        except (OSError, EOFError, ValueError) as error:
+        except Exception as error:
             raise self._damaged(what, error) from error
         sessions = self.split_info(split)["sessions"]
         if len(ids) != sessions:
@@ -233,9 +266,11 @@ class Dataset:
         return self.info["splits"][name]
 
 
-def _map(file: Path) -> np.ndarray:
-    # An empty file cannot be mapped; its array has no pages to share anyway.
+def _map(file: Path, dtype: type[np.generic]) -> np.ndarray:
     array = np.load(file, mmap_mode="r")
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
+        raise ValueError(f"{file.name} is not a list of {dtype.__name__} numbers")
+    # An empty file cannot be mapped; its array has no pages to share anyway.
     return array if array.size else np.load(file)
 
 

@@ -380,7 +380,7 @@ def _saved(
 
 def training_splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Sessions, Sessions]:
     """Training and validation sessions, cut as overfit_batches and limit_val_batches say."""
-    sessions, validation = dataset.split("train"), dataset.split("val")
+    sessions, validation = dataset.checked_split("train"), dataset.checked_split("val")
     if not len(sessions):
         raise InputError(f"the training split of {dataset.path} is empty; prepare more data")
     short = int((sessions.lengths < 2).sum())
