@@ -270,3 +270,10 @@ def test_identical_files_are_refused(tmp_path: Path, same: str, is_copy: bool) -
         files[other] = files[one]
     with pytest.raises(InputError, match=rf"{one}\.txt and .* hold the same sessions"):
         prepare_sequences(files["train"], files["test"], tmp_path, "out", val=files["val"])
+
+
+def test_validation_lines_of_which_none_is_left_are_refused(tmp_path: Path) -> None:
+    train = write_lines(tmp_path / "train", [[1, 2]] * 9)
+    test, val = write_lines(tmp_path / "test", [[2, 1]]), write_lines(tmp_path / "val", [[1], [2]])
+    with pytest.raises(InputError, match=r"no session is left for the val split: .*val has none"):
+        prepare_sequences(train, test, tmp_path, "out", val=val)

@@ -16,6 +16,7 @@ from test_prepare_table import Row, Session, shop, unpack, write_csv
 from tron_cli.dataset import SPLITS, Dataset
 from tron_cli.errors import InputError
 from tron_cli.prepare.commands import table
+from tron_cli.prepare.summary import summary_text
 from tron_cli.prepare.table import TableColumns, prepare_table
 
 DAY = 86_400_000
@@ -243,6 +244,20 @@ def test_tables_that_are_split_stay_as_they_are(tmp_path: Path, rows: list[Row])
         "train.csv", "val.csv", "test.csv",
     ]  # fmt: skip
     assert dataset.info["options"]["split"] == "given"
+
+
+def test_a_given_split_of_which_nothing_is_left_is_refused(tmp_path: Path, rows: list[Row]) -> None:
+    files = given(tmp_path, rows)
+    late = [(user, item, at + 30 * DAY, kind) for user, item, at, kind in rows]
+    one = write_csv(tmp_path / "one.csv", late[:1])
+    with pytest.raises(InputError, match=r"no session is left for the val split: .*one.csv has n"):
+        prepare_table(files["train"], SESSION, tmp_path, "out", val=[one], test=[files["test"]])
+    with pytest.raises(InputError, match=r"for the test split \([\w ]*sessions came; short sessio"):
+        prepare_table(files["train"], SESSION, tmp_path, "out", test=[one])
+    after = write_csv(tmp_path / "after.csv", late)
+    text = summary_text(prepare_table(files["train"], SESSION, tmp_path, "out", test=[after]))
+    assert "No event lies in the 2" in text
+    assert "counted back" not in text
 
 
 def test_rare_items_of_given_splits_are_those_of_training(tmp_path: Path) -> None:

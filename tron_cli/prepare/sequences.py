@@ -59,6 +59,11 @@ def prepare_sequences(
         steps.record("read", parts, "")
         parts = [drop_short(part, 2) for part in parts]
         steps.record("short sessions", parts, "fewer than 2 events")
+        if val and not len(parts[1]):
+            raise InputError(
+                f"no session is left for the val split: {val} has none of 2 events or more; leave "
+                "--val out, or give more"
+            )
         period = joined(parts[:-1])
         val_sessions = len(parts[1]) if val else int(len(period) * VAL_SHARE)
         rows = np.arange(len(period))

@@ -141,6 +141,8 @@ def _notes(info: dict[str, Any]) -> list[str]:
             f"{duplicates:,} events are exact duplicates of another (same session, item and time); "
             "--drop-duplicates drops them."
         )
+    options = info.get("options", {})
+    is_counted_back = not options.get("test_from") and options.get("split") != "given"
     timed = [info["splits"][split] for split in SPLITS if "first_time" in info["splits"][split]]
     for earlier, later in pairwise(timed):
         days = (later["first_time"] - earlier["last_time"]) / DAY
@@ -148,8 +150,8 @@ def _notes(info: dict[str, Any]) -> list[str]:
             begin = _moment(later["first_time"])
             notes.append(
                 f"No event lies in the {days:,.0f} days before {begin}, where a held-out split "
-                "begins: are the times from there on right? Splits are counted back from the "
-                "latest start."
+                "begins: are the times from there on right?"
+                + (" Splits are counted back from the latest start." if is_counted_back else "")
             )
     test = info["splits"]["test"]
     if test.get("lost_predictions"):

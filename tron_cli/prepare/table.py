@@ -163,6 +163,12 @@ def prepare_table(
         )
         if leave_one_out:
             splits = _leave_one_out(parts[0], steps, val_days > 0, max_val_sessions, seed)
+        elif val and not len(parts[1]):
+            raise InputError(
+                f"no session is left for the val split: {files['--val'][0]} has none of "
+                f"{max(min_session_length, 2)} events or more on items that are not rare; leave "
+                "--val out, or give more"
+            )
         elif val:
             sampled = sample(parts[1], max_val_sessions, seed, steps)
             splits = Splits(joined(parts[:2]), parts[0], sampled, parts[2])

@@ -216,9 +216,12 @@ def _ids(keys: IdKeys | None, of_sessions: np.ndarray | None) -> np.ndarray | No
 
 
 def _story(steps: Steps) -> str:
+    """How many sessions came, and the steps that dropped some of them."""
     # Before the kinds of events are chosen, sessions are not known.
-    return "; ".join(
-        f"{step['step']}: {step['sessions']:,} sessions"
-        for step in steps.entries
-        if step["sessions"] is not None
-    )
+    known = [step for step in steps.entries if step["sessions"] is not None]
+    drops = [
+        f"{step['step']} dropped {step['dropped_sessions']:,}"
+        for step in known
+        if step["dropped_sessions"]
+    ]
+    return "; ".join([f"{known[0]['sessions']:,} sessions came", *drops])
