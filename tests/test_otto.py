@@ -518,3 +518,29 @@ def test_real_sample(tmp_path: Path) -> None:
             ]
 
     assert_follows(dataset, plain(raw / f"{TRAIN}.gz"), plain(raw / f"{TEST}.gz"), 2, 100_000)
+
+
+def test_a_wrong_latest_time_is_named_where_it_leaves_validation_empty(tmp_path: Path) -> None:
+    log = random_log(1, 300)
+    log[7] = [(1, START, "clicks"), (4, 9_999_999_999_999, "clicks")]
+    for file in (TRAIN, TEST):
+        lines = [published_line(number, events) for number, events in enumerate(log)]
+        (tmp_path / file).write_text("\n".join(lines[:200] if file == TRAIN else lines[200:]))
+    problem = rf"{TRAIN}: the latest time, 2286-11-20 17:46, is 264 years .* 0 of \d+ wo"
+    with pytest.raises(InputError, match=problem):
+        prepare_otto(tmp_path, tmp_path)
+    prepare_otto(tmp_path, tmp_path, val_days=0)
+
+
+def test_times_after_the_year_9999_are_bad(tmp_path: Path) -> None:
+    line = published_line(1, [(1, START, "clicks"), (2, 253_402_300_800_000, "clicks")])
+    assert "to be a time in milliseconds" in read_text(line.encode()).bad[0][1]
+
+
+def test_test_may_not_be_a_copy_of_train(tmp_path: Path) -> None:
+    lines = [published_line(number, events) for number, events in enumerate(random_log(1, 300))]
+    for file in (TRAIN, TEST):
+        (tmp_path / file).write_text("\n".join(lines))
+    with pytest.raises(InputError, match=f"{TRAIN} and .*{TEST} hold the same sessions"):
+        prepare_otto(tmp_path, tmp_path)
+    assert not (tmp_path / "otto").exists()

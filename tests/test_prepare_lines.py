@@ -277,3 +277,11 @@ def test_validation_lines_of_which_none_is_left_are_refused(tmp_path: Path) -> N
     test, val = write_lines(tmp_path / "test", [[2, 1]]), write_lines(tmp_path / "val", [[1], [2]])
     with pytest.raises(InputError, match=r"no session is left for the val split: .*val has none"):
         prepare_sequences(train, test, tmp_path, "out", val=val)
+
+
+def test_test_items_that_training_lacks_are_named(tmp_path: Path) -> None:
+    train = write_lines(tmp_path / "train.txt", [[1, 2], [2, 3]] * 20)
+    test = write_lines(tmp_path / "test.txt", [[11, 12], [12, 3]])
+    problem = "for the test split: of the 3 different items of its 2 sessions, training has 1;"
+    with pytest.raises(InputError, match=problem):
+        prepare_sequences(train, test, tmp_path, "out")

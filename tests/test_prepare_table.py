@@ -876,3 +876,33 @@ def test_test_days_go_with_a_split_by_time(
     code, _, error = command(*words, "--test-days", 1)
     assert (code, "--test-days has no effect with --split leave-one-out" in error) == (2, True)
     assert command(*words)[0] == 0
+
+
+def test_a_wrong_latest_time_is_named_where_it_leaves_test_empty(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    rows = shop(rng, users=200, days=4)
+    file = write_csv(tmp_path / "a.csv", rows)
+    year_9999 = [("u", f"i{n}", 253_402_300_000_000 + n, "view") for n in (3, 6, 9)]
+    write_csv(file, [*rows[:10], *year_9999, *rows[10:]])
+    problem = (
+        r"a\.csv, line 14: the latest time, 9999-12-31 23:46, is 7,976 years after the "
+        r"other sessions, so that 1 of \d+ would be held out; correct it or remove it"
+    )
+    with pytest.raises(InputError, match=problem):
+        prepare_table(file, SESSION, tmp_path, "out")
+    # A session that begins as others do, and a gap that is no longer than the log, are no errors.
+    write_csv(file, [*rows, (rows[0][0], rows[0][1], 253_402_300_000_000, "view")])
+    prepare_table(file, SESSION, tmp_path, "long")
+
+
+def test_test_items_that_training_lacks_are_named(tmp_path: Path) -> None:
+    rows = [
+        (f"u{day}{user}", f"{'old' if day < 3 else 'new'}{n}", START + day * DAY + n, "view")
+        for day in range(5)
+        for user in range(5)
+        for n in range(3)
+    ]
+    problem = "for the test split: of the 3 different items of its 10 sessions, training has 0;"
+    with pytest.raises(InputError, match=problem):
+        prepare_table(write_csv(tmp_path / "a.csv", rows), SESSION, tmp_path, "out")

@@ -58,6 +58,7 @@ def prepare_clicks(
             val_days=val_days,
             max_val_sessions=max_val_sessions,
             seed=seed,
+            latest=events.latest,
         )
         return write_splits(
             writer,

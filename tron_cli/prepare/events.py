@@ -21,7 +21,8 @@ class Events:
 
     sessions: int64 [E], any number that names the session; items: int32 [E], positions in item_ids;
     times: int64 [E], milliseconds since 1970 UTC; item_ids: the original ids, int64 [I] or str [I];
-    users: int64 [E], any number that names the user, or None.
+    users: int64 [E], any number that names the user, or None. latest: the latest time, and the
+    file and line of it.
     """
 
     sessions: np.ndarray
@@ -29,6 +30,7 @@ class Events:
     times: np.ndarray
     item_ids: np.ndarray
     users: np.ndarray | None = None
+    latest: tuple[int, str] = (0, "")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -120,13 +122,17 @@ def collect_events(
     """
     index = index or ItemIndex()
     sessions, items, times, users = [], [], [], []
+    latest: tuple[int, str] | None = None
     for block in blocks:
+        at = block.frame["time"].arg_max()
+        if at is not None and (latest is None or block.frame["time"][at] > latest[0]):
+            latest = block.frame["time"][at], f"{block.file}, {block.unit} {block.lines[at]}"
         if "user" in block.frame.columns:
             users.append(block.frame["user"].to_numpy())
         sessions.append(block.frame["session"].to_numpy())
         items.append(index.positions(block.frame["item"]))
         times.append(block.frame["time"].to_numpy())
-    if not sum(map(len, items)):
+    if latest is None:
         raise InputError(f"{file} holds no readable event ({bad.count:,} bad lines: {bad.first})")
     return Events(
         np.concatenate(sessions),
@@ -134,6 +140,7 @@ def collect_events(
         np.concatenate(times),
         index.ids(),
         np.concatenate(users) if users else None,
+        latest,
     )
 
 

@@ -29,7 +29,7 @@ from tron_cli.prepare.events import drop_events, first_times, take_where
 from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.otto_lines import Clicks, read_clicks
 from tron_cli.prepare.raw import SOURCES, describe, is_compressed, locate
-from tron_cli.prepare.split import DAY, WHY_LATE, sample_rows
+from tron_cli.prepare.split import DAY, WHY_LATE, check_latest, sample_rows
 from tron_cli.prepare.write import check_books, dataset_path
 
 BLOCK_BYTES = 1 << 22
@@ -77,9 +77,17 @@ def prepare_otto(
             test, test_counts = _read_test(test_file, bad, index, test_steps, threads)
             writer.write_items(catalogue)
             boundary = end - val_days * DAY if val_days > 0 else np.inf
+            if val_days > 0:
+                check_latest(spool.starts, spool.starts >= boundary, end, str(train_file.path))
             written, unseen_in_train = _write_training(
                 writer, spool, index, boundary, max_val_sessions, seed, steps, threads
             )
+            sources = [train_file.description(), test_file.description()]
+            if sources[0]["sha256"] == sources[1]["sha256"]:
+                raise InputError(
+                    f"{train_file.path} and {test_file.path} hold the same sessions: a model would "
+                    "be scored on what it has seen; give different files"
+                )
             check_books(steps, written, "every-step")
             check_books(test_steps, [writer.write_split("test", test, **test_counts)], "every-step")
             return writer.finish(
@@ -93,7 +101,7 @@ def prepare_otto(
                     "seed": seed,
                     "skip_bad_lines": skip_bad_lines,
                 },
-                sources=[train_file.description(), test_file.description()],
+                sources=sources,
                 bad_lines={"count": bad.count, "first": bad.first},
                 filters=steps.entries,
                 test_filters=test_steps.entries,

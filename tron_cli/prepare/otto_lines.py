@@ -23,7 +23,7 @@ import numpy as np
 
 TYPES = ("clicks", "carts", "orders")
 MAX_AID = 10**8 - 1  # eight digits; bounds the tables that are indexed with an aid
-MAX_TIME = 2**53
+MAX_TIME = 253_402_300_799_999  # the year 9999
 PIECE_BYTES = 1 << 21  # long arrays, which still fit into a core's cache
 
 

@@ -67,6 +67,7 @@ def split_by_time(
     val_days: float,
     max_val_sessions: int,
     seed: int,
+    latest: tuple[int, str],
     cut_late_events: bool = False,
     test_from: int | None = None,
     val_from: int | None = None,
@@ -75,7 +76,8 @@ def split_by_time(
     """Test by the rule, then validation from the training period by the same rule (0 days: none).
 
     test_from, val_from (ms): hold out the sessions that start then or later instead. test: the test
-    sessions, where the source gives them.
+    sessions, where the source gives them. latest: the latest time of `sessions` as they were read
+    (ms), and where it stands.
     cut_late_events: sessions that start earlier than a held-out stretch lose the events that lie in
     it, and are dropped where fewer than two remain. (The published splits of Yoochoose and
     Diginetica keep them.)
@@ -89,6 +91,8 @@ def split_by_time(
         if not len(whole):
             return whole, whole
         held_out = rule(whole, days) if since is None else first_times(whole) >= since
+        if whole is sessions and since is None:
+            check_latest(first_times(whole), held_out, *latest)
         before, after = take_where(whole, ~held_out), take_where(whole, held_out)
         if since is not None and not (len(before) and len(after)):
             starts = first_times(whole)
@@ -116,6 +120,25 @@ def split_by_time(
         steps.drop("late events", late_sessions, late_events, WHY_LATE)
     val = sample(held_out, max_val_sessions, seed, steps)
     return Splits(period, train, val, test)
+
+
+def check_latest(starts: np.ndarray, is_held_out: np.ndarray, latest: int, place: str) -> None:
+    """Refuse a log whose latest times are wrong, so that next to nothing is held out.
+
+    starts: int64 [S] ms, when each session starts; is_held_out: bool [S], counted back from the
+    latest time (ms), which stands at `place`. It is wrong if it is over a year, and longer than the
+    later half of the log lasts twice, after the start of all that is not held out.
+    """
+    late, early = starts[is_held_out], starts[~is_held_out]
+    if not len(early) or len(late) > max(1, len(starts) // 100):
+        return
+    gap = late.min(initial=latest) - early.max()
+    if gap > max(365 * DAY, 2 * (early.max() - np.median(early))):
+        raise InputError(
+            f"{place}: the latest time, {moment(latest)}, is {gap / 365.25 / DAY:,.0f} years after "
+            f"the other sessions, so that {len(late):,} of {len(starts):,} would be held out; "
+            "correct it or remove it"
+        )
 
 
 def split_last_items(

@@ -181,6 +181,7 @@ def prepare_table(
                 val_days=val_days,
                 max_val_sessions=max_val_sessions,
                 seed=seed,
+                latest=logs[0].latest,
                 cut_late_events=True,
                 test=parts[1] if test else None,
                 val_from=val_ms,

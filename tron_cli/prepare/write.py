@@ -109,6 +109,8 @@ def write_splits(
     drop = _drop_unknown_targets if protocol == "last-item" else _drop_unknown_items
     test, unseen_events, lost_predictions = drop(splits, known, steps)
     for split, sessions in (("train", splits.train), ("test", test)):
+        if not len(sessions) and split == "test" and len(splits.test):
+            raise _unknown(splits.test, known, protocol)
         if not len(sessions):
             raise InputError(
                 f"no session is left for the {split} split ({_story(steps)}): "
@@ -170,6 +172,16 @@ def check_books(steps: Steps, written: list[dict[str, Any]], protocol: str) -> N
             f"internal error: the steps of preparation end with {end['sessions']:,} sessions and "
             f"{end['events']:,} events, but {counted}{events:,} events were written; report it"
         )
+
+
+def _unknown(test: Sessions, known: np.ndarray, protocol: str) -> InputError:
+    of_what = "last items" if protocol == "last-item" else "items"
+    items = np.unique(test.items[test.offsets[1:] - 1] if protocol == "last-item" else test.items)
+    return InputError(
+        f"no session is left for the test split: of the {len(items):,} different {of_what} of its "
+        f"{len(test):,} sessions, training has {np.count_nonzero(known[items]):,}; give sessions "
+        "of the same catalogue, with the same item ids"
+    )
 
 
 def _drop_unknown_items(
