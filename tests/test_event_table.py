@@ -140,3 +140,14 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot write"):
         write_event_table(tmp_path / "none" / "e.csv", found, np.array([1]))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
+    """A kill leaves the old table and perhaps a part of the new one, under another name."""
+    file = tmp_path / "e.csv"
+    file.write_text("old")
+    (tmp_path / "e.csv.partial").write_text("session,ev")
+    found = Predictions(*(np.array([1]) for _ in range(4)), None)
+    write_event_table(file, found, np.array([5]))
+    assert file.read_text() == "session,event,target,rank\n1,1,5,1\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["e.csv"]
