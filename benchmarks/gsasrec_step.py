@@ -28,6 +28,7 @@ def settings(**changes: Any) -> ExperimentConfig:
     """gSASRec's config_ml1m."""
     values: dict[str, Any] = {
         "dataset_name": "generated",
+        "optimizer": "adam",
         "sequence_length": 200,
         "embedding_dim": 128,
         "num_blocks": 2,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import logging
 import math
 import operator
 import signal
@@ -24,12 +26,15 @@ from torch import nn
 
 from tron_cli import optim
 from tron_cli.assess import EvaluationOptions, assess
-from tron_cli.checkpoint import load_checkpoint
+from tron_cli.checkpoint import best_checkpoint, load_checkpoint
 from tron_cli.errors import InputError
 from tron_cli.optim import build_optimizer, clip_gradients, learning_rate
 from tron_cli.train import InterruptedRunError
 
 Gradients = dict[int, np.ndarray]  # row -> what its gradients add up to
+CATALOGUE = {
+    "loss": "ce", "num_uniform_negatives": 0, "num_batch_negatives": 0, "topk_sampling": False,
+}  # fmt: skip
 sparse_optimizers = pytest.mark.parametrize("name", ["row_adam", "adagrad"])
 
 
@@ -609,6 +614,45 @@ def test_a_run_stopped_within_an_epoch_evaluates_with_the_weights_of_dense_adam(
         ours, dense = (operator.attrgetter(name)(model) for model in models)
         torch.testing.assert_close(ours, dense, rtol=1e-4, atol=3e-4)
     assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize(
+    ("num_items", "changes", "expected"),
+    [
+        (30, {}, "adam"),
+        (12_000, {}, "row_adam"),
+        # As large a table of which a step asks for many rows: 400 of each event, or all.
+        (12_000, {"sampling_style": "eventwise", "num_uniform_negatives": 400}, "adam"),
+        (12_000, CATALOGUE, "adam"),
+        (12_000, {**CATALOGUE, "reuse_item_embeddings": False}, "adam"),
+        (12_000, {"optimizer": "adagrad"}, "adagrad"),
+    ],
+)
+def test_auto_takes_the_faster_adam_says_so_and_keeps_to_it(
+    num_items: int, changes: dict[str, Any], expected: str, tmp_path: Path, caplog: Any
+) -> None:
+    rng = np.random.default_rng(13)
+    rows = random_sessions(rng, 40, num_items)
+    write_dataset(tmp_path / "data", train=rows, num_items=num_items)
+    config = write_config(tmp_path, **{"optimizer": "auto", "max_epochs": 1, **changes})
+    with caplog.at_level(logging.INFO, "tron"):
+        start(config, tmp_path / "data", tmp_path / "runs", "a")
+    run = tmp_path / "runs" / "a"
+    said = f"optimizer=auto: {expected}" in (run / "train.log").read_text()
+    assert said == ("optimizer" not in changes)
+    for file in run.glob("*.pt"):
+        assert load_checkpoint(file).config.optimizer == expected
+    assert json.loads((run / "config.json").read_text())["optimizer"] == expected
+    # Another choice must be no choice of the resumed run: its state is that of the first.
+    resume(tmp_path / "data", run, "max_epochs=2")
+    assert load_checkpoint(run / "last.pt").config.optimizer == expected
+    named = write_config(tmp_path, **{"max_epochs": 1, **changes, "optimizer": expected})
+    start(named, tmp_path / "data", tmp_path / "runs", "b")
+    short = load_checkpoint(best_checkpoint(tmp_path / "runs" / "b"))
+    assert short.step == 5
+    start(config, tmp_path / "data", tmp_path / "runs", "c")
+    again = load_checkpoint(best_checkpoint(tmp_path / "runs" / "c"))
+    assert all(torch.equal(values, again.weights[name]) for name, values in short.weights.items())
 
 
 # --- clipping -------------------------------------------------------------------------------------

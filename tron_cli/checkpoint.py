@@ -23,7 +23,7 @@ from tron_cli.dataset import Dataset
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import written_aside
 from tron_cli.models import Model, build_model
-from tron_cli.optim import Optimizer, build_optimizer
+from tron_cli.optim import Optimizer, build_optimizer, gradients_are_sparse
 from tron_cli.plugins import UnnamedCodeError, label
 from tron_cli.registry import BASELINES, settings_of
 
@@ -52,9 +52,9 @@ class Checkpoint:
     def build_model(self, device: torch.device) -> Any:
         """Return the `Model` with its weights, ready to evaluate, or the `Baseline`, on the CPU.
 
-        The weights are those that training has come to: rows that RowAdam had put to sleep when
-        the file was written make the moves that are due. Raises InputError where the state of the
-        optimizer is that of another version of tron.
+        The weights are those that training has come to: rows that the optimizer had put to sleep
+        when the file was written make the moves that are due. Raises InputError where the state of
+        the optimizer is that of another version of tron.
         """
         if self.config.is_baseline:
             baseline = build_baseline(self.config, self.dataset["num_items"])
@@ -66,7 +66,7 @@ class Checkpoint:
             if len(arrays["popularity"]) != baseline.num_items + 1:
                 raise self._misfit("counts of another number of items")
             return baseline
-        if self.training and self.config.optimizer == "row_adam":
+        if self.training and gradients_are_sparse(self.config.optimizer):
             model, optimizer = self.build_training(device)
             optimizer.catch_up_all()
             return model.eval()

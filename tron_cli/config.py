@@ -210,8 +210,9 @@ class ExperimentConfig:
     max_epochs: int = _setting(10, "epochs at most", low=1)
     max_batches_per_epoch: int = _setting(0, "steps an epoch at most; 0: all sessions", low=0)
     optimizer: str = _setting(
-        "adam",
-        "optimizer; row_adam is adam at the cost of the rows that a step touches: for large tables",
+        "auto",
+        "optimizer; row_adam is adam at the cost of the rows that a step touches; auto: whichever "
+        "of the two is faster for the table",
         choices=tuple(OPTIMIZERS),
     )
     lr: float = _setting(5e-4, "learning rate at its highest", above=0)

@@ -365,8 +365,20 @@ def _touched_rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return ids_U[touched], values_UD.index_select(0, touched)
 
 
+def faster_adam(num_items: int, rows: float, *, topk: bool) -> str:
+    """Return adam or row_adam, whichever takes less time on a table of `num_items` rows.
+
+    rows: how many of them a step looks up; topk: whether most of those have no gradient. Dense Adam
+    takes time for each row of the table, RowAdam for each row looked up, more where it has a
+    gradient, and for its own operations. As measured by `python -m benchmarks.optimizers` on a CPU:
+    at 2,334 rows without top-k they are even at 20,000 items, at 6,316 at 75,000; with top-k at
+    3,400 rows at 28,000, at 17,000 at 50,000 to 60,000. Near the line they differ by a few percent.
+    """
+    return "row_adam" if num_items > 10_000 + rows * (3 if topk else 10) else "adam"
+
+
 def build_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
-    """Return the optimizer of a config's `optimizer`."""
+    """Return the optimizer of a config's `optimizer`; dense Adam for auto that nobody resolved."""
     return load(OPTIMIZERS[name])(parameters, lr)
 
 

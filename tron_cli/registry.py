@@ -90,6 +90,8 @@ SAMPLERS = {
 
 # Subclasses of optim.Optimizer: (parameters, lr).
 OPTIMIZERS = {
+    # `train` puts adam or row_adam in its place; the rest of the program need not know of it.
+    "auto": Entry("tron_cli.optim:Adam"),
     "adam": Entry("tron_cli.optim:Adam"),
     "row_adam": Entry("tron_cli.optim:RowAdam", sparse_gradients=True),
     "adagrad": Entry("tron_cli.optim:Adagrad", sparse_gradients=True),

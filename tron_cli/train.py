@@ -41,6 +41,7 @@ from tron_cli.optim import (
     Optimizer,
     build_optimizer,
     clip_gradients,
+    faster_adam,
     gradients_are_sparse,
     learning_rate,
 )
@@ -80,10 +81,12 @@ def train(
     config = dataclasses.replace(config, val_metric=val_metric)
     dtype = _training_dtype(config.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    epochs_before = config.max_epochs
+    epochs_before, is_auto = config.max_epochs, config.optimizer == "auto"
     if resume:
         model, optimizer, progress, epochs_before = _saved(run_dir / LAST, device, scaler)
     else:
+        chosen = _optimizer(config, sessions, dataset.num_items)
+        config = dataclasses.replace(config, optimizer=chosen)
         _seed(config.seed, step=0)
         model = build_model(config, dataset.num_items).to(device)
         optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
@@ -118,6 +121,11 @@ def train(
             config.method, dataset.name, f"{len(sessions):,}", f"{dataset.num_items:,}",
             f"{parameters:,}", f"{steps_per_epoch:,}", device, str(dtype).removeprefix("torch."),
         )  # fmt: skip
+        if is_auto:
+            log.info(
+                "optimizer=auto: %s, which is faster for a table of %s items with these settings",
+                config.optimizer, f"{dataset.num_items:,}",
+            )  # fmt: skip
         if config.lr_schedule != "constant" and config.max_epochs != epochs_before:
             old, new = (
                 _rate(config, progress.step, epochs * steps_per_epoch)
@@ -354,6 +362,23 @@ def _recorder(
     """What records steps, where they do not wait for the device: a scaler and a profiler do."""
     records = records and config.cuda_graphs and device.type == "cuda" and dtype != torch.float16
     return CUDARecorder(device) if records else None
+
+
+def _optimizer(config: ExperimentConfig, sessions: Sessions, num_items: int) -> str:
+    """Return the configuration's optimizer, resolved: the same for the same data, on any machine.
+
+    Losses over the whole catalogue have a gradient for every row of the table.
+    """
+    if config.optimizer != "auto":
+        return config.optimizer
+    if config.loss in CATALOGUE_LOSSES:
+        return "adam"
+    rows = min(config.train_batch_size, len(sessions))
+    inputs = np.minimum(sessions.lengths - 1, config.sequence_length).mean()
+    events = rows if config.session_parallel else rows * inputs
+    sets = {"batchwise": 1, "sessionwise": rows, "eventwise": events}[config.sampling_style]
+    looked_up = events + rows + config.num_uniform_negatives * sets
+    return faster_adam(num_items, looked_up, topk=config.topk_sampling)
 
 
 def _rate(config: ExperimentConfig, step: int, total_steps: int) -> float:

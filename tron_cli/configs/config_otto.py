@@ -5,8 +5,6 @@ from tron_cli.config import ExperimentConfig
 config = ExperimentConfig(
     dataset_name="otto",
     # positions stays TRON's, end: on this data the two have not been compared yet.
-    # The weights of adam, at the cost of the rows that a step touches instead of 1.9 million.
-    optimizer="row_adam",
     # One epoch is 101,000 steps: validate and save ten times in it.
     max_epochs=100,
     max_batches_per_epoch=10_000,
