@@ -372,7 +372,7 @@ def faster_adam(num_items: int, rows: float, *, topk: bool) -> str:
     takes time for each row of the table, RowAdam for each row looked up, more where it has a
     gradient, and for its own operations. As measured by `python -m benchmarks.optimizers` on a CPU:
     at 2,334 rows without top-k they are even at 20,000 items, at 6,316 at 75,000; with top-k at
-    3,400 rows at 28,000, at 17,000 at 50,000 to 60,000. Near the line they differ by a few percent.
+    3,300 rows at 28,000, at 17,000 at 50,000 to 60,000. Near the line they differ by a few percent.
     """
     return "row_adam" if num_items > 10_000 + rows * (3 if topk else 10) else "adam"
 
