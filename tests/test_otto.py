@@ -505,7 +505,7 @@ def test_real_sample(tmp_path: Path) -> None:
     (raw / f"{TRAIN}.gz").write_bytes(recsys)
     (raw / f"{TEST}.gz").write_bytes(recsys + tron)  # alone, the five have no item of the others
     dataset = prepare_otto(raw, tmp_path / "d", val_days=2)
-    read, clicks, _ = dataset.info["filters"]
+    read, clicks, *_ = dataset.info["filters"]
     assert (read["sessions"], read["events"], read["items"]) == (20, 862, 510)
     assert (clicks["sessions"], clicks["events"], clicks["dropped_events"]) == (20, 800, 62)
     test_read = dataset.info["test_filters"][0]
