@@ -103,10 +103,12 @@ def test_code_of_a_file_trains_and_its_checkpoint_runs_it_only_when_named(shop: 
 
     evaluate, compare = ["evaluate", str(best)], ["compare", str(best), str(best)]
     resume = ["train", "--resume", "runs/a", "max_epochs=3"]
-    codes, out, err = tron(shop, evaluate, compare, resume)
-    assert (codes, out) == ([2, 2, 2], ""), "the code has not run"
-    assert err.count("needs model=mine.py:Mean") == 3
-    assert err.count("--plugin path/to/mine.py:Mean") == 3
+    check = ["check", str(best)]
+    codes, out, err = tron(shop, evaluate, compare, resume, check)
+    assert codes == [2, 2, 2, 2]
+    assert "mine.py runs" not in out
+    assert err.count("needs model=mine.py:Mean") == 4
+    assert err.count("--plugin path/to/mine.py:Mean") == 4
 
     # Wherever the file is by now; each piece of code is named by itself.
     (shop / "elsewhere").mkdir()
@@ -118,8 +120,8 @@ def test_code_of_a_file_trains_and_its_checkpoint_runs_it_only_when_named(shop: 
     report = json.loads(out.splitlines()[-1])
     assert report["events"] > 0
     assert report["positions"].startswith("none")
-    codes, _, err = tron(shop, [*compare, *named], [*resume, *named])
-    assert codes == [0, 0], err
+    codes, _, err = tron(shop, *([*words, *named] for words in (check, compare, resume)))
+    assert codes == [0, 0, 0], err
 
 
 def test_a_config_file_names_code_too(write: Callable[..., Path]) -> None:

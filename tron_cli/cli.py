@@ -451,6 +451,7 @@ def check(
         ),
     ],
     data_dir: DataDir = Path("datasets"),
+    plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Read all of a dataset or checkpoint and compare it with its fingerprints or checksums."""
