@@ -1,6 +1,7 @@
 """Configs: every bad value gets a sentence, and every value its origin."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -430,3 +431,45 @@ def test_baselines_do_not_mind_what_only_networks_have():
             mask_probability=0.3, session_parallel=True, num_uniform_negatives=0,
             num_batch_negatives=0, logq_correction=True,
         )  # fmt: skip
+
+
+CONFIG = """from tron_cli.config import ExperimentConfig
+config = ExperimentConfig(dataset_name="{name}")
+"""
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_config_file_is_utf_8_in_every_locale(mark: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "config.py"
+    file.write_bytes(mark + CONFIG.format(name="caf\u00e9").encode())
+    script = f"from tron_cli.config import load_config; print(ascii(load_config({str(file)!r})[0]))"
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", script],
+        capture_output=True, text=True,
+        env={**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "caf\\xe9" in done.stdout
+
+
+def test_a_config_file_that_is_not_utf_8_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "config.py"
+    file.write_bytes(CONFIG.format(name="caf\u00e9").encode("latin-1"))
+    with pytest.raises(InputError, match=r"config\.py") as error:
+        load_config(str(file))
+    assert "\n" not in str(error.value)
+
+
+def test_sys_exit_in_a_config_file_is_an_error_with_its_message(tmp_path: Path) -> None:
+    file = tmp_path / "config.py"
+    file.write_text("import sys\nsys.exit('set DATA first')\n")
+    with pytest.raises(InputError, match=r"config\.py, line 2: .*set DATA first"):
+        load_config(str(file))
+
+
+@pytest.mark.parametrize("key", ["max_epochs", "lr", "seed", "embedding_dim"])
+def test_a_number_of_400_digits_is_refused(key: str) -> None:
+    with pytest.raises(InputError, match=key):
+        load_config("config_otto", [f"{key}={'9' * 400}"])
+    with pytest.raises(InputError, match=rf"{key} must be below"):
+        ExperimentConfig(**{"dataset_name": "shop", key: 10**400})

@@ -637,6 +637,10 @@ def test_what_is_left_of_the_kinds_is_told_where_nothing_is(tmp_path: Path) -> N
         (TableColumns("item", "item", user="user"), "expected different columns"),
         (TableColumns("item", "time", user="user", time_unit="h"), "--time-unit 'h'"),
         (TableColumns("item", "time", user="user", session_gap="x"), "expected a duration"),
+        (
+            TableColumns("item", "time", user="user", session_gap="9" * 400 + "d"),
+            "longer than a thousand years",
+        ),
     ],
 )
 def test_wrong_options(tmp_path: Path, columns: TableColumns, problem: str) -> None:

@@ -590,3 +590,29 @@ def test_bf16_trains_in_bf16(data_dir: Path, tmp_path: Path) -> None:
         losses[precision] = [row["loss"] for row in logged(run) if "loss" in row]
     assert losses["bf16"] != losses["float32"]
     assert losses["bf16"] == pytest.approx(losses["float32"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"step": 4, "los\n',
+        b"\xff\xfe\x00\n",
+        b"[]\n",
+        b"{}\n",
+        b'{"step": "4"}\n',
+        b"[" * 10**5 + b"\n",
+    ],
+)
+def test_resuming_goes_on_past_a_damaged_line_of_the_log(
+    damage: bytes, data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = write_config(tmp_path)
+    start(config, data_dir, tmp_path / "runs", "a")
+    run_dir = tmp_path / "runs" / "a"
+    file = run_dir / "metrics.jsonl"
+    before = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([before[0], damage, *before[1:], b'{"torn']))
+    (run_dir / "metrics.jsonl.partial").write_text("left by a kill")
+    resume(data_dir, run_dir)
+    assert file.read_bytes() == b"".join(before)
+    assert f"line 2 of {len(before) + 2} is damaged" in caplog.text

@@ -198,7 +198,7 @@ def save_checkpoint(
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a disk is full
         reason = str(error).splitlines()[0]
-        raise RunError(f"cannot write {path} ({reason}); make room on the disk") from error
+        raise RunError(f"cannot write {path} ({reason}); make room for it") from error
 
 
 def _on_cpu(state: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:

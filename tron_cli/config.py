@@ -558,8 +558,9 @@ def _from_tron(path: Path, changes: dict[str, Any]) -> tuple[ExperimentConfig, s
 def _execute(path: Path) -> ExperimentConfig:
     scope: dict[str, Any] = {"__name__": "tron_config", "__file__": str(path)}
     try:
-        exec(compile(path.read_text(), str(path), "exec"), scope)
-    except Exception as error:
+        # From bytes Python reads UTF-8, whatever the locale, with or without a byte order mark.
+        exec(compile(path.read_bytes(), str(path), "exec"), scope)
+    except (Exception, SystemExit) as error:
         raise InputError(f"{place_of(path, error)}: {_reason(error)}") from error
     config = scope.get("config")
     if not isinstance(config, ExperimentConfig):
@@ -567,7 +568,7 @@ def _execute(path: Path) -> ExperimentConfig:
     return config
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     if isinstance(error, InputError):
         return str(error)
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
@@ -618,6 +619,8 @@ def _checked_type(name: str, value: Any) -> Any:
     kind, may_be_none = _kind(name)
     if may_be_none and value is None:
         return None
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise InputError(f"{name} must be below 2**63, got a number of {value.bit_length()} bits")
     if kind is float and type(value) is int:
         return float(value)
     if isinstance(kind, types.GenericAlias):

@@ -180,6 +180,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
         ) from None
+    except RecursionError:
+        raise InputError(
+            f"{path}: not a configuration of otto-de/TRON (nested too deeply)"
+        ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not JSON ({error.reason} at byte {error.start})") from None
     except InputError as error:

@@ -129,7 +129,7 @@ class RunFiles:
             handler.close()
 
     def write_metrics(self, **values: Any) -> None:
-        with self.metrics_file.open("a") as file:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
 
@@ -221,14 +221,32 @@ class RunFolder(RunFiles):
         """What a killed run wrote after its last save happens again, and is written again."""
         if not self.metrics_file.exists():
             return
-        lines = self.metrics_file.read_text().splitlines(keepends=True)
-        kept = [
-            line
-            for line in lines
-            if line.endswith("\n") and json.loads(line)["step"] <= self.progress.step
+        lines = self.metrics_file.read_bytes().splitlines(keepends=True)
+        steps = [_step_of(line) for line in lines]
+        # A last line without an end is what a kill leaves.
+        damaged = [
+            place
+            for place, (line, step) in enumerate(zip(lines, steps, strict=True), start=1)
+            if step is None and line.endswith(b"\n")
         ]
-        with written_aside(self.metrics_file) as file:
-            file.writelines(kept)
+        if damaged:
+            log.warning(
+                "%s: line %d of %d is damaged and left out (%d in all)",
+                self.metrics_file, damaged[0], len(lines), len(damaged),
+            )  # fmt: skip
+        with written_aside(self.metrics_file, "wb") as file:
+            for line, step in zip(lines, steps, strict=True):
+                if step is not None and step <= self.progress.step:
+                    file.write(line)
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step that a line of metrics.jsonl is about; None where the line is damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if isinstance(step, int) and line.endswith(b"\n") else None
 
 
 def _is_finite(weights: torch.Tensor) -> bool:

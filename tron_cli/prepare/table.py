@@ -59,6 +59,7 @@ from tron_cli.prepare.write import (
 )
 
 DEFAULT_GAP = "30m"
+MAX_GAP = 1000 * 365 * 86_400_000  # ms
 DEFAULT_DAYS = 1.0  # of validation and of test
 NULL_TOKENS = ("NULL", "null", "None", "NA", "N/A", "NaN", "nan", "\\N")  # of databases, pandas, R
 _MS_PER = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -322,7 +323,13 @@ def duration(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
     if not match:
         raise InputError(f"--session-gap {text!r}: expected a duration such as 90s, 30m, 2h or 1d")
-    return round(float(match[1]) * _MS_PER[match[2]])
+    milliseconds = float(match[1]) * _MS_PER[match[2]]
+    if milliseconds > MAX_GAP:
+        raise InputError(
+            f"--session-gap {text!r} is longer than a thousand years: name a pause after which a "
+            "session has ended, such as 30m"
+        )
+    return round(milliseconds)
 
 
 def _leave_one_out(
