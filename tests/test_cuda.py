@@ -22,7 +22,7 @@ from tron_cli.batches import Batch, prepared_ahead, training_batch
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Sessions
 from tron_cli.evaluate import predict
-from tron_cli.feed import WholeSessions, build_feed
+from tron_cli.feed import build_feed
 from tron_cli.graphs import CUDARecorder, GraphedSteps
 from tron_cli.models import build_model
 from tron_cli.models.sasrec import SASRec
@@ -59,7 +59,7 @@ def run(
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
     scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
 
-    feed = WholeSessions(config, sessions, padded=True)
+    feed = build_feed(config, sessions, model, padded=model.fixed_shapes)
 
     def prepare(step: int) -> Batch:
         return feed.batch(step).in_one_piece(pinned=True)
@@ -106,8 +106,11 @@ def test_every_precision_learns_what_comes_next(dtype: torch.dtype, optimizer: s
         {"loss": "bce", "sampling_style": "eventwise", "topk_sampling": False,
          "num_uniform_negatives": 4, "reject_uniform_session_items": True},
         {"loss": "bpr-max", "sampling_style": "sessionwise"},
+        {"model": "gru4rec", "session_parallel": True, "output_bias": True},
+        {"model": "gru4rec", "session_parallel": True, "optimizer": "adagrad", "lr": 0.05,
+         "loss": "bpr-max"},
     ],
-    ids=["tron", "dense", "adagrad", "eventwise", "sessionwise"],
+    ids=["tron", "dense", "adagrad", "eventwise", "sessionwise", "lanes", "lanes, bpr-max"],
 )  # fmt: skip
 def test_replayed_steps_are_the_steps(
     caplog: pytest.LogCaptureFixture, dtype: torch.dtype, changes: dict[str, Any]

@@ -20,6 +20,8 @@ import pytest
 import torch
 from conftest import pack_sessions, random_sessions, tiny_settings
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import cuda
 from tron_cli import logits, products
@@ -27,6 +29,7 @@ from tron_cli import train as training
 from tron_cli.batches import Batch, prepared_ahead, training_batch
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Sessions
+from tron_cli.feed import build_feed
 from tron_cli.graphs import GraphedSteps
 from tron_cli.models import Model, build_model
 from tron_cli.negatives import Distribution, Negatives, sample_negatives
@@ -38,7 +41,7 @@ ITEMS = 300
 
 
 def settings(**changes: Any) -> ExperimentConfig:
-    return ExperimentConfig(**tiny_settings(dropout_rate=0.0, **changes))
+    return ExperimentConfig(**tiny_settings(**{"dropout_rate": 0.0, **changes}))
 
 
 def some_sessions(count: int = 40, seed: int = 3, **lengths: int) -> Sessions:
@@ -254,6 +257,8 @@ def test_padding_is_no_negative_and_rejects_nothing(style: str) -> None:
 
 # --- nothing waits for the device -----------------------------------------------------------------
 
+LANES = {"model": "gru4rec", "session_parallel": True}
+
 CHANGES_OF_SHAPES = [
     {"optimizer": "row_adam"},
     {"optimizer": "adam", "clip_norm": 1.0},
@@ -282,6 +287,10 @@ CHANGES_OF_SHAPES = [
     {"optimizer": "adam", "block": "post-norm", "activation": "gelu", "initialization": "normal",
      "key_padding_mask": False},
     {"optimizer": "adam", "block": "ligr", "activation": "swiglu", "feed_forward_dim": 12},
+    LANES | {"optimizer": "adagrad", "loss": "bpr-max", "output_bias": True},
+    LANES | {"optimizer": "row_adam", "num_blocks": 2, "dropout_rate": 0.1,
+             "reuse_item_embeddings": False},
+    LANES | CATALOGUE | {"optimizer": "adam", "loss": "ce"},
 ]  # fmt: skip
 
 
@@ -305,7 +314,7 @@ def test_no_shape_of_a_step_depends_on_data(gpu_branches: None, changes: dict[st
     assert model.fixed_shapes
     optimizer.leaves_out_rows = False
     distribution = training._distribution(config, some_sessions(), ITEMS, CPU)
-    batch = training_batch(some_sessions(), np.arange(8), config.sequence_length, padded=True)
+    batch = build_feed(config, some_sessions(), model, padded=True).batch(0)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         as_fake = {tensor: fake.from_tensor(tensor) for tensor in batch._tensors()}
         fake_batch = batch._over(torch.cat([as_fake[t].flatten() for t in batch._tensors()]))
@@ -353,6 +362,86 @@ class FakeRecorder:
         return replay
 
 
+class Tape(TorchDispatchMode):
+    """Operations with the tensors that they read and write, to be done again in the same memory.
+
+    So a replay knows no Python: what a step took from anywhere but its tensors stays as it was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+        self._own: set[int] = set()  # memory of results
+        self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        assert str(operation) not in ("aten._local_scalar_dense.default", "aten.nonzero.default")
+        kwargs = kwargs or {}
+        for place, argument in enumerate(operation._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[place] if place < len(args) else kwargs.get(argument.name)
+                for tensor in tree_leaves(given):
+                    memory = tensor.untyped_storage()._cdata
+                    if memory not in self._own and memory not in self._before:
+                        whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+                        self._before[memory] = (whole, whole.clone())
+        results = operation(*args, **kwargs)
+        self.operations.append((operation, args, kwargs, results))
+        if self._is_new(operation):
+            dense = [t for t in tree_leaves(results) if t is not None and not t.is_sparse]
+            self._own |= {tensor.untyped_storage()._cdata for tensor in dense}
+        return results
+
+    @staticmethod
+    def _is_new(operation: Any) -> bool:
+        """Whether results are neither views nor written in place."""
+        return all(result.alias_info is None for result in operation._schema.returns)
+
+    def undo(self) -> None:
+        """As recording on a device does nothing yet."""
+        for whole, before in self._before.values():
+            whole.copy_(before)
+
+    @torch.no_grad()
+    def play(self) -> None:
+        for operation, args, kwargs, results in self.operations:
+            found = operation(*args, **kwargs)
+            if not self._is_new(operation):
+                continue
+            for result, new in zip(tree_leaves(results), tree_leaves(found), strict=True):
+                if result is None:
+                    continue
+                if result.is_sparse:
+                    result._indices().copy_(new._indices())
+                    result, new = result._values(), new._values()
+                result.copy_(new)
+
+
+class TapeRecorder:
+    """Replays the operations of a step, as a CUDA graph does, on the memory of the recording."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def run(self, work: Callable[[], object]) -> None:
+        work()
+
+    def record(self, work: Callable[[], object]) -> Callable[[], object]:
+        numbers, tape = torch.get_rng_state(), Tape()
+        with tape:
+            work()
+        tape.undo()
+        torch.set_rng_state(numbers)
+
+        def replay() -> None:
+            self.replays += 1
+            tape.play()
+
+        return replay
+
+
 def sized_sessions() -> Sessions:
     """Sessions 0 to 7 have 16 inputs each, sessions 8 to 15 have 32."""
     rng = np.random.default_rng(0)
@@ -365,8 +454,11 @@ def sized_sessions() -> Sessions:
 BATCHES = [range(8), range(8, 16), range(8), range(8), range(8, 16), range(3), range(8, 16)]
 
 
-def run_steps(config: ExperimentConfig, recorder: FakeRecorder | None) -> tuple[list[float], Model]:
+def run_steps(
+    config: ExperimentConfig, recorder: FakeRecorder | TapeRecorder | None
+) -> tuple[list[float], Model]:
     model, optimizer = build(config, torch.float32)
+    optimizer.leaves_out_rows = False
     sessions = sized_sessions()
     steps = GraphedSteps(
         lambda batch: take(model, optimizer, batch, config),
@@ -407,6 +499,63 @@ def test_steps_are_recorded_once_for_each_size_and_replayed(config: ExperimentCo
         # three sessions only: neither
         "replay",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "row_adam", "dropout_rate": 0.3, "reject_in_batch_items": False},
+        {"optimizer": "adam", "clip_norm": 0.1, "output_bias": True},
+        {"optimizer": "adagrad", "loss": "bpr-max", "reuse_item_embeddings": False},
+    ],
+    ids=["row_adam", "adam", "adagrad"],
+)
+def test_a_replay_of_the_operations_alone_is_the_step(
+    gpu_branches: None, changes: dict[str, Any]
+) -> None:
+    """The learning rate, the seed and the batch of each step reach a replay; all else stands."""
+    config = settings(sequence_length=40, **changes)
+    recorder = TapeRecorder()
+    check_same(run_steps(config, recorder), run_steps(config, None))
+    assert recorder.replays == 4
+
+
+def run_lanes(config: ExperimentConfig, recorder: TapeRecorder | None) -> tuple[list[float], Model]:
+    model, optimizer = build(config, torch.float32)
+    optimizer.leaves_out_rows = False
+    feed = build_feed(config, some_sessions(), model, padded=True)
+    steps = GraphedSteps(
+        lambda batch: take(model, optimizer, batch, config), CPU, batch_size=8, recorder=recorder
+    )
+    losses = []
+    for step in range(30):
+        torch.manual_seed(step)
+        optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
+        optimizer.load_lr()
+        losses.append(float(steps(feed.batch(step).in_one_piece(pinned=False))))
+    return losses, model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adagrad", "loss": "bpr-max", "output_bias": True},
+        {"optimizer": "row_adam", "num_blocks": 2, "dropout_rate": 0.3},
+    ],
+    ids=["bpr-max", "two layers"],
+)
+def test_lanes_go_on_from_the_states_that_a_replay_left(
+    gpu_branches: None, changes: dict[str, Any]
+) -> None:
+    """A replay reads the carried states where the one before wrote them."""
+    config = settings(**LANES, **changes)
+    recorder = TapeRecorder()
+    recorded, eager = run_lanes(config, recorder), run_lanes(config, None)
+    check_same(recorded, eager)
+    assert recorder.replays == 29
+    for one, other in zip(recorded[1].buffers(), eager[1].buffers(), strict=True):
+        assert one.any()
+        assert torch.equal(one, other)
 
 
 def test_training_goes_on_where_nothing_can_be_recorded(

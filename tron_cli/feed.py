@@ -40,6 +40,7 @@ def build_feed(config: ExperimentConfig, sessions: Sessions, model: Model, *, pa
             sequence_length=config.sequence_length,
             style=config.shuffling_style,
             seed=config.seed,
+            padded=padded,
         )
     return WholeSessions(config, sessions, padded=padded)
 

@@ -33,13 +33,22 @@ class Lanes:
     """
 
     def __init__(
-        self, sessions: Sessions, *, lanes: int, sequence_length: int, style: str, seed: int
+        self,
+        sessions: Sessions,
+        *,
+        lanes: int,
+        sequence_length: int,
+        style: str,
+        seed: int,
+        padded: bool = False,
     ) -> None:
-        """sessions: of at least two events each. style, seed: see `session_order`."""
+        """sessions: of at least two events each. style, seed: see `session_order`. padded: batches
+        say that their shapes are fixed (`Batch.padded`), which those of lanes are anyway."""
         self._sessions = sessions
         self._lanes = lanes
         self._style = style
         self._seed = seed
+        self._padded = padded
         self._sequence_length = sequence_length
         _, self._inputs_S = training_windows(sessions, slice(None), sequence_length)
         self.steps_per_pass = -(-int(self._inputs_S.sum()) // lanes)
@@ -69,7 +78,10 @@ class Lanes:
             with_targets=True,
         )
         return dataclasses.replace(
-            batch, places_N=torch.from_numpy(places_B), lanes_B=torch.arange(self._lanes)
+            batch,
+            places_N=torch.from_numpy(places_B),
+            lanes_B=torch.arange(self._lanes),
+            padded=self._padded,
         )
 
     def _begin_until(self, step: int) -> bool:

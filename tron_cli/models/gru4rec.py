@@ -41,13 +41,12 @@ class GRU4Rec(ItemTables):
 
     Rows are whole sessions, each from a state of zero; or, where a batch has lanes, single events
     that go on from the state that the event before left in their lane, through which no gradient
-    flows back. session_parallel: keep these states, of train_batch_size lanes. They are part of
-    state_dict, so that a resumed run goes on from them.
+    flows back. session_parallel: keep these states, of train_batch_size lanes, always in the same
+    memory. They are part of state_dict, so that a resumed run goes on from them.
     """
 
     one_row_serves_all = True
     mask_item = None
-    fixed_shapes = False  # how many rows have a place-th event is read from the device
 
     carried_LBD: torch.Tensor
 
@@ -73,6 +72,8 @@ class GRU4Rec(ItemTables):
             draw_outputs=_table,
         )
         self.sequence_length = sequence_length
+        # Of whole sessions, how many have a place-th event is read from the device.
+        self.fixed_shapes = session_parallel
         self.dropout = Dropout(dropout_rate)
         self.gru = nn.GRU(
             embedding_dim,
