@@ -125,9 +125,9 @@ def test_share_of_repeats_is_printed_for_every_source(tmp_path: Path) -> None:
     assert row == ["test", "2", "6", "3.00", "3", "3", "25.0", "%"]
     event = '{"aid":%d,"ts":%d,"type":"clicks"}'
     clicks = ",".join(event % (aid, START + at) for at, aid in enumerate((1, 1, 1, 2)))
-    for part in ("train", "test"):
+    for part, sessions in (("train", 4), ("test", 3)):
         (tmp_path / f"otto-recsys-{part}.jsonl").write_text(
-            f'{{"session":1,"events":[{clicks}]}}\n' * 3
+            f'{{"session":1,"events":[{clicks}]}}\n' * sessions
         )
     dataset = prepare_otto(tmp_path, tmp_path, val_days=0)
     assert dataset.split_info("test")["repeated_events"] == 6

@@ -72,16 +72,22 @@ def test_table_prints_what_came_in_what_was_dropped_and_the_splits(
 
 
 def test_times_far_after_all_others_are_pointed_out(tmp_path: Path, events: Path) -> None:
-    """A session with a wrong clock becomes the whole test split."""
+    """A session with a wrong clock becomes the whole test split; after a year it is refused."""
     words = ("table", "--input", events, *TABLE, "--data-dir", tmp_path, "--force")
     assert "No event lies in" not in prepare(*words).stdout
-    wrong = "".join(f"\nwrong,item{n},4070908800000" for n in (1, 2))
-    events.write_text(events.read_text() + wrong)
+    right = events.read_text()
+    wrong = "".join(f"\nwrong,item{n},1717200000000" for n in (1, 2))
+    events.write_text(right + wrong)
     out = prepare(*words).stdout
-    assert "No event lies in the 27,431 days before 2099-01-01 00:00" in out
-    assert "test 1 2 2.00 2 2 0.0 % 2099-01-01 00:00 2099-01-01 00:00" in [
+    assert "No event lies in the 189 days before 2024-06-01 00:00" in out
+    assert "test 1 2 2.00 2 2 0.0 % 2024-06-01 00:00 2024-06-01 00:00" in [
         " ".join(line.split()) for line in out.splitlines()
     ]
+    events.write_text(right + wrong.replace("1717200000000", "4070908800000"))
+    with pytest.raises(
+        InputError, match="line 309: the latest time, 2099-01-01 00:00, is 75 years"
+    ):
+        prepare(*words)
 
 
 def test_json_prints_dataset_json(tmp_path: Path, events: Path) -> None:

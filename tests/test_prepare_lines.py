@@ -165,7 +165,7 @@ def test_sequences_equal_brute_force(
         folder = Path(name)
         files = [write_lines(folder / "train", train), write_lines(folder / "test", test)]
         val_file = None if val is None else write_lines(folder / "val", val)
-        has_no_val = val is not None and not any(val)
+        has_no_val = val is not None and not long_val
         if not expected_train or not expected_test or has_no_val or is_copied:
             with pytest.raises(InputError):
                 prepare_sequences(*files, folder, "out", val=val_file)
