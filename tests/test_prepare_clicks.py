@@ -271,6 +271,54 @@ GOOD = "1,2014-04-07T10:51:09.277Z,214536502,0\n"
 
 
 @pytest.mark.parametrize(
+    ("time", "read"),
+    [
+        ("0001-01-01T00:00:00.000Z", True),
+        ("0000-12-31T23:59:59.999Z", False),
+        ("+12014-04-07T10:51:09.277Z", False),
+        ("-2014-04-07T10:51:09.277Z", False),
+    ],
+)
+def test_times_of_yoochoose_are_of_the_years_1_to_9999(
+    tmp_path: Path, time: str, read: bool
+) -> None:
+    raw = write_yoochoose(tmp_path / "clicks.dat", simple_log(100, days=4))
+    with raw.open("a") as file:
+        file.write(f"5,{time},100,0\n")
+    if read:
+        assert prepare_yoochoose(raw, tmp_path).info["filters"][0]["events"] == 301
+        return
+    with pytest.raises(InputError, match="line 301: expected a time such as 2014-04-07T10"):
+        prepare_yoochoose(raw, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("timeframe", "date", "problem"),
+    [
+        ("0", "2014-04-01", ""),
+        ("1200000", "2014-04-01", ""),
+        (str(366 * DAY), "2014-04-01", ""),
+        (str(366 * DAY + 1), "2014-04-01", "milliseconds since the session began in timeframe"),
+        (str(2**63 - 1), "2014-04-01", "milliseconds since the session began in timeframe"),
+        ("-1", "2014-04-01", "milliseconds since the session began in timeframe, found '-1'"),
+        ("0", "0000-12-31", "a date such as 2016-05-09 in eventdate"),
+        ("0", "+12014-04-01", "a date such as 2016-05-09 in eventdate"),
+    ],
+)
+def test_limits_of_the_times_of_diginetica(
+    tmp_path: Path, timeframe: str, date: str, problem: str
+) -> None:
+    raw = write_diginetica(tmp_path / "views.csv", simple_log(900, days=30))
+    with raw.open("a") as file:
+        file.write(f"5;NA;100;{timeframe};{date}\n")
+    if not problem:
+        assert prepare_diginetica(raw, tmp_path).info["filters"][0]["events"] == 2701
+        return
+    with pytest.raises(InputError, match=f"line 2702: expected {problem}"):
+        prepare_diginetica(raw, tmp_path)
+
+
+@pytest.mark.parametrize(
     ("line", "problem"),
     [
         ("1,2014-04-07T10:51:09.277Z,214536502\n", "expected 4 fields separated by ',', found 3"),

@@ -208,7 +208,9 @@ def test_val_is_a_seeded_sample_of_at_most_so_many(tmp_path: Path) -> None:
     assert steps["validation sample"]["dropped_sessions"] == 13
 
 
-@pytest.mark.parametrize("bad", ["1 2.5 3", "1 -2 3", "a b", "1 2\x00", "1 9999999999999999999"])
+@pytest.mark.parametrize(
+    "bad", ["1 2.5 3", "1 -2 3", "a b", "1 2\x00", "1 9999999999999999999", "1,,2", "1 , \t,2"]
+)
 def test_sequences_name_a_bad_line_or_skip_it(tmp_path: Path, bad: str) -> None:
     train, test = tmp_path / "train", write_lines(tmp_path / "test", [[1, 2]])
     train.write_text(f"1 2\n\n{bad}\n2 1\n{bad}")
@@ -233,6 +235,9 @@ def test_sequences_without_content(tmp_path: Path) -> None:
         prepare_sequences(tmp_path / "missing", good, tmp_path, "out")
     with pytest.raises(InputError, match="is a folder"):
         prepare_sequences(tmp_path, good, tmp_path, "out")
+    blank.write_bytes(b"1 2\r3 4\r")
+    with pytest.raises(InputError, match=r"blank ends its lines with \\r"):
+        prepare_sequences(good, blank, tmp_path, "out")
 
 
 @pytest.mark.parametrize("digits", [1, 18, 19])

@@ -376,6 +376,8 @@ def zipped(path: Path) -> None:
         ("a.tar.xz", lambda path: tar(path, "w:xz"), "is compressed by xz: decompress it"),
         ("a.csv", zipped, "is a zip archive"),
         ("a.xlsx", zipped, "export CSV"),
+        ("2.gz", lambda path: path.write_bytes(gzip.compress(gzip.compress(CSV))), "ssed twice"),
+        ("2.zst", lambda path: path.write_bytes(zstd.compress(gzip.compress(CSV))), "ssed twice"),
         ("a.parquet", write_csv_row, "is not a readable Parquet file"),
         ("a.gz", lambda path: path.write_bytes(gzip.compress(b"")), "is empty"),
         ("b.gz", lambda path: path.write_bytes(gzip.compress(CSV * 99)[:-9]), "corrupt gzip file"),
@@ -489,8 +491,11 @@ def test_ids_that_a_float_cannot_hold_are_refused(
         ('"a\\u0000b"', "found"),
         ("9007199254740993.0", "found '9007199254740993.0'"),
         ("1e20", "found '1E+20'"),
+        ("true", "found 'True'"),
+        ("false", "found 'False'"),
         ("null", "found nothing"),
         ('""', "found nothing"),
+        ('" \u00a0\\t"', "found"),
         ('"NULL"', "found 'NULL', which stands for nothing (see --null-tokens)"),
     ],
 )
@@ -510,8 +515,27 @@ def test_values_of_json_that_are_no_ids(
     assert sorted(dataset.item_ids.tolist()) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("first", ["5", '["user"]', "[[1]]", '"user"', "null"])
+def test_lines_of_json_that_are_no_objects_have_no_keys(tmp_path: Path, first: str) -> None:
+    file = tmp_path / "a.jsonl"
+    few([1, 2, 3]).write_ndjson(file)
+    file.write_text(file.read_text() + first + "\n")
+    with pytest.raises(InputError, match=r"no column 'thing': its columns are user, item, time$"):
+        prepare_table(file, replace(SESSION, item="thing"), tmp_path, "out", skip_bad_lines=True)
+
+
+def test_a_key_within_another_value_does_not_stand_twice(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    lines = [
+        json.dumps({"more": {"item": 8, "x": [{"item": 9}]}, **row, "note": '"item":'})
+        for row in few([1, 2, 3]).to_dicts()
+    ]
+    file.write_text("\n".join(line.replace(": ", ":") for line in lines))
+    assert prepare_table(file, SESSION, tmp_path, "out").item_ids.tolist() == [1, 2, 3]
+
+
 def test_texts_of_json_that_look_like_lists_are_ids(tmp_path: Path) -> None:
-    ids = ["[new]", "{sale}", '{"id": 1}', "12345678901234567890", "-1"]
+    ids = ["[new]", "{sale}", '{"id": 1}', "12345678901234567890", "-1", "true", "False"]
     file = tmp_path / "a.jsonl"
     few(ids).write_ndjson(file)
     assert prepare_table(file, SESSION, tmp_path, "out").item_ids.tolist() == ids
@@ -635,6 +659,8 @@ def test_what_is_left_of_the_kinds_is_told_where_nothing_is(tmp_path: Path) -> N
         (TableColumns("item", "time", session="user", session_gap="30m"), "goes with --user-col"),
         (TableColumns("item", "when", user="user"), "no column 'when': its columns are user, item"),
         (TableColumns("item", "item", user="user"), "expected different columns"),
+        (TableColumns("", "time", user="user"), "a column for --item-col and --time-col"),
+        (TableColumns("item", "", user="user"), "a column for --item-col and --time-col"),
         (TableColumns("item", "time", user="user", time_unit="h"), "--time-unit 'h'"),
         (TableColumns("item", "time", user="user", session_gap="x"), "expected a duration"),
         (
@@ -663,6 +689,12 @@ def test_wrong_options(tmp_path: Path, columns: TableColumns, problem: str) -> N
         ("a.jsonl", '{"user": "u1", "item": "i1"}', "in time, found nothing"),
         ("a.jsonl", '["u1", "i1", 1700000000000]', ""),
         ("a.jsonl", '{"user": "u1", "item": "i1", "time": "soon"}', "in time, found 'soon'"),
+        ("a.jsonl", '{"user": "u1", "item": "i1", "item": "i2", "time": 1}', "the key 'item'"),
+        ("a.jsonl", '{"user": "u1", "time": 1, "item": "i1","time": 2}', "the key 'time'"),
+        ("a.jsonl", "7", ""),
+        ("a.jsonl", '"user"', ""),
+        ("a.jsonl", '[["u1"], {}]', ""),
+        ("a.csv", "  ,i1,1700000000000,view", "expected an id in one line in user, found '  '"),
     ],
 )
 def test_bad_lines_are_named_or_skipped(
@@ -805,12 +837,24 @@ def test_other_encodings(tmp_path: Path, encoding: str) -> None:
         prepare_table(tmp_path / "a.csv", USER, tmp_path, "out")
 
 
+def test_a_wrong_column_is_named_before_a_bad_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(CSV + b"u,i\n")
+    with pytest.raises(InputError, match="no column 'thing': its columns are user, item, time"):
+        prepare_table(tmp_path / "a.csv", replace(USER, item="thing"), tmp_path, "out")
+
+
 def test_files_that_are_no_tables(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text(CSV_HEAD)
     (tmp_path / "c.csv").touch()
+    (tmp_path / "blank.csv").write_text("\n\n\r\n")
+    (tmp_path / "mac.csv").write_bytes(CSV.replace(b"\n", b"\r"))
+    (tmp_path / "mac.jsonl").write_bytes(b'{"user": 1, "item": 2, "time": 3}\r' * 5)
     for name, problem in (
         ("b.csv", "no readable line"),
         ("c.csv", "c.csv is empty"),
+        ("blank.csv", "blank.csv holds no readable line"),
+        ("mac.csv", r"mac.csv ends its lines with \\r; save it with \\n"),
+        ("mac.jsonl", r"mac.jsonl ends its lines with \\r"),
         ("d.csv", "is not a file"),
     ):
         with pytest.raises(InputError, match=problem):
@@ -898,6 +942,20 @@ def test_a_wrong_latest_time_is_named_where_it_leaves_test_empty(
     # A session that begins as others do, and a gap that is no longer than the log, are no errors.
     write_csv(file, [*rows, (rows[0][0], rows[0][1], 253_402_300_000_000, "view")])
     prepare_table(file, SESSION, tmp_path, "long")
+
+
+def test_last_items_that_the_histories_lack_are_named(tmp_path: Path) -> None:
+    rows = [(f"u{user}", f"{user}-{n}", START + n, "view") for user in range(5) for n in range(4)]
+    problem = "of the 5 different last items of its 5 sessions, training has 0; give longer hist"
+    with pytest.raises(InputError, match=problem):
+        prepare_table(
+            write_csv(tmp_path / "a.csv", rows),
+            USER,
+            tmp_path,
+            "out",
+            leave_one_out=True,
+            min_item_count=1,
+        )
 
 
 def test_test_items_that_training_lacks_are_named(tmp_path: Path) -> None:

@@ -127,15 +127,16 @@ def test_numbers_of_two_units_are_told_apart() -> None:
     assert TimeParser("ms").parse(column).to_list()[1] == 1_700_000_000
 
 
-def test_times_are_of_the_years_0_to_9999() -> None:
-    numbers = pl.Series([*[START] * 4, 253_402_300_799_999, 253_402_300_800_000, 2**62])
-    expected = [*[START] * 4, 253_402_300_799_999, None, None]
+def test_times_are_of_the_years_1_to_9999() -> None:
+    inside, outside = [-62_135_596_800_000, 253_402_300_799_999], [-62_135_596_800_001, 2**62]
+    numbers = pl.Series([*[START] * 4, *inside, 253_402_300_800_000, *outside])
+    expected = [*[START] * 4, *inside, None, None, None]
     assert TimeParser("ms").parse(numbers).to_list() == expected
     assert TimeParser("auto").parse(numbers.cast(pl.Datetime("ms"))).to_list() == expected
     assert TimeParser("auto").parse(pl.Series([2**31 - 1], dtype=pl.Date)).to_list() == [None]
-    texts = ["2024-01-01", "0000-01-01", "9999-12-31T23:59:59.999", "0000-00-00 00:00:00"]
+    texts = ["2024-01-01", "0001-01-01", "9999-12-31T23:59:59.999", "0000-12-31", "0000-00-00"]
     read = TimeParser("auto").parse(pl.Series(texts)).to_list()
-    assert read == [ISO_MS[0], -62_167_219_200_000, 253_402_300_799_999, None]
+    assert read == [ISO_MS[0], *inside, None, None]
 
 
 def test_a_null_does_not_change_how_the_others_are_read() -> None:

@@ -437,6 +437,8 @@ def test_sources_behind_a_browser_say_what_to_do(tmp_path: Path, source: str) ->
 def test_a_wrong_raw_says_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"does not exist: expected ml-1m\.txt"):
         locate("ml1m", tmp_path / "nowhere", tmp_path)
+    with pytest.raises(InputError, match=r"/dev/null is not a file: expected ml-1m\.txt"):
+        locate("ml1m", Path("/dev/null"), tmp_path)
     with pytest.raises(InputError, match=r"hold neither yoochoose-clicks\.dat"):
         locate("yoochoose", tmp_path, tmp_path)
 

@@ -29,8 +29,8 @@ from tron_cli.prepare.raw import open_raw
 BLOCK_BYTES = 1 << 24
 MAX_LINE_BYTES = 1 << 26
 PARQUET_ROWS = 1 << 21
-NOT_TEXT = "\0"  # begins a value of JSON that is no id, so that it is none as text either
-_UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+NOT_TEXT = "\0\0"  # begins a value of JSON that is no id, so that it is none as text either
+UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class BadLines:
@@ -154,9 +154,12 @@ def read_delimited(
     for block, start in text_blocks(file, separator if quoted else None):
         records = _records(block, start, separator, quoted)
         if names is None:
+            if not records.fields.any():
+                continue  # blank lines only
             header = int(np.argmax(records.fields > 0))
             names = _header(file, records.text(header), separator)
             records.fields[header] = 0
+        columns = columns or find_columns(file, names, wanted)
         is_bad = (records.fields != len(names)) | records.unclosed
         for record in np.flatnonzero(is_bad & (records.fields > 0)).tolist():
             problem = f"expected {len(names)} fields separated by {separator!r}"
@@ -164,7 +167,6 @@ def read_delimited(
             if records.unclosed[record]:
                 problem = "a quote opens a field and does not close it"
             bad.reject(file, int(records.lines[record]), problem)
-        columns = columns or find_columns(file, names, wanted)
         schema = {f"column_{index}": pl.String() for index in range(len(names))}
         parse = _CsvParser(schema, separator, quoted)
         for frame, lines in _parse(file, records.where(~is_bad).requoted(separator), parse, bad):
@@ -181,8 +183,7 @@ def read_json_lines(
 ) -> Iterator[Columns]:
     """Yield the wanted keys of a file with one JSON object a line, plain or compressed, as strings.
 
-    ids: those of which a value that is no text, no exact number, true or false begins with
-    NOT_TEXT.
+    ids: those of which a value that is neither text nor an exact number begins with NOT_TEXT.
     """
     keys: list[str] = []
     found = False
@@ -209,7 +210,9 @@ def _json_keys(file: Path, block: bytes, wanted: list[str]) -> list[str]:
     for part in (lines[:1000], lines[1000:]):
         for line in part:
             with suppress(ValueError, RecursionError):
-                names |= dict.fromkeys(json.loads(line))
+                found_in_line = json.loads(line)
+                if isinstance(found_in_line, dict):
+                    names |= dict.fromkeys(found_in_line)
         try:
             found = find_columns(file, list(names), wanted)
         except InputError as error:
@@ -219,6 +222,10 @@ def _json_keys(file: Path, block: bytes, wanted: list[str]) -> list[str]:
     if not names:
         return wanted  # not a line of it can be read
     raise problem
+
+
+# Polars writes lists and objects as text, and rounds numbers with a point.
+_DOUBTFUL = r"^(?:[\[{]|-?\d{16,}$|(?:true|false)$)"
 
 
 @dataclass(frozen=True)
@@ -231,14 +238,26 @@ class _JsonParser:
         frame.columns = list(self.names.values())
         lines: list[bytes] = []
         for key, name in self.names.items():
-            # Polars writes lists and objects as text, and rounds numbers with a point.
+            # Of a key that stands twice polars would take the first.
+            if text.count(f'"{key}":'.encode()) > len(frame):
+                self._check_keys(text.split(b"\n"), key)
             if name in self.ids:
-                for row in frame[name].str.contains(r"^(?:[\[{]|-?\d{16,}$)").arg_true():
+                for row in frame[name].str.contains(_DOUBTFUL).arg_true():
                     lines = lines or text.split(b"\n")
                     value = json.loads(lines[row], parse_float=Decimal)[key]
-                    if isinstance(value, (list, dict, Decimal)):
+                    if isinstance(value, (list, dict, bool, Decimal)):
                         frame[row, name] = NOT_TEXT + str(value)
         return frame
+
+    def _check_keys(self, lines: list[bytes], key: str) -> None:
+        def once(pairs: list[tuple[str, Any]]) -> bool:
+            return sum(name == key for name, _ in pairs) == 1
+
+        for line in lines:
+            doubtful = line.count(f'"{key}":'.encode()) > 1
+            # The outermost object comes last.
+            if doubtful and not json.loads(line, object_pairs_hook=once):
+                raise pl.exceptions.ComputeError(f"the key {key!r} stands more than once")
 
 
 def read_parquet(file: Path, wanted: list[str]) -> Iterator[Columns]:
@@ -269,7 +288,7 @@ def read_parquet(file: Path, wanted: list[str]) -> Iterator[Columns]:
                     bar.update(len(frame))
     except (arrow.ArrowException, pl.exceptions.PolarsError, OSError, ValueError) as error:
         raise InputError(
-            f"{file} is not a readable Parquet file: {first_line(error)}; write it again"
+            f"{file} is not a readable Parquet file: {first_line(error).rstrip('.')}; get it again"
         ) from error
     if not rows:
         raise InputError(f"{file} holds no row")
@@ -341,8 +360,10 @@ def text_blocks(file: Path, separator: str | None = None) -> Iterator[tuple[byte
         while data := content.read(BLOCK_BYTES):
             bar.update(compressed.tell() - bar.n)
             if line == 1 and not rest:
-                if data.startswith(_UTF_16_MARKS):
+                if data.startswith(UTF_16_MARKS):
                     raise InputError(f"{file} is UTF-16 text; save it as UTF-8")
+                if b"\r" in data and b"\n" not in data:
+                    raise InputError(f"{file} ends its lines with \\r; save it with \\n or \\r\\n")
                 data = data.removeprefix(b"\xef\xbb\xbf")
             rest += data
             # A quote that is not closed for so long never will be.
@@ -492,4 +513,4 @@ def _header(file: Path, line: bytes, separator: str) -> list[str]:
     try:
         return next(csv.reader([line.decode().rstrip("\n")], delimiter=separator))
     except (StopIteration, csv.Error) as error:
-        raise InputError(f"{file}, line 1: the header cannot be read ({error})") from error
+        raise InputError(f"{file}: the header cannot be read ({error}); correct it") from error

@@ -15,15 +15,21 @@ import polars as pl
 from tron_cli.dataset import Dataset
 from tron_cli.prepare.clicks import prepare_clicks
 from tron_cli.prepare.columns import INTEGER, BadLines, Columns, Parser, read_delimited
-from tron_cli.prepare.split import by_start_day
+from tron_cli.prepare.split import DAY, by_start_day
+from tron_cli.prepare.times import CALENDAR, within
 
 TEST_DAYS = 7
 
 _DATE = Parser(
-    lambda column: (
-        column.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("ms")).to_physical()
+    lambda column: within(
+        column.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("ms")).to_physical(),
+        *CALENDAR,
     ),
     "a date such as 2016-05-09",
+)
+_TIMEFRAME = Parser(
+    lambda column: within(column.cast(pl.Int64, strict=False), 0, 366 * DAY),
+    "milliseconds since the session began",
 )
 
 
@@ -57,7 +63,7 @@ def prepare_diginetica(
 
 
 def _read(file: Path, bad: BadLines) -> Iterator[Columns]:
-    parsers = {"sessionId": INTEGER, "itemId": INTEGER, "timeframe": INTEGER, "eventdate": _DATE}
+    parsers = {"sessionId": INTEGER, "itemId": INTEGER, "timeframe": _TIMEFRAME, "eventdate": _DATE}
     for columns in read_delimited(file, list(parsers), bad, separator=";"):
         columns = columns.parse(parsers, bad)
         frame = columns.frame.select(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tron_cli.prepare.columns import BadLines, text_blocks
 MAX_DIGITS = 19  # whatever has no more fits uint64
 LARGEST = 2**63 - 1
 _BLANKS = b" ,\t"
+_HOLE = re.compile(rb",[ \t]*,")  # where a number is missing
 
 
 def read_integer_lines(
@@ -32,9 +34,11 @@ def read_integer_lines(
         )
         numbers, digits, lines = _numbers(data, ends)
         is_large = (digits > MAX_DIGITS) | (numbers < 0)  # these beyond int64 have wrapped
+        holes = [match.start() for match in _HOLE.finditer(block)]
+        hole = np.bincount(np.searchsorted(ends, np.array(holes, np.int64)), minlength=len(ends))
         large = np.bincount(lines[is_large], minlength=len(ends))
         counts = np.bincount(lines, minlength=len(ends))
-        is_bad = (foreign > 0) | (large > 0)
+        is_bad = (foreign > 0) | (large > 0) | (hole > 0)
         if per_line is not None:
             is_bad |= (counts > 0) & (counts != per_line)
         for line in np.flatnonzero(is_bad).tolist():

@@ -23,7 +23,7 @@ import numpy as np
 
 TYPES = ("clicks", "carts", "orders")
 MAX_AID = 10**8 - 1  # eight digits; bounds the tables that are indexed with an aid
-MAX_TIME = 253_402_300_799_999  # the year 9999
+MIN_TIME, MAX_TIME = 10**12, 10**13 - 1  # of 13 digits: the years 2001 to 2286
 PIECE_BYTES = 1 << 21  # long arrays, which still fit into a core's cache
 
 
@@ -297,7 +297,7 @@ def _read_any(text: bytes) -> Clicks:
 def _session(line: bytes) -> tuple[int, list[tuple[int, int, bool]]]:
     """(number, (aid, time, is it a click) of each event) of a line; ValueError: what is wrong."""
     try:
-        session = json.loads(line)
+        session = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from error
     events = session.get("events") if isinstance(session, dict) else None
@@ -316,8 +316,9 @@ def _event(event: Any) -> tuple[int, int, bool]:
         raise ValueError(
             f'expected "aid" to be an integer from 0 to {MAX_AID}, found {_shown(aid)}'
         )
-    if type(time) is not int or not 0 <= time <= MAX_TIME:
-        raise ValueError(f'expected "ts" to be a time in milliseconds, found {_shown(time)}')
+    if type(time) is not int or not MIN_TIME <= time <= MAX_TIME:
+        problem = 'expected "ts" to be a time in milliseconds, of 13 digits'
+        raise ValueError(f"{problem}, found {_shown(time)}")
     if not isinstance(kind, str) or kind not in TYPES:
         raise ValueError(f'expected "type" to be one of {", ".join(TYPES)}, found {_shown(kind)}')
     return aid, time, kind == "clicks"

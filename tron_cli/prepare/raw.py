@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +33,7 @@ _NO_TEXT = {
     rb"BZh[1-9]1AY&SY": "compressed by bzip2: decompress it, or compress it by gzip or zstd",
     rb"\xfd7zXZ\0": "compressed by xz: decompress it, or compress it by gzip or zstd",
     rb".{257}ustar": "a tar archive: unpack it",
+    rb"\x1f\x8b|\x28\xb5\x2f\xfd": "compressed twice: decompress it once",
     PARQUET_MAGIC: "a Parquet file, where text was expected",
 }
 
@@ -131,7 +133,8 @@ def _from_raw(known: Source, raw: Path, folder: Path) -> dict[str, Path]:
             )
         raw = archive
     if not raw.is_file():
-        raise InputError(f"{raw} does not exist: expected {wanted}, its folder or its archive")
+        problem = "is not a file" if raw.exists() else "does not exist"
+        raise InputError(f"{raw} {problem}: expected {wanted}, its folder or its archive")
     if is_archive(raw):
         return unpack(raw, known.files, folder)
     with open_raw(raw):
@@ -189,16 +192,16 @@ def is_compressed(path: Path) -> bool:
 
 
 @contextmanager
-def open_raw(path: Path) -> Iterator[IO[bytes]]:
+def open_raw(path: Path) -> Iterator[BufferedReader]:
     """Open a raw file for binary reading, decompressing gzip and zstd as it goes.
 
     A file that cannot be read, an archive, or a truncated or corrupt compressed file raises
     InputError, also while it is being read within the `with` block.
     """
     start = first_bytes(path)
-    _check_text(path, start)
     with path.open("rb") as file:
         if not start.startswith((GZIP_MAGIC, ZSTD_MAGIC)):
+            _check_text(path, start)
             yield file
             return
         kind = "gzip" if start.startswith(GZIP_MAGIC) else "zstd"

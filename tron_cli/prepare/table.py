@@ -350,6 +350,8 @@ class _TableReader:
         self.sessions, self.users = IdKeys(), IdKeys()
         self._ids = [name for name in (columns.session, columns.user, columns.item) if name]
         self._wanted = [*self._ids, columns.time, *([columns.event] if columns.event else [])]
+        if not columns.item or not columns.time:
+            raise InputError("expected the name of a column for --item-col and --time-col")
         if len(set(self._wanted)) < len(self._wanted):
             raise InputError(f"expected different columns, got {', '.join(self._wanted)}")
         self._times = TimeParser(columns.time_unit)
@@ -465,7 +467,7 @@ def _ids(column: pl.Series) -> pl.Series:
         return column.cast(pl.Int64)
     ids = column.cast(pl.String)
     # The ids are kept one a line, and NUL stands in no text.
-    return ids.set((ids == "") | ids.str.contains(r"[\r\n\x00]"), None)
+    return ids.set(ids.str.contains(r"^\s*$|[\r\n\x00]"), None)
 
 
 # Below these every integer is a float of its own.

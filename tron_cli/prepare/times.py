@@ -25,7 +25,7 @@ _NAMES = {
 _YEARS = (1980, 2100)  # in which people's logs are written
 _YEAR = 31_556_952_000  # ms
 _USUAL = tuple((year - 1970) * _YEAR for year in _YEARS)
-_CALENDAR = (-62_167_219_200_000, 253_402_300_799_999)  # the years 0 to 9999
+CALENDAR = (-62_135_596_800_000, 253_402_300_799_999)  # the years 1 to 9999
 _LAYOUTS = (
     "%Y-%m-%dT%H:%M:%S%.f",
     "%Y-%m-%dT%H:%M:%S%.f%#z",
@@ -40,7 +40,7 @@ class TimeParser(Parser):
     unit: s, ms, us or ns for numbers (fractions allowed), or auto: dates and times in ISO 8601
     (without an offset: UTC), or numbers, whose unit follows from the size of their median. Most of
     the first block says which; what is of another kind or unit is no time of this column. Only the
-    years 0 to 9999 are read.
+    years 1 to 9999 are read.
     """
 
     def __init__(self, unit: str) -> None:
@@ -66,7 +66,7 @@ class TimeParser(Parser):
         if column.dtype == pl.Boolean:
             raise TypeError(column.dtype)
         if column.dtype.is_temporal():
-            return _within(column.cast(pl.Datetime("ms"), strict=False).to_physical(), *_CALENDAR)
+            return within(column.cast(pl.Datetime("ms"), strict=False).to_physical(), *CALENDAR)
         numbers = column.cast(pl.Float64, strict=False)
         numbers = numbers.set(~numbers.is_finite(), None)
         count = len(column) - numbers.null_count()
@@ -128,17 +128,18 @@ def _check_year(column: pl.Series, numbers: pl.Series, unit: str) -> None:
 
 def _from_numbers(column: pl.Series, numbers: pl.Series, unit: str) -> pl.Series:
     """int64: integers exactly, and fractions rounded to milliseconds."""
-    limits = [limit * _PER_SECOND[unit] // 1000 for limit in _CALENDAR]
+    limits = [limit * _PER_SECOND[unit] // 1000 for limit in CALENDAR]
     low, high = max(limits[0], -(2**63)), min(limits[1], 2**63 - 1)
-    rounded = (_within(numbers, low, high) / _PER_SECOND[unit] * 1000).round().cast(pl.Int64)
+    rounded = (within(numbers, low, high) / _PER_SECOND[unit] * 1000).round().cast(pl.Int64)
     if column.dtype.is_float():
         return rounded
-    integers = _within(column.cast(pl.Int64, strict=False), low, high)
+    integers = within(column.cast(pl.Int64, strict=False), low, high)
     exact = integers * 1000 if unit == "s" else integers // (_PER_SECOND[unit] // 1000)
     return exact.fill_null(rounded)
 
 
-def _within(numbers: pl.Series, low: int, high: int) -> pl.Series:
+def within(numbers: pl.Series, low: int, high: int) -> pl.Series:
+    """Null what lies outside."""
     outside = ~numbers.is_between(low, high)
     return numbers.set(outside, None) if outside.any() else numbers
 
@@ -158,7 +159,7 @@ def from_iso(column: pl.Series) -> pl.Series:
         if not times.null_count():
             break
         times = times.fill_null(_parsed(text, layout))
-    return times
+    return within(times, *CALENDAR)
 
 
 def _parsed(text: pl.Series, layout: str) -> pl.Series:

@@ -177,10 +177,12 @@ def check_books(steps: Steps, written: list[dict[str, Any]], protocol: str) -> N
 def _unknown(test: Sessions, known: np.ndarray, protocol: str) -> InputError:
     of_what = "last items" if protocol == "last-item" else "items"
     items = np.unique(test.items[test.offsets[1:] - 1] if protocol == "last-item" else test.items)
+    cure = "longer histories, or weaker filters"
+    if protocol != "last-item":
+        cure = "sessions of the same catalogue, with the same item ids"
     return InputError(
         f"no session is left for the test split: of the {len(items):,} different {of_what} of its "
-        f"{len(test):,} sessions, training has {np.count_nonzero(known[items]):,}; give sessions "
-        "of the same catalogue, with the same item ids"
+        f"{len(test):,} sessions, training has {np.count_nonzero(known[items]):,}; give {cure}"
     )
 
 

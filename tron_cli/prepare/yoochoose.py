@@ -12,14 +12,16 @@ from tron_cli.dataset import Dataset
 from tron_cli.prepare.clicks import prepare_clicks
 from tron_cli.prepare.columns import INTEGER, BadLines, Columns, Parser, read_delimited
 from tron_cli.prepare.split import by_last_event
+from tron_cli.prepare.times import CALENDAR, within
 
 NAMES = ["session", "time", "item", "category"]
 TEST_DAYS = 1
 
 _TIME = Parser(
-    lambda column: column.str.to_datetime(
-        "%Y-%m-%dT%H:%M:%S%.fZ", time_unit="ms", strict=False
-    ).to_physical(),
+    lambda column: within(
+        column.str.to_datetime("%Y-%m-%dT%H:%M:%S%.fZ", time_unit="ms", strict=False).to_physical(),
+        *CALENDAR,
+    ),
     "a time such as 2014-04-07T10:51:09.277Z",
 )
 
