@@ -108,15 +108,6 @@ def test_one_pass_is_named_in_the_output(checkpoint: Checkpoint, dataset: Datase
     )
 
 
-def test_another_catalogue_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """The same number of items in another order is another catalogue."""
-    ids = np.arange(101, 121)
-    ids[[0, 1]] = ids[[1, 0]]
-    other = write_dataset(tmp_path, name="other", train=TRAIN, test=[[1, 2]], item_ids=ids)
-    with pytest.raises(InputError, match="item ids differ"):
-        assess(checkpoint, other, EvaluationOptions(), CPU)
-
-
 def test_other_training_sessions_are_a_warning(
     checkpoint: Checkpoint, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -446,7 +446,7 @@ def test_bad_choices_exit_with_2_and_a_sentence(
         ([first], "two checkpoints or more to compare, got 1"),
         ([first, second, "--reference", 3], "from 1 to 2, got 3"),
         ([first, second, "--reference", 0], "from 1 to 2, got 0"),
-        ([first, foreign], "foreign.pt was trained on a catalogue of 30 items"),
+        ([first, foreign], "different catalogues: 60 items are in one"),
         ([first, tmp_path / "none.pt"], "no checkpoint at"),
         ([first, second, "--dataset", "nowhere"], "no prepared dataset"),
         ([first, second, "--metrics", "HR@5"], "did you mean R@5"),

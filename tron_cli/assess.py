@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from tron_cli.beyond_accuracy import beyond_accuracy, check_cutoff, count_items
-from tron_cli.checkpoint import Checkpoint, dataset_identity
+from tron_cli.catalogue import RenumberedDataset
+from tron_cli.checkpoint import Checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
@@ -47,6 +48,7 @@ class EvaluationOptions:
     per_event: Path | None = None
     by: tuple[str, ...] = ()  # of slices.KINDS
     cutoff: int = 0  # length of the lists of the beyond-accuracy figures; 0: none of these
+    drop_unknown: bool = False  # leave out events on items that the checkpoint does not know
 
 
 def assess(
@@ -58,7 +60,7 @@ def assess(
     """
     config = checkpoint.config
     protocol = options.protocol or dataset.protocol
-    check_fit(checkpoint, dataset, protocol)
+    dataset = fitted(checkpoint, dataset, protocol, options)
     _check(options, checkpoint)
     measures = parse_measures(config.metrics if options.metrics is None else options.metrics)
     filter_rated = config.filter_rated if options.filter_rated is None else options.filter_rated
@@ -109,6 +111,8 @@ def assess(
         "left_out": absent,
         "missed_because_filtered": int((predictions.rank_E == 0).sum()),
     }
+    if isinstance(dataset, RenumberedDataset):
+        report["catalogue"] = catalogue_entry(dataset)
     if options.sample_sessions is not None:
         report["sample"] = sample_of(dataset, options)
     train_counts = None
@@ -135,36 +139,71 @@ def assess(
         report["beyond_accuracy"] = beyond
     references = dataset.info.get("references", {}).get(options.split)
     whole_split = absent["sessions_beyond_limit"] == 0
-    if references and protocol == "every-step" and not filter_rated and whole_split:
+    is_same = whole_split and not any(report.get("catalogue", {}).values())
+    if references and protocol == "every-step" and not filter_rated and is_same:
         report["references"] = references
     return report
 
 
-def check_fit(checkpoint: Checkpoint, dataset: Dataset, protocol: str) -> None:
-    """Whether the checkpoint can be evaluated on the dataset under the protocol.
+def fitted(
+    checkpoint: Checkpoint, dataset: Dataset, protocol: str, options: EvaluationOptions
+) -> Dataset:
+    """Return the dataset under the item numbers of the checkpoint, by their original ids.
 
-    Raises InputError where it cannot; other training sessions are a warning.
+    Raises InputError where the checkpoint cannot be evaluated on the dataset under the protocol, or
+    lacks items of the split, unless `drop_unknown`; other training sessions are a warning.
     """
-    trained_on, found = checkpoint.dataset, dataset_identity(dataset)
-    if trained_on["catalogue_fingerprint"] != found["catalogue_fingerprint"]:
-        raise InputError(
-            f"{checkpoint.path} was trained on a catalogue of {trained_on['num_items']:,} items "
-            f"({trained_on['name']}), which is not that of {dataset.path} "
-            f"({found['num_items']:,} items): their item ids differ; evaluate it on the dataset "
-            "it was trained on"
-        )
-    if trained_on["train_fingerprint"] != found["train_fingerprint"]:
-        log.warning(
-            "%s was trained on other sessions than the training split of %s",
-            checkpoint.path,
-            dataset.path,
-        )
     if protocol == "every-step" and dataset.protocol == "last-item":
         raise InputError(
             f"{dataset.name} is leave-one-out data: the earlier events of its histories are "
             "training data, so every-step would score what the model was trained on; use "
             "--protocol last-item"
         )
+    trained_on = checkpoint.dataset
+    if trained_on["catalogue_fingerprint"] != dataset.catalogue_fingerprint:
+        return _renumbered(checkpoint, dataset, protocol, options)
+    if trained_on["train_fingerprint"] != dataset.split_info("train")["fingerprint"]:
+        log.warning(
+            "%s was trained on other sessions than the training split of %s",
+            checkpoint.path,
+            dataset.path,
+        )
+    return dataset
+
+
+def _renumbered(
+    checkpoint: Checkpoint, dataset: Dataset, protocol: str, options: EvaluationOptions
+) -> RenumberedDataset:
+    split = options.split
+    found = RenumberedDataset(
+        dataset, checkpoint.decoded_item_ids(), split=split, protocol=protocol
+    )
+    events = dataset.split_info(split)["events"]
+    lacks = (
+        f"{checkpoint.path} ({found.num_items:,} items, trained on {checkpoint.dataset['name']}) "
+        f"lacks {found.unknown_items:,} items of the {split} split of {dataset.path}, "
+        f"{found.unknown_events:,} of its {events:,} events"
+    )
+    if found.unknown_events and not found.predictions:
+        raise InputError(f"{lacks}, and nothing is left to predict; name data of the same item ids")
+    if found.unknown_events and not options.drop_unknown:
+        raise InputError(f"{lacks}; pass --drop-unknown to leave these out and count them as lost")
+    if found.unknown_events:
+        log.warning("%s: these are left out", lacks)
+    return found
+
+
+def catalogue_entry(dataset: RenumberedDataset) -> dict[str, int]:
+    """Return the report's entry about a dataset whose catalogue is not that of the checkpoint.
+
+    Items that only one of them has, and events of the split that are left out for it.
+    """
+    shared = int(np.count_nonzero(dataset.number_I))
+    return {
+        "only_in_checkpoint": dataset.num_items - shared,
+        "only_in_dataset": len(dataset.number_I) - 1 - shared,
+        "events_on_unknown_items": dataset.unknown_events,
+    }
 
 
 def chosen_sessions(dataset: Dataset, options: EvaluationOptions) -> tuple[Sessions, np.ndarray]:
@@ -267,6 +306,8 @@ def _write_files(
         session_E=number_S[predictions.session_E],
         top_EK=None if top_EK is None else top_EK[:, :depth],
     )
+    if isinstance(dataset, RenumberedDataset):
+        predictions = dataset.at_original_places(predictions)
     item_ids = dataset.item_ids
     session_ids, user_ids = dataset.session_ids(options.split), dataset.user_ids(options.split)
     named_by = user_ids if session_ids is None else session_ids

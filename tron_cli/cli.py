@@ -105,6 +105,13 @@ SampleSessions = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Only N sessions of the split, drawn at random."),
 ]
+DropUnknown = Annotated[
+    bool,
+    typer.Option(
+        "--drop-unknown",
+        help="Leave out events on items that the checkpoint does not know, and count them as lost.",
+    ),
+]
 SampleSeed = Annotated[
     int | None, typer.Option(min=0, help="Seed of --sample-sessions; default: 42.")
 ]
@@ -297,6 +304,7 @@ def evaluate(
     limit_sessions: LimitSessions = None,
     sample_sessions: SampleSessions = None,
     seed: SampleSeed = None,
+    drop_unknown: DropUnknown = False,
     run: Annotated[Path | None, typer.Option(help="Write the predictions as a TREC run.")] = None,
     qrels: Annotated[Path | None, typer.Option(help="Write the targets as TREC qrels.")] = None,
     per_event: Annotated[
@@ -335,6 +343,7 @@ def evaluate(
         limit_sessions=limit_sessions,
         sample_sessions=sample_sessions,
         seed=seed,
+        drop_unknown=drop_unknown,
         run=run,
         qrels=qrels,
         per_event=per_event,
@@ -394,6 +403,7 @@ def compare(
     limit_sessions: LimitSessions = None,
     sample_sessions: SampleSessions = None,
     seed: SampleSeed = None,
+    drop_unknown: DropUnknown = False,
     reference: Annotated[
         int,
         typer.Option(metavar="N", help="Compare the others with the N-th checkpoint."),
@@ -430,6 +440,7 @@ def compare(
         limit_sessions=limit_sessions,
         sample_sessions=sample_sessions,
         seed=seed,
+        drop_unknown=drop_unknown,
     )
     report = compare_models(
         loaded,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from scipy.special import stdtrit
 from tron_cli.assess import (
     TIE_RULE,
     EvaluationOptions,
-    check_fit,
+    catalogue_entry,
     chosen_sessions,
+    fitted,
     left_out,
     sample_of,
 )
 from tron_cli.beyond_accuracy import beyond_accuracy, check_cutoff, count_items
+from tron_cli.catalogue import RenumberedDataset, numbers_among
 from tron_cli.checkpoint import Checkpoint
 from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
@@ -117,8 +119,10 @@ def compare(
             f"{checkpoints[reference].path} has recommendation_limit={config.recommendation_limit}"
             f": pass --cutoff, from 0 to {MAX_CUTOFF}, for shorter lists"
         )
-    for checkpoint in checkpoints:
-        check_fit(checkpoint, dataset, protocol)
+    numbers = [_numbers(checkpoint, checkpoints[reference]) for checkpoint in checkpoints]
+    # Each under the item numbers of its checkpoint; the report and its lists are the reference's.
+    datasets = [fitted(checkpoint, dataset, protocol, options) for checkpoint in checkpoints]
+    dataset = datasets[reference]
     sessions, _ = chosen_sessions(dataset, options)
     _check_same_events(checkpoints, reference, sessions, protocol, options.full_sessions)
     measures = parse_measures(config.metrics if options.metrics is None else options.metrics)
@@ -135,10 +139,10 @@ def compare(
     of_reference: Predictions | None = None
     others = [place for place in range(len(checkpoints)) if place != reference]
     for place in [reference, *others]:
-        checkpoint = checkpoints[place]
+        checkpoint, number_I = checkpoints[place], numbers[place]
         predictions = predict(
             checkpoint.build_model(device),
-            sessions,
+            chosen_sessions(datasets[place], options)[0],
             protocol=protocol,
             filter_rated=filter_rated,
             full_sessions=options.full_sessions,
@@ -146,6 +150,13 @@ def compare(
             batch_size=checkpoint.config.eval_batch_size,
             progress=labels[place],
         )
+        if number_I is not None:
+            top_EK = predictions.top_EK
+            predictions = replace(
+                predictions,
+                target_E=number_I[predictions.target_E],
+                top_EK=None if top_EK is None else number_I[top_EK],
+            )
         metrics = figures(values_of, predictions.rank_E, predictions.session_E)
         found = models[labels[place]]
         found["checkpoint"] = str(checkpoint.path)
@@ -186,9 +197,30 @@ def compare(
         "missed_because_filtered": int((of_reference.rank_E == 0).sum()),
         "left_out": left_out(dataset, options.split, protocol, sessions, events),
     }
+    if isinstance(dataset, RenumberedDataset):
+        report["catalogue"] = catalogue_entry(dataset)
     if options.sample_sessions is not None:
         report["sample"] = sample_of(dataset, options)
     return report
+
+
+def _numbers(checkpoint: Checkpoint, reference: Checkpoint) -> np.ndarray | None:
+    """The reference's number of each item of a checkpoint: int32 [I + 1]; None where all agree.
+
+    Raises InputError where they have not the same items.
+    """
+    if len({each.dataset["catalogue_fingerprint"] for each in (checkpoint, reference)}) == 1:
+        return None
+    known = reference.decoded_item_ids()
+    numbers = numbers_among(known, checkpoint.decoded_item_ids())
+    shared = int(np.count_nonzero(numbers))
+    alone = len(known) + len(numbers) - 2 * shared
+    if alone:
+        raise InputError(
+            f"{checkpoint.path} and {reference.path} rank different catalogues: {alone:,} items "
+            "are in one of them only; compare models of the same items"
+        )
+    return np.append(np.int32(0), numbers)
 
 
 def check_choice(checkpoints: int, reference: int) -> None:

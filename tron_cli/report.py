@@ -88,6 +88,17 @@ def _facts(report: dict[str, Any], lost_note: str) -> list[str]:
             f"left out   {left_out['earlier_events']:,} events before the last of long sessions "
             "(--full-sessions predicts them)"
         )
+    catalogue = report.get("catalogue")
+    if catalogue:
+        facts.append(
+            f"catalogue  matched by original id: {catalogue['only_in_checkpoint']:,} items only in "
+            f"the checkpoint's, {catalogue['only_in_dataset']:,} only in the dataset's"
+        )
+    if catalogue and catalogue["events_on_unknown_items"]:
+        facts.append(
+            f"left out   {catalogue['events_on_unknown_items']:,} events on items that the "
+            "checkpoint lacks"
+        )
     if "sample" in report:
         sample = report["sample"]
         facts.append(
