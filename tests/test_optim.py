@@ -333,6 +333,29 @@ def test_a_sleep_may_be_longer_than_it_is_kept(
     assert difference_from_dense_adam(5_000, 0.01, **options) < 1e-5
 
 
+@pytest.mark.parametrize("catch_up_every", [1, 3, 100, 10_000])
+@pytest.mark.parametrize("touched", [30, 2_000])
+def test_gradients_near_eps_sleep_as_in_dense_adam(touched: int, catch_up_every: int) -> None:
+    """A sampled negative's gradient is about 1e-6, whose root of the square is some 3e-8."""
+    sizes = np.array([1.0, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8])
+    weights = nn.Parameter(torch.zeros(70_000, len(sizes)))  # its turn does not come every step
+    dense = nn.Parameter(torch.zeros(1, len(sizes), dtype=torch.float64))
+    optimizer = build_optimizer("row_adam", [weights], lr=1e-3)
+    oracle = torch.optim.Adam([dense], lr=1e-3)
+    for step in range(1, touched + 300):
+        rows, values = ([9], sizes[None]) if step == touched else ([], np.zeros((0, len(sizes))))
+        weights.grad = sparse_gradient(rows, values, weights.shape)
+        dense.grad = torch.from_numpy(values.sum(axis=0, keepdims=True))
+        optimizer.step()
+        oracle.step()
+        if step % catch_up_every == 0:
+            optimizer.catch_up(weights, torch.tensor([9]))
+    optimizer.catch_up(weights)
+    found, expected = weights[9].detach().double(), dense[0].detach()
+    accuracy = 5e-3 if touched < 100 else 2e-5
+    torch.testing.assert_close(found, expected, rtol=accuracy, atol=0)
+
+
 def test_sleeps_on_a_device_that_is_never_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows without a gradient are written back as they were, as in a recorded step."""
     monkeypatch.setattr(optim, "_SLEEPS", 700)
