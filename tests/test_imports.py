@@ -91,6 +91,7 @@ ARITHMETIC = (
     "logits",
     "lookup",
     "products",
+    "threads",
     "registry",
 )
 

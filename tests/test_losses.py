@@ -425,6 +425,36 @@ def test_sampled_logits_are_those_of_lists(case, topk, mask, limit, group, dtype
         )
 
 
+@pytest.mark.parametrize("sets", [(), (29,)], ids=["batchwise", "eventwise"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_top_k_on_threads_gives_the_bits_of_one_thread(autocast, sets):
+    torch.manual_seed(3)
+    items, starts, lengths = np.arange(1, 32, dtype=np.int32), np.array([0, 11]), np.array([10, 19])
+    batch = pack(items, starts, lengths, with_targets=True)
+    negatives = Negatives(
+        torch.randint(1, 400, (*sets, 300)), None, torch.arange(20).view(2, 10) + 9, None
+    )
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        hidden_ND = torch.randn(29, 16, generator=torch.Generator().manual_seed(0))
+        table_VD = torch.randn(400, 16, generator=torch.Generator().manual_seed(1))
+        parameters = hidden_ND.requires_grad_(), table_VD.requires_grad_()
+        with (
+            mock.patch.dict(logits._ELEMENTS_AT_ONCE, {"cpu": 600}),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            positive_N, negative_NK, _ = logits.sampled_logits(
+                *parameters, batch, negatives, topk=5, mask_collisions=True
+            )
+        (negative_NK.exp().sum() - positive_N.sum()).backward()
+        found.append((positive_N, negative_NK, *(values.grad for values in parameters)))
+    torch.set_num_threads(before)
+    for alone, on_threads in zip(*found, strict=True):
+        assert torch.equal(alone, on_threads)
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 def test_top_k_under_autocast_picks_by_what_it_returns(enabled):
     """Each kept logit is the highest left, and its gradient is the row of an item so high."""

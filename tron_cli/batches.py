@@ -184,7 +184,7 @@ def _attention_groups(lengths_B: np.ndarray, first_B: np.ndarray) -> Iterator[At
     """Cut ascending lengths where padding would waste more than a call to attention costs."""
     low = 0
     while low < len(lengths_B):
-        longest = int(lengths_B[low]) * 5 // 4 + 1
+        longest = int(lengths_B[low]) * 3 // 2 + 3
         high = int(np.searchsorted(lengths_B, longest, side="right"))
         lengths, first = lengths_B[low:high], first_B[low:high]
         width = int(lengths[-1])

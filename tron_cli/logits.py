@@ -14,13 +14,14 @@ import torch
 from torch.nn import functional as F
 
 from tron_cli.products import row_products
+from tron_cli.threads import on_threads
 
 if TYPE_CHECKING:
     from tron_cli.batches import Batch
     from tron_cli.negatives import Negatives
 
 # Scores, or elements of gathered rows, held at once: on a CPU few enough for its cache.
-_ELEMENTS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 28}
+_ELEMENTS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 28}
 # Multiplying with a row of a matrix costs about this share of gathering a row.
 _PRODUCTS_A_GATHER = 32
 # Parts of so many events, or a multiple: matrix products like round numbers.
@@ -59,10 +60,12 @@ def sampled_logits(
         logit_N1 = dot_products(hidden_ND, table_VD, target_N1)
         return logit_N1[:, 0], logits_NK.to(logit_N1.dtype), keep_NK
     with torch.no_grad():
-        parts = [
-            _highest(candidates.of(part), topk)
-            for part in _parts(len(hidden_ND), candidates.num_uniform, hidden_ND.device)
-        ]
+        device = hidden_ND.device
+        parts = on_threads(
+            lambda part: _highest(candidates.of(part), topk),
+            list(_parts(len(hidden_ND), candidates.num_uniform, device)),
+            device,
+        )
         top_Nk, keep_Nk = _finite(
             torch.cat([logits_nk for logits_nk, _ in parts]), candidates.some_do_not_count
         )
