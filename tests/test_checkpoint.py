@@ -88,7 +88,10 @@ def test_it_is_mapped_and_the_model_has_its_own_memory(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "a.pt").step == 13
 
 
-@pytest.mark.parametrize("training", [{}, {"moments": torch.rand(1000)}])
+STATE = {"optimizer": {"moments": torch.rand(1000)}, "scaler": {}, "progress": {}}
+
+
+@pytest.mark.parametrize("training", [{}, STATE])
 def test_a_checkpoint_is_a_sound_zip_file(training: dict[str, Any], tmp_path: Path) -> None:
     """Such as scanners and converters read, with the checksums that loading compares."""
     save(tmp_path / "a.pt", training=training)

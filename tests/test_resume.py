@@ -421,6 +421,16 @@ def test_a_finished_run_resumed_changes_nothing(data_dir: Path, tmp_path: Path) 
     check_same_run(tmp_path / "runs" / "b", tmp_path / "runs" / "a")
 
 
+def test_a_copy_of_a_checkpoint_stays_and_a_lost_one_is_not_named_as_the_best(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    best = start(write_config(tmp_path), data_dir, tmp_path, "a")
+    copy = best.rename(best.with_name("mine.pt"))
+    with pytest.raises(RunError, match=r"is gone; .*a/last\.pt has the latest weights"):
+        resume(data_dir, tmp_path / "a")
+    assert copy.is_file()
+
+
 def test_resuming_is_refused_where_it_would_not_be_the_same_run(
     data_dir: Path, tmp_path: Path
 ) -> None:
@@ -433,6 +443,33 @@ def test_resuming_is_refused_where_it_would_not_be_the_same_run(
     write_dataset(data_dir, train=[[1, 2]], num_items=30)
     with pytest.raises(InputError, match="another version"):
         resume(data_dir, run_dir)
+
+
+def without(part: str, content: dict[str, Any]) -> None:
+    del content["training"][part]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda content: content["training"].clear(), "holds weights alone.* nothing to go on"),
+        (lambda content: without("optimizer", content), "to resume from is not complete"),
+        (lambda content: without("scaler", content), "to resume from is not complete"),
+        (lambda content: without("progress", content), "to resume from is not complete"),
+        (lambda content: content["training"]["progress"].update(later=1), "another version.*later"),
+        (lambda content: content["training"].update(optimizer=[]), "state of the optimizer"),
+    ],
+)
+def test_a_file_without_all_that_resuming_needs_is_one_sentence(
+    spoil: Callable[[dict[str, Any]], None], says: str, data_dir: Path, tmp_path: Path
+) -> None:
+    """The first is a best checkpoint under the name of the last."""
+    start(write_config(tmp_path, max_epochs=1), data_dir, tmp_path, "a")
+    content = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
+    spoil(content)
+    torch.save(content, tmp_path / "a" / "last.pt")
+    with pytest.raises(InputError, match=rf"a/last\.pt.*{says}"):
+        resume(data_dir, tmp_path / "a", "max_epochs=2")
 
 
 def test_defect_test_split_is_never_read_by_training(data_dir: Path, tmp_path: Path) -> None:
@@ -547,7 +584,15 @@ def test_limited_validation_is_spread_over_the_whole_split(tmp_path: Path) -> No
         config = ExperimentConfig(**tiny_settings(limit_val_batches=limit, train_batch_size=5))
         return [row.tolist() for row in training_splits(config, data)[1]]
 
-    for limit, count in ((0.25, 10), (0.99, 40), (1.0, 40), (2.0, 10), (7.0, 35), (0.01, 1)):
+    for limit, count in (
+        (0.25, 10),
+        (0.99, 40),
+        (1.0, 40),
+        (2.0, 10),
+        (7.0, 35),
+        (0.01, 1),
+        (1.5, 8),
+    ):
         found = validated(limit)
         assert len(found) == count
         places = np.array([rows.index(row) for row in found])  # whole sessions of the split

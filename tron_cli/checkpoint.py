@@ -73,10 +73,21 @@ class Checkpoint:
         return self._as_saved(device).eval()
 
     def build_training(self, device: torch.device) -> tuple[Model, Optimizer]:
-        """The model and the optimizer just as they were when a last.pt was written."""
+        """Return the model and the optimizer just as they were when a last.pt was written.
+
+        Raises InputError where the state of the optimizer is missing or that of another one.
+        """
+        if not self.training:
+            raise InputError(
+                f"{self.path} holds weights alone, as the best checkpoint of a run does, and "
+                f"nothing to go on with; take the {LAST} of its run, or start a new one"
+            )
         model = self._as_saved(device)
         optimizer = build_optimizer(self.config.optimizer, model.parameters(), self.config.lr)
-        optimizer.load_state_dict(self.training["optimizer"])
+        try:
+            optimizer.load_state_dict(self.training["optimizer"])
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from error
         return model, optimizer
 
     def _as_saved(self, device: torch.device) -> Model:
@@ -248,7 +259,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         config = config_from_dict(content.pop("config"))
     except UnnamedCodeError as error:
-        raise InputError(f"{path} needs {error}") from error
+        raise UnnamedCodeError(f"{path} needs {error}") from error
     except (InputError, TypeError) as error:
         raise InputError(
             f"{path} was written by another version of tron, or with a package that is not "
@@ -277,6 +288,9 @@ def _flaw(content: dict[str, Any]) -> str | None:
             return f"{name} is no {kind.__name__}"
     if not all(isinstance(values, torch.Tensor) for values in content["weights"].values()):
         return "weights holds other things than tensors"
+    training = content["training"]
+    if training and training.keys() != {"optimizer", "scaler", "progress"}:
+        return "what it holds to resume from is not complete"
     dataset, ids = content["dataset"], content["item_ids"]
     if not isinstance(dataset.get("name"), str) or not isinstance(dataset.get("num_items"), int):
         return "its dataset has no name or no number of items"

@@ -178,10 +178,12 @@ class RunFolder(RunFiles):
         self.drop_leftovers()
 
     def drop_leftovers(self) -> None:
-        """Delete former bests, and what a kill left half-written."""
-        own = ("*.pt", "*.pt.partial", "config.json.partial", "metrics.jsonl.partial")
+        """Delete former bests, and what a kill left half-written; a person's own copies stay."""
+        bests = f"{self.config.method}-{self.config.dataset_name}-step=*.pt"
+        whole = (bests, LAST, "config.json", "metrics.jsonl")
+        own = (bests, *(f"{pattern}.partial" for pattern in whole))
         for path in (path for pattern in own for path in self.run_dir.glob(pattern)):
-            if path.is_file() and path.name not in (self.progress.best_file, LAST):
+            if path.is_file() and path.name != self.progress.best_file:
                 path.unlink()
 
     def save_last(self, epoch: int) -> None:

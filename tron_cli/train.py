@@ -223,6 +223,11 @@ def train(
                 )
     run.drop_leftovers()
     best = run_dir / progress.best_file
+    if not best.is_file():
+        raise RunError(
+            f"the best checkpoint of this run was {best}, which is gone; {run_dir / LAST} has the "
+            "latest weights"
+        )
     if not len(validation):
         log.info("validation is empty: nothing was selected, the last weights are kept")
     log.info("best checkpoint: %s", best)
@@ -351,9 +356,14 @@ def _distribution(
     expected_of = None
     if config.logq_correction:
         expected_of = (config.num_uniform_negatives, expected_in_batch(config, sessions, num_items))
-    return Distribution.of(
-        load(entry)(count_I, **settings_of(entry, config)), expected_of=expected_of, device=device
-    )
+    weight_I = np.asarray(load(entry)(count_I, **settings_of(entry, config)), dtype=np.float64)
+    # No comparison holds for NaN.
+    if weight_I.shape != (num_items,) or not (weight_I.min() >= 0 and 0 < weight_I.sum() < np.inf):
+        raise InputError(
+            f"negative_sampler={config.negative_sampler} must give a weight for each of the "
+            f"{num_items:,} items, finite and at least 0, and not all 0; correct it"
+        )
+    return Distribution.of(weight_I, expected_of=expected_of, device=device)
 
 
 def _recorder(
@@ -394,12 +404,18 @@ def _rate(config: ExperimentConfig, step: int, total_steps: int) -> float:
 def _saved(
     file: Path, device: torch.device, scaler: torch.amp.GradScaler
 ) -> tuple[Model, Optimizer, Progress, int]:
-    """Load the training state, and the max_epochs of so far; put the scaler's into `scaler`."""
+    """Load the training state, and the max_epochs of so far; put the scaler's into `scaler`.
+
+    Raises InputError where the file holds none, or that of another version of tron.
+    """
     checkpoint = load_checkpoint(file)
     model, optimizer = checkpoint.build_training(device)
     if checkpoint.training["scaler"]:  # empty where the precision of so far needed none
         scaler.load_state_dict(checkpoint.training["scaler"])
-    progress = Progress(**checkpoint.training["progress"])
+    try:
+        progress = Progress(**checkpoint.training["progress"])
+    except TypeError as error:
+        raise InputError(f"{file} was written by another version of tron: {error}") from error
     return model, optimizer, progress, checkpoint.config.max_epochs
 
 
@@ -417,10 +433,8 @@ def training_splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Session
     if config.overfit_batches:
         sessions = validation = _first(sessions, config.overfit_batches * config.train_batch_size)
     limit = config.limit_val_batches
-    count = (
-        math.ceil(limit * len(validation)) if limit <= 1 else int(limit) * config.train_batch_size
-    )
-    return sessions, _spread(validation, count)
+    whole = len(validation) if limit <= 1 else config.train_batch_size
+    return sessions, _spread(validation, math.ceil(min(limit * whole, len(validation))))
 
 
 def _first(sessions: Sessions, count: int) -> Sessions:
