@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import random_sessions, tiny_settings, write_dataset
 
 from tron_cli import plugins, registry
 from tron_cli.checkpoint import checkpoint_name
 from tron_cli.config import ExperimentConfig, config_from_dict, load_config
 from tron_cli.errors import InputError
+from tron_cli.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "ARCHITECTURE.md").read_text()
@@ -254,7 +256,8 @@ def test_what_a_checkpoint_names_does_not_run(
         ("model=mine.py:Mean", "x = 1\n\nx.y", r"mine\.py, line 3: AttributeError: "),
         ("model=mine.py:Mean", "import sys\nsys.exit('bye')", r"mine\.py, line 2: SystemExit: bye"),
         ("model=mine.py:Mean", "import lost_package", r"mine\.py, line 1: ModuleNotFoundError: "),
-        ("model=mine.py:Mean", "Mean = 3", "is a int, not a class or a function"),
+        ("model=mine.py:Mean", "import sys\nsys.exit()", r"mine\.py, line 2: SystemExit$"),
+        ("model=mine.py:Mean", "Mean = 3", "is neither a class nor a function, but 3"),
         ("model=mine.py:Mean", "def Mean(*, num_items): ...", "is no class with `forward"),
         ("model=mine.py:Mean", "class Mean: ...", "is no class with `forward"),
         (
@@ -305,3 +308,43 @@ def test_a_file_does_not_pass_for_a_module_of_its_name(write: Callable[..., Path
 
     make(negative_sampler=f"{write('def flat(count_I): ...', 'random.py')}:flat")
     assert sys.modules["random"] is random
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        "[1.0] * 3", "count_I * float('nan')", "count_I - 1e9", "count_I * 0",
+        "count_I * float('inf')", "count_I[:, None]", "1.0",
+    ],
+)  # fmt: skip
+def test_weights_that_no_item_can_be_drawn_by_are_refused(
+    weights: str, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = write(f"def drawn(count_I): return {weights}")
+    config = make(negative_sampler=f"{file}:drawn")
+    dataset = write_dataset(tmp_path, train=[[1, 2, 3, 4], [2, 1]])
+    with pytest.raises(InputError, match=r"mine\.py:drawn must give a weight for each of the 4 "):
+        train(config, dataset, tmp_path / "run", device=torch.device("cpu"))
+
+
+def test_what_foreign_code_prints_is_no_result(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--json` prints one object."""
+    mine = write("print(1)\nMean = len")
+    plugins.add_plugin(f"{mine}:Mean")
+    config = "from tron_cli.config import ExperimentConfig\nprint(2)\n"
+    load_config(str(write(config + "config = ExperimentConfig(dataset_name='t')", "c.py")))
+    assert capsys.readouterr() == ("", "1\n2\n")
+
+
+def test_check_does_not_call_a_file_damaged_whose_code_is_not_named(shop: Path) -> None:
+    codes, out, err = tron(
+        shop,
+        ["train", "--config", "c.py", "model=mine.py:Mean", "max_epochs=1", "--name", "a"],
+    )
+    assert codes == [0], err
+    codes, out, err = tron(shop, ["check", "runs/a"])
+    assert codes == [2]
+    assert out == ""
+    assert "add --plugin path/to/mine.py:Mean" in err

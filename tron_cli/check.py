@@ -12,6 +12,7 @@ from tron_cli.dataset import Dataset
 from tron_cli.dataset_folder import SPLITS
 from tron_cli.errors import InputError
 from tron_cli.integrity import fingerprint
+from tron_cli.plugins import UnnamedCodeError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Part:
 def check(target: str, data_dir: Path) -> list[Part]:
     """Check a checkpoint, all checkpoints of a run's folder, or a dataset, by folder or name.
 
-    Raises InputError where there is none of these.
+    Raises InputError where there is none of these, or a checkpoint's code was not named.
     """
     path = Path(target)
     if path.is_dir() and (files := sorted(path.glob("*.pt"))):
@@ -51,6 +52,8 @@ def _checkpoint(file: Path) -> Part:
 def _part(name: str, look: Callable[[], str]) -> Part:
     try:
         return Part(name, look(), None)
+    except UnnamedCodeError:  # nothing is wrong with the file
+        raise
     except InputError as error:
         return Part(name, "", str(error))
 

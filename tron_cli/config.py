@@ -11,16 +11,18 @@ import difflib
 import logging
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tron_cli import peers
 from tron_cli.dataset import DATASET_NAME
-from tron_cli.errors import InputError, place_of
+from tron_cli.errors import InputError, described, place_of
 from tron_cli.plugins import GROUPS, check_named, label, registered_name
 from tron_cli.registry import (
     BASELINES,
@@ -559,7 +561,8 @@ def _execute(path: Path) -> ExperimentConfig:
     scope: dict[str, Any] = {"__name__": "tron_config", "__file__": str(path)}
     try:
         # From bytes Python reads UTF-8, whatever the locale, with or without a byte order mark.
-        exec(compile(path.read_bytes(), str(path), "exec"), scope)
+        with redirect_stdout(sys.stderr):  # stdout is for results
+            exec(compile(path.read_bytes(), str(path), "exec"), scope)
     except (Exception, SystemExit) as error:
         raise InputError(f"{place_of(path, error)}: {_reason(error)}") from error
     config = scope.get("config")
@@ -569,12 +572,10 @@ def _execute(path: Path) -> ExperimentConfig:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, InputError):
-        return str(error)
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if unknown:
         return _unknown_key(unknown.group(1))
-    return f"{type(error).__name__}: {error}"
+    return described(error)
 
 
 def _unknown_key(key: str) -> str:
@@ -664,4 +665,5 @@ def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
     )
     for words, bound, holds in bounds:
         if bound is not None and not (math.isfinite(value) and holds(value, bound)):
-            raise InputError(f"{field.name} must be {words} {bound}, got {value}")
+            finite = "" if math.isfinite(value) else "finite and "
+            raise InputError(f"{field.name} must be {finite}{words} {bound}, got {value}")

@@ -65,11 +65,20 @@ def sentence_of(error: BaseException) -> str:
     """A sentence, without its end, for a failure of any type."""
     if _is_out_of_device_memory(error):
         return "the GPU is out of memory; lower train_batch_size or eval_batch_size"
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error):
-        return "the machine is out of memory; try smaller batches or less data"
+    of_torch = ("DefaultCPUAllocator: ", "Storage size calculation overflowed")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in of_torch):
+        return "the machine is out of memory; try smaller batches, a smaller model or less data"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
-    return f"{type(error).__name__}: {error}"
+    return described(error)
+
+
+def described(error: BaseException) -> str:
+    """Return our own sentence, or else the type and the message, such as `ValueError: ...`."""
+    if isinstance(error, _SentenceError):
+        return str(error)
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def place_of(path: Path, error: BaseException) -> str:

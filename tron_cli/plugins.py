@@ -18,11 +18,12 @@ import inspect
 import re
 import sys
 from collections.abc import Collection, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tron_cli.errors import InputError, place_of
+from tron_cli.errors import InputError, described, place_of
 from tron_cli.registry import (
     BASELINES,
     CATALOGUE_LOSSES,
@@ -119,7 +120,7 @@ def label(name: str) -> str:
 def _register(key: str, name: str, entry: Entry, settings: Collection[str]) -> None:
     found = load(entry)
     if not callable(found):
-        raise InputError(f"{key}={name} is a {type(found).__name__}, not a class or a function")
+        raise InputError(f"{key}={name} is neither a class nor a function, but {found!r}")
     try:
         parameters = inspect.signature(found).parameters.values()
     except ValueError as error:  # of what is not written in Python
@@ -177,9 +178,10 @@ def _check_attribute(module: ModuleType, attribute: str, reference: str) -> None
 
 def _module(name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with redirect_stdout(sys.stderr):  # stdout is for results
+            return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise InputError(f"module {name} cannot be imported: {_reason(error)}") from error
+        raise InputError(f"module {name} cannot be imported: {described(error)}") from error
 
 
 @functools.cache
@@ -194,12 +196,9 @@ def _module_of_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise InputError(f"{place_of(path, error)}: {_reason(error)}") from error
+        raise InputError(f"{place_of(path, error)}: {described(error)}") from error
     return module
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
