@@ -198,6 +198,11 @@ def test_any_valid_json_is_read(line: bytes) -> None:
         (b'{"session":1,"events":[{"aid":5,"type":"clicks"}]}', "found nothing"),
         (b'{"session":1,"events":[{"aid":5,"ts":1659304800025,"type":"views"}]}', 'found "views"'),
         (b'{"session":1,"events":[{"aid":5,"ts":1659304800025,"type":["clicks"]}]}', '"type"'),
+        (
+            b'{"session":1,"events":[{"aid":5,"aid":6,"ts":1659304800025,"type":"clicks"}]}',
+            "the key 'aid' stands more than once",
+        ),
+        (b'{"events":[],"events":[]}', "the key 'events' stands more than once"),
         (b"\xff\xfe", "not valid JSON"),
         ('{"session":1,"events":[]}'.encode("utf-16-le"), "not valid JSON"),
         (b'{"session":1,"events":[{"aid":5,"ts":1659304800,"type":"clicks"}]}', "of 13 digits"),

@@ -383,7 +383,7 @@ def test_existing_dataset_is_kept_without_force(tmp_path: Path) -> None:
     prepare_yoochoose(raw, tmp_path, force=True)
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "raw", "my shop", "c:d"])
+@pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "raw", "my shop", "c:d", "n" * 101])
 def test_names_that_are_no_folder_names(tmp_path: Path, name: str) -> None:
     raw = write_yoochoose(tmp_path / "clicks.dat", simple_log(100, days=4))
     with pytest.raises(InputError, match="--name"):

@@ -269,8 +269,9 @@ def test_identical_files_are_refused(tmp_path: Path, same: str, is_copy: bool) -
         for first, name in enumerate(("train", "val", "test"), 1)
     }
     one, other = same.split()
-    if is_copy:  # spelled otherwise
-        files[other].write_text(files[one].read_text().replace(" ", ",") + "\n")
+    if is_copy:  # spelled otherwise, and in another order
+        lines = files[one].read_text().replace(" ", ",").splitlines()
+        files[other].write_text("\n".join(lines[::-1]) + "\n\n")
     else:
         files[other] = files[one]
     with pytest.raises(InputError, match=rf"{one}\.txt and .* hold the same sessions"):

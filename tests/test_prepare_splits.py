@@ -54,12 +54,19 @@ def parts_of(rows: list[Row], folder: Path, suffix: str = "csv") -> list[Path]:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-@pytest.mark.parametrize("kind", ["files", "folder", "pattern", "nested"])
+@pytest.mark.parametrize("kind", ["files", "folder", "pattern", "nested", "linked"])
 def test_parts_are_one_table(tmp_path: Path, rows: list[Row], suffix: str, kind: str) -> None:
     whole = prepare_table(write_csv(tmp_path / "whole.csv", rows), USER, tmp_path, "whole")
     files = parts_of(rows, tmp_path / "parts", suffix)
     (tmp_path / "parts" / "_SUCCESS").touch()
     (tmp_path / "parts" / f".part-0.{suffix}.crc").write_bytes(b"crc")
+    if kind == "linked":
+        (tmp_path / "elsewhere").mkdir()
+        for file in files[2:]:
+            file.rename(tmp_path / "elsewhere" / file.name)
+        (tmp_path / "parts" / "x").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "parts" / "y").symlink_to(tmp_path / "parts")  # a circle
+        (tmp_path / "elsewhere" / "z").symlink_to(tmp_path / "elsewhere")
     if kind == "nested":
         for number, file in enumerate(files):
             folder = tmp_path / "parts" / f"day={number}"
@@ -70,6 +77,7 @@ def test_parts_are_one_table(tmp_path: Path, rows: list[Row], suffix: str, kind:
         "folder": tmp_path / "parts",
         "pattern": tmp_path / "parts" / f"part-*.{suffix}",
         "nested": tmp_path / "parts",
+        "linked": tmp_path / "parts",
     }
     dataset = prepare_table(inputs[kind], USER, tmp_path, "out")
     assert everything(dataset) == everything(whole)
@@ -85,6 +93,7 @@ def test_parts_are_one_table(tmp_path: Path, rows: list[Row], suffix: str, kind:
         (lambda files: [files[0], files[0]], r"part-0.csv is given twice: its events"),
         (lambda files: [files[0], files[0].parent], r"part-0.csv is given twice"),
         (lambda files: [files[0], linked(files[0])], r"given twice \(as .*part-0.csv and .*link"),
+        (lambda files: [files[0], hard_linked(files[0])], r"twice \(as .*part-0.csv and .*hard"),
         (lambda files: [files[0].parent / "*.tsv"], r"--input .*\*.tsv fits no file"),
         (lambda files: [files[0].parent / "no.csv"], r"no.csv is not a file, a folder or"),
         (lambda files: [emptied(files[0].parent)], r"--input .*parts is a folder without files"),
@@ -104,6 +113,12 @@ def test_inputs_that_make_no_sense(
 def linked(file: Path) -> Path:
     link = file.parent.parent / "link.csv"
     link.symlink_to(file)
+    return link
+
+
+def hard_linked(file: Path) -> Path:
+    link = file.parent.parent / "hard.csv"
+    link.hardlink_to(file)
     return link
 
 

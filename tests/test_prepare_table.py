@@ -27,6 +27,7 @@ from pyarrow.parquet import write_table as write_arrow
 
 from tron_cli.dataset import Dataset
 from tron_cli.errors import InputError
+from tron_cli.prepare import columns
 from tron_cli.prepare.columns import INTEGER, BadLines, read_parquet
 from tron_cli.prepare.table import TableColumns, prepare_table
 
@@ -376,6 +377,17 @@ def zipped(path: Path) -> None:
         ("a.tar.xz", lambda path: tar(path, "w:xz"), "is compressed by xz: decompress it"),
         ("a.csv", zipped, "is a zip archive"),
         ("a.xlsx", zipped, "export CSV"),
+        (
+            "a.lz4",
+            lambda path: path.write_bytes(b"\x04\x22\x4d\x18" + CSV),
+            "compressed by lz4: dec",
+        ),
+        (
+            "a.Z",
+            lambda path: path.write_bytes(b"\x1f\x9d" + CSV),
+            "compressed by compress: decompre",
+        ),
+        ("a.utf32", lambda path: path.write_bytes(CSV.decode().encode("utf-32")), "is UTF-32 text"),
         ("2.gz", lambda path: path.write_bytes(gzip.compress(gzip.compress(CSV))), "ssed twice"),
         ("2.zst", lambda path: path.write_bytes(zstd.compress(gzip.compress(CSV))), "ssed twice"),
         ("a.parquet", write_csv_row, "is not a readable Parquet file"),
@@ -490,6 +502,9 @@ def test_ids_that_a_float_cannot_hold_are_refused(
         ('"\\ud800"', "found"),
         ('"a\\u0000b"', "found"),
         ("9007199254740993.0", "found '9007199254740993.0'"),
+        ("0.12345678901234567891", "found '0.12345678901234567891'"),
+        ("1.5", "found '1.5'"),
+        ("-0.0", "found '-0.0'"),
         ("1e20", "found '1E+20'"),
         ("true", "found 'True'"),
         ("false", "found 'False'"),
@@ -527,7 +542,7 @@ def test_lines_of_json_that_are_no_objects_have_no_keys(tmp_path: Path, first: s
 def test_a_key_within_another_value_does_not_stand_twice(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     lines = [
-        json.dumps({"more": {"item": 8, "x": [{"item": 9}]}, **row, "note": '"item":'})
+        json.dumps({"more": {"item": 8, "x": [{"item": 9}]}, **row, "é": '"item":', "a": "item"})
         for row in few([1, 2, 3]).to_dicts()
     ]
     file.write_text("\n".join(line.replace(": ", ":") for line in lines))
@@ -535,7 +550,17 @@ def test_a_key_within_another_value_does_not_stand_twice(tmp_path: Path) -> None
 
 
 def test_texts_of_json_that_look_like_lists_are_ids(tmp_path: Path) -> None:
-    ids = ["[new]", "{sale}", '{"id": 1}', "12345678901234567890", "-1", "true", "False"]
+    ids = [
+        "1.5",
+        "-0",
+        "[new]",
+        "{sale}",
+        '{"id": 1}',
+        "12345678901234567890",
+        "-1",
+        "true",
+        "False",
+    ]
     file = tmp_path / "a.jsonl"
     few(ids).write_ndjson(file)
     assert prepare_table(file, SESSION, tmp_path, "out").item_ids.tolist() == ids
@@ -691,6 +716,13 @@ def test_wrong_options(tmp_path: Path, columns: TableColumns, problem: str) -> N
         ("a.jsonl", '{"user": "u1", "item": "i1", "time": "soon"}', "in time, found 'soon'"),
         ("a.jsonl", '{"user": "u1", "item": "i1", "item": "i2", "time": 1}', "the key 'item'"),
         ("a.jsonl", '{"user": "u1", "time": 1, "item": "i1","time": 2}', "the key 'time'"),
+        ("a.jsonl", '{"user" :"u1", "user" : "u2", "item": "i1", "time": 1}', "the key 'user'"),
+        ("a.jsonl", '{"user": "u1", "item": "i1", "\\u0069tem": 1, "time": 1}', "the key 'item'"),
+        (
+            "a.jsonl",
+            '{"item": [1], "user": 1, "time": 1, "x": ' + "[" * 1010 + "]" * 1010 + "}",
+            "",
+        ),
         ("a.jsonl", "7", ""),
         ("a.jsonl", '"user"', ""),
         ("a.jsonl", '[["u1"], {}]', ""),
@@ -841,6 +873,27 @@ def test_a_wrong_column_is_named_before_a_bad_line(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(CSV + b"u,i\n")
     with pytest.raises(InputError, match="no column 'thing': its columns are user, item, time"):
         prepare_table(tmp_path / "a.csv", replace(USER, item="thing"), tmp_path, "out")
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.jsonl"
+    few([1, 2, 3]).write_ndjson(file)
+    blocks = columns.text_blocks
+
+    def growing(path: Path) -> Any:
+        for number, block in enumerate(blocks(path)):
+            yield block
+            if number == 0:  # once: a reader that follows would never end
+                with path.open("ab") as log:
+                    log.write(block[0])
+
+    monkeypatch.setattr(columns, "text_blocks", growing)
+    monkeypatch.setattr(columns, "BLOCK_BYTES", 1000)
+    with pytest.raises(InputError, match=r"a\.jsonl changed while it was read: prepare a copy"):
+        prepare_table(file, SESSION, tmp_path, "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_that_are_no_tables(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import random
 import shutil
 import socket
@@ -26,6 +27,7 @@ from tron_cli.errors import InputError
 from tron_cli.prepare import raw as raw_module
 from tron_cli.prepare.archive import unpack
 from tron_cli.prepare.download import download
+from tron_cli.prepare.inputs import input_files
 from tron_cli.prepare.raw import SOURCES, Source, describe, locate, open_raw
 
 if sys.version_info >= (3, 14):
@@ -352,6 +354,27 @@ def test_zstd_is_read_as_gzip_is(tmp_path: Path) -> None:
     assert locate("yoochoose", tmp_path, tmp_path) == {"yoochoose-clicks.dat": file}
     with open_raw(file) as content:
         assert content.read() == CLICKS
+    # pzstd writes a skippable frame before each of its frames.
+    file.write_bytes(b"\x50\x2a\x4d\x18\x04\0\0\0size" + zstd.compress(CLICKS))
+    with open_raw(file) as content:
+        assert content.read() == CLICKS
+
+
+def test_pipes_are_refused(tmp_path: Path) -> None:
+    """A pipe gives its bytes once, and without a writer reading one waits for ever."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="pipe is no plain file"), open_raw(pipe):
+        pass
+
+
+def test_paths_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop", tmp_path / ("n" * 300)):
+        with pytest.raises(InputError, match=r"cannot be read: (Too many|File name too long)"):
+            locate("yoochoose", path, tmp_path)
+        with pytest.raises(InputError, match=r"cannot be read: (Too many|File name too long)"):
+            input_files([path], "--input")
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -30,7 +31,6 @@ BLOCK_BYTES = 1 << 24
 MAX_LINE_BYTES = 1 << 26
 PARQUET_ROWS = 1 << 21
 NOT_TEXT = "\0\0"  # begins a value of JSON that is no id, so that it is none as text either
-UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class BadLines:
@@ -225,7 +225,8 @@ def _json_keys(file: Path, block: bytes, wanted: list[str]) -> list[str]:
 
 
 # Polars writes lists and objects as text, and rounds numbers with a point.
-_DOUBTFUL = r"^(?:[\[{]|-?\d{16,}$|(?:true|false)$)"
+_DOUBTFUL = r"^(?:[\[{]|-?\d{16,}$|-?\d+\.\d+$|-0$|(?:true|false)$)"
+_ESCAPED_KEY = re.compile(rb'\\u[^"\n]*"[ \t]*:')
 
 
 @dataclass(frozen=True)
@@ -238,26 +239,36 @@ class _JsonParser:
         frame.columns = list(self.names.values())
         lines: list[bytes] = []
         for key, name in self.names.items():
-            # Of a key that stands twice polars would take the first.
-            if text.count(f'"{key}":'.encode()) > len(frame):
-                self._check_keys(text.split(b"\n"), key)
+            self._check_once(text, key, len(frame))
             if name in self.ids:
                 for row in frame[name].str.contains(_DOUBTFUL).arg_true():
                     lines = lines or text.split(b"\n")
-                    value = json.loads(lines[row], parse_float=Decimal)[key]
+                    value = _from_json(lines[row], parse_float=Decimal)[key]
                     if isinstance(value, (list, dict, bool, Decimal)):
                         frame[row, name] = NOT_TEXT + str(value)
         return frame
 
-    def _check_keys(self, lines: list[bytes], key: str) -> None:
+    def _check_once(self, text: bytes, key: str, lines: int) -> None:
+        """Raise ComputeError where a key stands twice in an object: polars takes the first."""
+
         def once(pairs: list[tuple[str, Any]]) -> bool:
             return sum(name == key for name, _ in pairs) == 1
 
-        for line in lines:
-            doubtful = line.count(f'"{key}":'.encode()) > 1
+        written = f'"{key}"'.encode()
+        if text.count(written) <= lines and not _ESCAPED_KEY.search(text):
+            return
+        for line in text.split(b"\n"):
+            is_doubtful = line.count(written) > 1 or _ESCAPED_KEY.search(line)
             # The outermost object comes last.
-            if doubtful and not json.loads(line, object_pairs_hook=once):
+            if is_doubtful and not _from_json(line, object_pairs_hook=once):
                 raise pl.exceptions.ComputeError(f"the key {key!r} stands more than once")
+
+
+def _from_json(line: bytes, **options: Any) -> Any:
+    try:
+        return json.loads(line, **options)
+    except (ValueError, RecursionError) as error:  # of what polars steps over
+        raise pl.exceptions.ComputeError(str(error)) from error
 
 
 def read_parquet(file: Path, wanted: list[str]) -> Iterator[Columns]:
@@ -347,8 +358,6 @@ def text_blocks(file: Path, separator: str | None = None) -> Iterator[tuple[byte
 
     separator: of fields that may be quoted; then whole records, whose fields may hold line ends.
     """
-    if file.is_dir():
-        raise InputError(f"{file} is a folder: name the file in it")
     line, rest = 1, b""
     with (
         open_raw(file) as content,
@@ -360,8 +369,6 @@ def text_blocks(file: Path, separator: str | None = None) -> Iterator[tuple[byte
         while data := content.read(BLOCK_BYTES):
             bar.update(compressed.tell() - bar.n)
             if line == 1 and not rest:
-                if data.startswith(UTF_16_MARKS):
-                    raise InputError(f"{file} is UTF-16 text; save it as UTF-8")
                 if b"\r" in data and b"\n" not in data:
                     raise InputError(f"{file} ends its lines with \\r; save it with \\n or \\r\\n")
                 data = data.removeprefix(b"\xef\xbb\xbf")

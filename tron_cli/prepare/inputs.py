@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
 from glob import glob, has_magic
 from pathlib import Path
 
 from tron_cli.errors import InputError
+from tron_cli.prepare.raw import mode_of
 
 
 def input_files(inputs: Sequence[Path], option: str) -> list[Path]:
@@ -17,9 +20,10 @@ def input_files(inputs: Sequence[Path], option: str) -> list[Path]:
     """
     files: list[Path] = []
     for given in inputs:
-        if given.is_file():
+        mode = mode_of(given)
+        if stat.S_ISREG(mode):
             files.append(given)
-        elif given.is_dir():
+        elif stat.S_ISDIR(mode):
             files += _parts(given, option)
         elif has_magic(str(given)):
             found = [Path(path) for path in sorted(glob(str(given), recursive=True))]  # noqa: PTH207 - may be absolute
@@ -35,22 +39,36 @@ def input_files(inputs: Sequence[Path], option: str) -> list[Path]:
 
 def check_distinct(files: Sequence[Path]) -> None:
     """Raise InputError where one file is given twice, be it by another name."""
-    seen: dict[Path, Path] = {}
+    seen: dict[tuple[int, int], Path] = {}
     for file in files:
-        place = file.resolve()
+        place = _place(file)
         if place in seen:
             names = "" if file == seen[place] else f" (as {seen[place]} and {file})"
             raise InputError(f"{file} is given twice{names}: its events would count double")
         seen[place] = file
 
 
+def _place(path: Path) -> tuple[int, int]:
+    """Return what hard and symbolic links to a file or folder have in common."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
 def _parts(folder: Path, option: str) -> list[Path]:
-    parts = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not any(part.startswith(("_", ".")) for part in path.relative_to(folder).parts)
-    ]
+    def fail(error: OSError) -> None:
+        raise InputError(f"{option} {error.filename} cannot be read: {error.strerror}") from error
+
+    parts: list[Path] = []
+    entered: set[tuple[int, int]] = set()  # links to folders may go in a circle
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        entered.add(_place(Path(place)))
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(("_", ".")) and _place(Path(place, name)) not in entered
+        ]
+        files = (Path(place, name) for name in names if not name.startswith(("_", ".")))
+        parts += [file for file in files if file.is_file()]
     if not parts:
         raise InputError(f"{option} {folder} is a folder without files")
-    return parts
+    return sorted(parts)

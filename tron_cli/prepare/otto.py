@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from tron_cli.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
-from tron_cli.prepare.columns import MAX_LINE_BYTES, UTF_16_MARKS, BadLines, text_blocks
+from tron_cli.prepare.columns import MAX_LINE_BYTES, BadLines, text_blocks
 from tron_cli.prepare.events import drop_events, first_times, take_where
 from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.otto_lines import Clicks, read_clicks
@@ -475,8 +475,6 @@ class _RawFile:
                 block += line_end
                 self._digest.update(block)  # while its bytes are at hand
                 bar.update(len(block))
-                if is_first and block.startswith(UTF_16_MARKS):
-                    raise InputError(f"{self.path} is UTF-16 text; save it as UTF-8")
                 if is_first and block.startswith(BYTE_ORDER_MARK):
                     del block[: len(BYTE_ORDER_MARK)]
                 is_first = False

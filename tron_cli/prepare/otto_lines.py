@@ -297,7 +297,7 @@ def _read_any(text: bytes) -> Clicks:
 def _session(line: bytes) -> tuple[int, list[tuple[int, int, bool]]]:
     """(number, (aid, time, is it a click) of each event) of a line; ValueError: what is wrong."""
     try:
-        session = json.loads(line.decode())
+        session = json.loads(line.decode(), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from error
     events = session.get("events") if isinstance(session, dict) else None
@@ -306,6 +306,14 @@ def _session(line: bytes) -> tuple[int, list[tuple[int, int, bool]]]:
     number = session.get("session")
     is_number = type(number) is int and 0 <= number < 2**63
     return number if is_number else -1, [_event(event) for event in events]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = next(key for key, _ in pairs if sum(other == key for other, _ in pairs) > 1)
+        raise ValueError(f"the key {key!r} stands more than once")
+    return found
 
 
 def _event(event: Any) -> tuple[int, int, bool]:

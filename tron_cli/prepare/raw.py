@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import re
+import stat
 import sys
 import zlib
 from collections.abc import Iterator
@@ -24,7 +26,8 @@ else:
     from backports import zstd
 
 GZIP_MAGIC = b"\x1f\x8b"
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+# A zstd file begins with a frame, or with one to skip as pzstd writes it.
+ZSTD_MAGIC = (b"\x28\xb5\x2f\xfd", *(bytes([byte]) + b"\x2a\x4d\x18" for byte in range(80, 96)))
 PARQUET_MAGIC = b"PAR1"
 _NO_TEXT = {
     rb"PK\x03\x04": "a zip archive (or a workbook): unpack it (or export CSV)",
@@ -33,7 +36,11 @@ _NO_TEXT = {
     rb"BZh[1-9]1AY&SY": "compressed by bzip2: decompress it, or compress it by gzip or zstd",
     rb"\xfd7zXZ\0": "compressed by xz: decompress it, or compress it by gzip or zstd",
     rb".{257}ustar": "a tar archive: unpack it",
+    rb"\x04\x22\x4d\x18": "compressed by lz4: decompress it, or compress it by gzip or zstd",
+    rb"\x1f\x9d": "compressed by compress: decompress it, or compress it by gzip or zstd",
     rb"\x1f\x8b|\x28\xb5\x2f\xfd": "compressed twice: decompress it once",
+    rb"\xff\xfe\0\0|\0\0\xfe\xff": "UTF-32 text; save it as UTF-8",
+    rb"\xff\xfe|\xfe\xff": "UTF-16 text; save it as UTF-8",
     PARQUET_MAGIC: "a Parquet file, where text was expected",
 }
 
@@ -121,7 +128,8 @@ def locate(source: str, raw: Path | None, data_dir: Path) -> dict[str, Path]:
 def _from_raw(known: Source, raw: Path, folder: Path) -> dict[str, Path]:
     """The files of a source out of what --raw names; an archive is unpacked into `folder`."""
     wanted = " and ".join(known.files)
-    if raw.is_dir():
+    mode = mode_of(raw)
+    if stat.S_ISDIR(mode):
         found = _search(known, raw)
         if found:
             return found
@@ -131,9 +139,9 @@ def _from_raw(known: Source, raw: Path, folder: Path) -> dict[str, Path]:
                 f"{raw} and its subfolders hold neither {wanted} (or .gz, .zst) nor "
                 f"{known.downloads[0]}; get it from {known.page}"
             )
-        raw = archive
-    if not raw.is_file():
-        problem = "is not a file" if raw.exists() else "does not exist"
+        raw, mode = archive, mode_of(archive)
+    if not stat.S_ISREG(mode):
+        problem = "is not a file" if mode else "does not exist"
         raise InputError(f"{raw} {problem}: expected {wanted}, its folder or its archive")
     if is_archive(raw):
         return unpack(raw, known.files, folder)
@@ -177,43 +185,72 @@ def _find_one(folder: Path, names: tuple[str, ...]) -> Path | None:
     return None
 
 
+def mode_of(path: Path) -> int:
+    """Return the st_mode of what a path names, 0 where nothing is there."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be read: {error.strerror}")
+
+
 def first_bytes(path: Path) -> bytes:
     """Return the first 512 bytes of a file; one that cannot be read raises InputError."""
+    mode = mode_of(path)
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path} is a folder: name the file in it")
+    if mode and not stat.S_ISREG(mode):
+        raise InputError(f"{path} is no plain file, but such as a pipe: write it to a file first")
     try:
         with path.open("rb") as file:
             return file.read(512)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        raise _unreadable(path, error) from error
 
 
 def is_compressed(path: Path) -> bool:
     """Tell by its first bytes if `open_raw` decompresses a file."""
-    return first_bytes(path).startswith((GZIP_MAGIC, ZSTD_MAGIC))
+    return first_bytes(path).startswith((GZIP_MAGIC, *ZSTD_MAGIC))
 
 
 @contextmanager
 def open_raw(path: Path) -> Iterator[BufferedReader]:
     """Open a raw file for binary reading, decompressing gzip and zstd as it goes.
 
-    A file that cannot be read, an archive, or a truncated or corrupt compressed file raises
-    InputError, also while it is being read within the `with` block.
+    A file that cannot be read, an archive, a truncated or corrupt compressed file, or one that
+    changes meanwhile raises InputError, also while it is being read within the `with` block.
     """
     start = first_bytes(path)
     with path.open("rb") as file:
-        if not start.startswith((GZIP_MAGIC, ZSTD_MAGIC)):
-            _check_text(path, start)
-            yield file
-            return
-        kind = "gzip" if start.startswith(GZIP_MAGIC) else "zstd"
-        try:
-            with gzip.GzipFile(fileobj=file) if kind == "gzip" else _ZstdFile(file) as content:
-                _check_text(path, content.read(512))
-                content.seek(0)
-                yield content  # type: ignore[misc]
-        except (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
-            raise InputError(
-                f"{path} is a truncated or corrupt {kind} file ({error}); get it again"
-            ) from error
+        before = os.fstat(file.fileno())
+        with _decompressed(path, start, file) as content:
+            yield content
+        after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise InputError(f"{path} changed while it was read: prepare a copy of it")
+
+
+@contextmanager
+def _decompressed(path: Path, start: bytes, file: BufferedReader) -> Iterator[BufferedReader]:
+    if not start.startswith((GZIP_MAGIC, *ZSTD_MAGIC)):
+        _check_text(path, start)
+        yield file
+        return
+    kind = "gzip" if start.startswith(GZIP_MAGIC) else "zstd"
+    try:
+        with gzip.GzipFile(fileobj=file) if kind == "gzip" else _ZstdFile(file) as content:
+            _check_text(path, content.read(512))
+            content.seek(0)
+            yield content  # type: ignore[misc]
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstd.ZstdError) as error:
+        raise InputError(
+            f"{path} is a truncated or corrupt {kind} file ({error}); get it again"
+        ) from error
 
 
 class _ZstdFile(zstd.ZstdFile):

@@ -33,9 +33,10 @@ def dataset_path(data_dir: Path, name: str, *inputs: Path | None) -> Path:
 
     inputs: what is read for it. It may not lie in the folder, which --force replaces.
     """
-    if name == "raw" or not re.fullmatch(DATASET_NAME, name):
+    if name == "raw" or len(name.encode()) > 100 or not re.fullmatch(DATASET_NAME, name):
         raise InputError(
-            f"--name {name!r} is not a folder name to use: take letters, digits, _ . + and -"
+            f"--name {name!r} is not a folder name to use: take up to 100 letters, digits, _ . + "
+            "and -"
         )
     path = data_dir / name
     for file in inputs:
@@ -55,15 +56,24 @@ def in_order_of_appearance(sessions: Sessions) -> np.ndarray:
 
 
 def refuse_copies(files: list[Path], parts: list[Sessions]) -> None:
-    """Raise InputError where two splits, each of its own file, hold the same sessions."""
+    """Raise InputError where two splits, each of its own file, hold the same sessions.
+
+    They need not be in the same order.
+    """
     for (one, first), (other, second) in combinations(zip(files, parts, strict=True), 2):
-        if np.array_equal(first.items, second.items) and np.array_equal(
-            first.offsets, second.offsets
+        if (
+            len(first) == len(second)
+            and len(first.items) == len(second.items)
+            and _sorted(first) == _sorted(second)
         ):
             raise InputError(
                 f"{one} and {other} hold the same sessions: a model would be scored on what it has "
                 "seen; give different files"
             )
+
+
+def _sorted(sessions: Sessions) -> list[bytes]:
+    return sorted(part.tobytes() for part in np.split(sessions.items, sessions.offsets[1:-1]))
 
 
 def write_splits(
