@@ -131,10 +131,11 @@ def test_options_reach_the_table(tmp_path: Path, events: Path) -> None:
     assert info["splits"]["val"]["sessions"] == 0
 
 
-COMMON = {"force": True, "skip_bad_lines": True}
+COMMON = {"force": True, "skip_bad_lines": True, "catalogue": "old"}
 SAMPLED = {**COMMON, "max_val_sessions": 9, "seed": 5}
 WORDS = {
     "force": "--force",
+    "catalogue": "--catalogue=old",
     "skip_bad_lines": "--skip-bad-lines",
     "max_val_sessions": "--max-val-sessions=9",
     "seed": "--seed=5",

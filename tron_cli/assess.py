@@ -187,7 +187,10 @@ def _renumbered(
     if found.unknown_events and not found.predictions:
         raise InputError(f"{lacks}, and nothing is left to predict; name data of the same item ids")
     if found.unknown_events and not options.drop_unknown:
-        raise InputError(f"{lacks}; pass --drop-unknown to leave these out and count them as lost")
+        raise InputError(
+            f"{lacks}; pass --drop-unknown to leave these out and count them as lost, or prepare "
+            "the data with --catalogue"
+        )
     if found.unknown_events:
         log.warning("%s: these are left out", lacks)
     return found

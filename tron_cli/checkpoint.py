@@ -21,14 +21,14 @@ from tron_cli.baselines.base import Baseline
 from tron_cli.config import ExperimentConfig, config_from_dict
 from tron_cli.dataset import Dataset
 from tron_cli.errors import InputError, RunError
-from tron_cli.files import written_aside
+from tron_cli.files import LAST as LAST  # which was defined here
+from tron_cli.files import best_checkpoint, written_aside
 from tron_cli.models import Model, build_model
 from tron_cli.optim import Optimizer, build_optimizer, gradients_are_sparse
 from tron_cli.plugins import UnnamedCodeError, label
 from tron_cli.registry import BASELINES, settings_of
 
 FORMAT_VERSION = 1
-LAST = "last.pt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,15 +301,3 @@ def _flaw(content: dict[str, Any]) -> str | None:
     if count != dataset["num_items"]:
         return f"it has {count:,} item ids for {dataset['num_items']:,} items"
     return None
-
-
-def best_checkpoint(run_dir: Path) -> Path:
-    """The one .pt file of a run folder that is not last.pt. Raises InputError."""
-    found = sorted(path.name for path in run_dir.glob("*.pt") if path.name != LAST)
-    if len(found) != 1:
-        what = f"{len(found)} ({', '.join(found)})" if found else "none"
-        raise InputError(
-            f"expected one finished checkpoint (.pt) beside {LAST} in {run_dir}, found {what}; "
-            "name the file"
-        )
-    return run_dir / found[0]

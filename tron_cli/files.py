@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and locks that the system releases where a process is killed."""
+"""Files that are whole or absent, locks that end with their process, a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from tron_cli.errors import InputError
+
+LAST = "last.pt"  # of a run: what resuming needs
 
 
 @contextmanager
@@ -44,3 +46,15 @@ def locked(file: Path, in_use: str, *, patience: float = 0) -> Iterator[None]:
         with suppress(OSError):
             file.unlink()
         lock.release()
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """The one .pt file of a run folder that is not last.pt. Raises InputError."""
+    found = sorted(path.name for path in run_dir.glob("*.pt") if path.name != LAST)
+    if len(found) != 1:
+        what = f"{len(found)} ({', '.join(found)})" if found else "none"
+        raise InputError(
+            f"expected one finished checkpoint (.pt) beside {LAST} in {run_dir}, found {what}; "
+            "name the file"
+        )
+    return run_dir / found[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tron_cli.dataset import Dataset, DatasetWriter
 from tron_cli.prepare.columns import BadLines, Columns
+from tron_cli.prepare.earlier import earlier_catalogue
 from tron_cli.prepare.events import collect_events, to_sessions
 from tron_cli.prepare.filters import Steps, apply_filters
 from tron_cli.prepare.raw import locate
@@ -32,12 +33,14 @@ def prepare_clicks(
     seed: int,
     force: bool,
     skip_bad_lines: bool,
+    catalogue: str | None,
 ) -> Dataset:
     """Filter and split as TRON does, in UTC.
 
     read: raw file -> blocks with the int64 columns session, item and time (ms since 1970 UTC).
     """
     with DatasetWriter(dataset_path(data_dir, name, raw), force=force) as writer:
+        earlier = earlier_catalogue(catalogue, data_dir)
         file = locate(source, raw, data_dir)[raw_file]
         bad = BadLines(skip=skip_bad_lines)
         events = collect_events(file, read(file, bad), bad)
@@ -77,8 +80,10 @@ def prepare_clicks(
                 "max_val_sessions": max_val_sessions,
                 "seed": seed,
                 "skip_bad_lines": skip_bad_lines,
+                "catalogue": catalogue,
             },
             files=[file],
             steps=steps,
             bad=bad,
+            earlier=earlier,
         )

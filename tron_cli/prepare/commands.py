@@ -42,6 +42,14 @@ MaxBadShare = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Fail where a larger share of all lines is skipped as bad."),
 ]
+Catalogue = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CKPT|DATASET",
+        help="Keep the items of an earlier checkpoint or dataset and their numbers; events on "
+        "others are dropped and counted.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print dataset.json instead of the tables.")]
 
 DATASETS = Path("datasets")
@@ -76,6 +84,7 @@ def otto(
     max_val_sessions: MaxValSessions = MAX_VAL_SESSIONS,
     seed: Seed = SEED,
     skip_bad_lines: SkipBadLines = False,
+    catalogue: Catalogue = None,
     as_json: AsJson = False,
 ) -> None:
     """OTTO's clicks (Kaggle: otto/recsys-dataset)."""
@@ -90,6 +99,7 @@ def otto(
         max_val_sessions=max_val_sessions,
         seed=seed,
         skip_bad_lines=skip_bad_lines,
+        catalogue=catalogue,
     )
     _report(dataset, as_json)
 
@@ -104,6 +114,7 @@ def yoochoose(
     max_val_sessions: MaxValSessions = MAX_VAL_SESSIONS,
     seed: Seed = SEED,
     skip_bad_lines: SkipBadLines = False,
+    catalogue: Catalogue = None,
     as_json: AsJson = False,
 ) -> None:
     """Yoochoose clicks (RecSys Challenge 2015)."""
@@ -118,6 +129,7 @@ def yoochoose(
         max_val_sessions=max_val_sessions,
         seed=seed,
         skip_bad_lines=skip_bad_lines,
+        catalogue=catalogue,
     )
     _report(dataset, as_json)
 
@@ -132,6 +144,7 @@ def diginetica(
     max_val_sessions: MaxValSessions = MAX_VAL_SESSIONS,
     seed: Seed = SEED,
     skip_bad_lines: SkipBadLines = False,
+    catalogue: Catalogue = None,
     as_json: AsJson = False,
 ) -> None:
     """Diginetica item views (CIKM Cup 2016)."""
@@ -146,6 +159,7 @@ def diginetica(
         max_val_sessions=max_val_sessions,
         seed=seed,
         skip_bad_lines=skip_bad_lines,
+        catalogue=catalogue,
     )
     _report(dataset, as_json)
 
@@ -157,12 +171,15 @@ def ml1m(
     force: Force = False,
     data_dir: DataDir = DATASETS,
     skip_bad_lines: SkipBadLines = False,
+    catalogue: Catalogue = None,
     as_json: AsJson = False,
 ) -> None:
     """MovieLens-1M in Kang's version, leave-one-out, with gSASRec's split."""
     from tron_cli.prepare.ml1m import prepare_ml1m
 
-    dataset = prepare_ml1m(raw, data_dir, name, force=force, skip_bad_lines=skip_bad_lines)
+    dataset = prepare_ml1m(
+        raw, data_dir, name, force=force, skip_bad_lines=skip_bad_lines, catalogue=catalogue
+    )
     _report(dataset, as_json)
 
 
@@ -181,6 +198,7 @@ def sequences(
     seed: Seed = SEED,
     skip_bad_lines: SkipBadLines = False,
     max_bad_share: MaxBadShare = None,
+    catalogue: Catalogue = None,
     as_json: AsJson = False,
 ) -> None:
     """Text files with one session a line: integer item ids, oldest first."""
@@ -196,6 +214,7 @@ def sequences(
         max_val_sessions=max_val_sessions,
         seed=seed,
         skip_bad_lines=skip_bad_lines,
+        catalogue=catalogue,
         max_bad_share=max_bad_share,
     )
     _report(dataset, as_json)
@@ -272,7 +291,8 @@ def table(
     min_item_count: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Drop items with fewer events (5 by default, 1 where --train is given)."
+            min=1,
+            help="Drop items with fewer events (5 by default; 1 with --train or --catalogue).",
         ),
     ] = None,
     drop_duplicates: Annotated[
@@ -294,6 +314,7 @@ def table(
     seed: Seed = SEED,
     skip_bad_lines: SkipBadLines = False,
     max_bad_share: MaxBadShare = None,
+    catalogue: Catalogue = None,
     as_json: AsJson = False,
 ) -> None:
     """Your own data: a table with a row per event."""
@@ -330,6 +351,7 @@ def table(
         seed=seed,
         force=force,
         skip_bad_lines=skip_bad_lines,
+        catalogue=catalogue,
         max_bad_share=max_bad_share,
         drop_duplicates=drop_duplicates,
         collapse_repeats=collapse_repeats,

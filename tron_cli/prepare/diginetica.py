@@ -43,6 +43,7 @@ def prepare_diginetica(
     max_val_sessions: int = 100_000,
     seed: int = 42,
     skip_bad_lines: bool = False,
+    catalogue: str | None = None,
 ) -> Dataset:
     """Prepare Diginetica; tested on the sessions that start on the last eight calendar days."""
     return prepare_clicks(
@@ -59,6 +60,7 @@ def prepare_diginetica(
         seed=seed,
         force=force,
         skip_bad_lines=skip_bad_lines,
+        catalogue=catalogue,
     )
 
 

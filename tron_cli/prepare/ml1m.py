@@ -14,6 +14,7 @@ import numpy as np
 from tron_cli.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
 from tron_cli.prepare.columns import BadLines
+from tron_cli.prepare.earlier import earlier_catalogue
 from tron_cli.prepare.events import Events, to_sessions
 from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.integers import read_integer_lines
@@ -34,14 +35,18 @@ def prepare_ml1m(
     *,
     force: bool = False,
     skip_bad_lines: bool = False,
+    catalogue: str | None = None,
 ) -> Dataset:
     """Prepare MovieLens-1M; items are numbered in the order of their ids, so 1..3416 stay."""
     with DatasetWriter(dataset_path(data_dir, name, raw), force=force) as writer:
+        earlier = earlier_catalogue(catalogue, data_dir)
         file = locate("ml1m", raw, data_dir)["ml-1m.txt"]
         bad = BadLines(skip=skip_bad_lines)
         histories, item_ids = _read(file, bad)
         steps = Steps()
         steps.record("read", [histories], "")
+        if earlier is not None:
+            histories = earlier.known_histories(histories, item_ids, steps)
         histories = drop_short(histories, MIN_EVENTS)
         steps.record("short histories", [histories], f"fewer than {MIN_EVENTS} events")
         # The numbers are drawn from 0..6039 and compared with user ids, which are 1..6040.
@@ -67,10 +72,12 @@ def prepare_ml1m(
                 "val_users": VAL_USERS,
                 "split_seed": SPLIT_SEED,
                 "skip_bad_lines": skip_bad_lines,
+                "catalogue": catalogue,
             },
             files=[file],
             steps=steps,
             bad=bad,
+            earlier=earlier,
         )
 
 

@@ -25,12 +25,13 @@ from tqdm import tqdm
 from tron_cli.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
 from tron_cli.prepare.columns import MAX_LINE_BYTES, BadLines, text_blocks
+from tron_cli.prepare.earlier import Earlier, earlier_catalogue
 from tron_cli.prepare.events import drop_events, first_times, take_where
 from tron_cli.prepare.filters import Steps, drop_short
-from tron_cli.prepare.otto_lines import Clicks, read_clicks
+from tron_cli.prepare.otto_lines import MAX_AID, Clicks, read_clicks
 from tron_cli.prepare.raw import SOURCES, describe, is_compressed, locate, open_raw
 from tron_cli.prepare.split import DAY, WHY_LATE, check_latest, sample_rows
-from tron_cli.prepare.write import check_books, dataset_path
+from tron_cli.prepare.write import check_books, dataset_path, lost_predictions
 
 BLOCK_BYTES = 1 << 22
 SPOOL_SESSIONS = 1 << 16  # read back at a time
@@ -52,6 +53,7 @@ def prepare_otto(
     max_val_sessions: int = 100_000,
     seed: int = 42,
     skip_bad_lines: bool = False,
+    catalogue: str | None = None,
 ) -> Dataset:
     """Prepare OTTO's clicks; items are numbered in the order of their ids.
 
@@ -59,10 +61,12 @@ def prepare_otto(
     is at most `val_days` before the last click of the training file, a seeded sample of at most
     `max_val_sessions`; the other training sessions keep only the clicks from before that stretch.
     Test: clicks on items that the training file lacks are dropped, then sessions with fewer than
-    two. An event that is no click, cart or order is a broken line: InputError, or with
-    `skip_bad_lines` the line is left out and counted.
+    two. With an earlier `catalogue` all parts lose the clicks on items that it lacks, and the
+    sessions that this leaves with fewer than two. An event that is no click, cart or order is a
+    broken line: InputError, or with `skip_bad_lines` the line is left out and counted.
     """
     with DatasetWriter(dataset_path(data_dir, name, raw), force=force) as writer:
+        earlier = earlier_catalogue(catalogue, data_dir)
         files = locate("otto", raw, data_dir)
         train_file, test_file = (_RawFile(files[file]) for file in SOURCES["otto"].files)
         bad = BadLines(skip=skip_bad_lines)
@@ -71,16 +75,19 @@ def prepare_otto(
             _Threads() as threads,
         ):
             steps, test_steps = Steps(), Steps()
-            catalogue, end = _read_training(train_file, bad, spool, steps, threads)
-            index = np.zeros(catalogue[-1] + 2, np.int32)  # the last entry: aids beyond
-            index[catalogue] = np.arange(1, len(catalogue) + 1)
-            test, test_counts = _read_test(test_file, bad, index, test_steps, threads)
-            writer.write_items(catalogue)
+            item_ids, end = _read_training(train_file, bad, spool, steps, threads)
+            index = _index(item_ids)
+            if earlier is not None:
+                index = _index(earlier.item_ids)
+                earlier.checked(index.take(item_ids, mode="clip"), item_ids)
+                item_ids = earlier.item_ids
+            test, test_counts = _read_test(test_file, bad, index, test_steps, threads, earlier)
+            writer.write_items(item_ids)
             boundary = end - val_days * DAY if val_days > 0 else np.inf
             if val_days > 0:
                 check_latest(spool.starts, spool.starts >= boundary, end, str(train_file.path))
-            written, unseen_in_train = _write_training(
-                writer, spool, index, boundary, max_val_sessions, seed, steps, threads
+            written, seen_in_train = _write_training(
+                writer, spool, index, boundary, max_val_sessions, seed, steps, threads, earlier
             )
             sources = [train_file.description(), test_file.description()]
             if sources[0]["sha256"] == sources[1]["sha256"]:
@@ -100,6 +107,7 @@ def prepare_otto(
                     "max_val_sessions": max_val_sessions,
                     "seed": seed,
                     "skip_bad_lines": skip_bad_lines,
+                    "catalogue": catalogue,
                 },
                 sources=sources,
                 bad_lines={"count": bad.count, "first": bad.first},
@@ -111,11 +119,22 @@ def prepare_otto(
                     "train events": steps.entries[1]["events"],
                     "test sessions": test_steps.entries[0]["sessions"],
                     "test events": test_steps.entries[1]["events"],
-                    "items": len(catalogue),
+                    "items": len(item_ids),
                 },
                 training_period={"sessions": len(spool.lengths), "events": spool.events},
-                items_unseen_in_train=unseen_in_train,
+                items_unseen_in_train=len(item_ids) - seen_in_train,
             )
+
+
+def _index(item_ids: np.ndarray) -> np.ndarray:
+    """int32: the item of each aid, 0 where there is none; the last entry is for aids beyond."""
+    if item_ids.dtype == object:  # text is no aid
+        return np.zeros(1, np.int32)
+    is_aid = (item_ids >= 0) & (item_ids <= MAX_AID)
+    aids = item_ids[is_aid]
+    index = np.zeros(int(aids.max(initial=-1)) + 2, np.int32)
+    index[aids] = np.flatnonzero(is_aid) + 1
+    return index
 
 
 class _Spool:
@@ -265,23 +284,24 @@ def _without_short(clicks: Clicks) -> tuple[Sessions, np.ndarray]:
 
 
 def _read_test(
-    file: _RawFile, bad: BadLines, index: np.ndarray, steps: Steps, threads: _Threads
+    file: _RawFile,
+    bad: BadLines,
+    index: np.ndarray,
+    steps: Steps,
+    threads: _Threads,
+    earlier: Earlier | None,
 ) -> tuple[list[Sessions], dict[str, Any]]:
     """(test sessions, indexed, block by block; how much of test the catalogue does not cover)."""
     clicked, others, known, kept = _Tally(), _Tally(), _Tally(), _Tally()
     test: list[Sessions] = []
-    lost_of_kept: list[np.ndarray] = []
-    lost_of_others: list[np.ndarray] = []
+    lost: list[tuple[np.ndarray, np.ndarray]] = []
     for clicks, covered in _clicks(file, bad, partial(_covered, index=index), threads):
         long_enough = drop_short(covered, MIN_CLICKS)
         clicked.add(_count(clicks.lengths > 0), clicks.aids)
         others.add(_count(clicks.lengths == 0), clicks.other_aids)
         known.add(_count(covered.lengths > 0), covered.items)
         kept.add(len(long_enough), long_enough.items)
-        is_kept = covered.lengths >= MIN_CLICKS
-        lost = np.maximum(clicks.lengths - 1, 0) - np.where(is_kept, covered.lengths - 1, 0)
-        lost_of_kept.append(lost[is_kept])
-        lost_of_others.append(lost[~is_kept & (lost > 0)])
+        lost.append(lost_predictions(clicks.lengths, covered.lengths))
         test.append(_indexed(long_enough, index))
     read = clicked + others
     if not kept.sessions:
@@ -294,15 +314,24 @@ def _read_test(
         {
             "read": (read, ""),
             "clicks": (clicked, "carts and orders are not used"),
-            "unknown items": (known, "clicks on items that the training file lacks"),
+            "unknown items": (
+                known,
+                earlier.lacks if earlier else "clicks on items that the training file lacks",
+            ),
             "short sessions": (kept, f"sessions of fewer than {MIN_CLICKS} clicks"),
         },
     )
     return test, {
         "unseen_events": clicked.events - known.events,
-        "lost_predictions": np.concatenate([*lost_of_kept, *lost_of_others]),
+        "lost_predictions": _in_order(lost),
         "short_sessions": read.sessions - kept.sessions,
     }
+
+
+def _in_order(lost: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Predictions lost by the kept sessions of all blocks, then by the others."""
+    nothing = np.zeros(0, np.int64)
+    return np.concatenate([nothing, *(kept for kept, _ in lost), *(others for _, others in lost)])
 
 
 def _covered(clicks: Clicks, index: np.ndarray) -> Sessions:
@@ -320,58 +349,79 @@ def _write_training(
     seed: int,
     steps: Steps,
     threads: _Threads,
+    earlier: Earlier | None,
 ) -> tuple[list[dict[str, Any]], int]:
-    """Write train and val, parted at `boundary` (ms); (the two as written, items train lacks)."""
+    """Write train and val, parted at `boundary` (ms); (the two as written, items train has)."""
     lengths = spool.lengths
     held_out = spool.starts >= boundary
     candidates = np.flatnonzero(held_out)
     in_val = np.zeros(len(held_out), bool)
     in_val[candidates[sample_rows(len(candidates), max_val_sessions, seed)]] = True
     in_train = np.zeros(int(index.max()) + 1, bool)
-    late_sessions = late_events = 0
+    # Of sessions and events.
+    late, unknown, short = np.zeros((3, 2), np.int64)
 
-    def early(block: _SpoolBlock) -> tuple[int, Sessions, Sessions]:
+    def early(block: _SpoolBlock) -> tuple[int, Sessions, Sessions, Sessions, Sessions]:
         sessions = block.read()
         before = take_where(sessions, ~held_out[block.rows])
         assert before.times is not None
         cut = drop_short(drop_events(before, before.times < boundary), MIN_CLICKS)
-        indexed = _indexed(cut, index)
-        in_train[indexed.items] = True  # of several threads all write the same
-        return len(sessions), before, indexed
+        seen = _seen(cut, index)
+        kept = drop_short(seen, MIN_CLICKS)
+        in_train[kept.items] = True  # of several threads all write the same
+        return len(sessions), before, cut, seen, kept
 
     def train() -> Iterator[Sessions]:
-        nonlocal late_sessions, late_events
+        nonlocal late, unknown, short
         with tqdm(total=len(lengths), desc="train", unit=" sessions", disable=None) as bar:
-            for read, before, kept in threads.in_order(early, spool.blocks()):
-                late_sessions += len(before) - len(kept)
-                late_events += len(before.items) - len(kept.items)
+            for read, before, cut, seen, kept in threads.in_order(early, spool.blocks()):
+                late += _size(before) - _size(cut)
+                unknown += _size(cut) - _size(seen)
+                short += _size(seen) - _size(kept)
                 bar.update(read)
                 yield kept
 
     written = [writer.write_split("train", train())]
-    if _count(~held_out) == late_sessions:
+    written[0]["unseen_events"] = int(unknown[1])  # known only now
+    if not written[0]["sessions"]:
+        strange = f", or on items that {earlier.given} lacks" if earlier else ""
         raise InputError(
             "no session is left for the train split: all lie in the last days, which validation "
-            "takes; pass a smaller --val-days"
+            f"takes{strange}; pass a smaller --val-days"
         )
-    val = [
-        _indexed(take_where(block.read(), in_val[block.rows]), index)
-        for block in spool.blocks(wanted=in_val)
-    ]
+    val: list[Sessions] = []
+    lost: list[tuple[np.ndarray, np.ndarray]] = []
+    unseen_in_val = 0
+    for block in spool.blocks(wanted=in_val):
+        whole = take_where(block.read(), in_val[block.rows])
+        seen = _seen(whole, index)
+        val.append(drop_short(seen, MIN_CLICKS))
+        lost.append(lost_predictions(whole.lengths, seen.lengths))
+        unseen_in_val += len(whole.items) - len(seen.items)
+        unknown += _size(whole) - _size(seen)
+        short += _size(seen) - _size(val[-1])
     written.append(
         writer.write_split(
             "val",
             val,
-            unseen_events=0,
-            lost_predictions=0,
+            unseen_events=unseen_in_val,
+            lost_predictions=_in_order(lost),
             events_unseen_in_train=sum(_count(~in_train[v.items]) for v in val),
         )
     )
-    steps.drop("late events", late_sessions, late_events, WHY_LATE)
+    steps.drop("late events", int(late[0]), int(late[1]), WHY_LATE)
     beyond = held_out & ~in_val
     why = f"validation sessions beyond {max_val_sessions:,}"
     steps.drop("validation sample", _count(beyond), int(lengths[beyond].sum()), why)
-    return written, _count(~in_train[1:])
+    if earlier is not None:
+        steps.drop("unknown items", 0, int(unknown[1]), earlier.lacks)
+        why = f"fewer than {MIN_CLICKS} clicks left"
+        steps.drop("short sessions left", int(short[0]), int(short[1]), why)
+    return written, _count(in_train)
+
+
+def _size(sessions: Sessions) -> np.ndarray:
+    return np.array([len(sessions), len(sessions.items)])
 
 
 def _count(flags: np.ndarray) -> int:
@@ -381,6 +431,12 @@ def _count(flags: np.ndarray) -> int:
 def _sessions(clicks: Clicks) -> Sessions:
     offsets = np.append(0, np.cumsum(clicks.lengths))
     return Sessions(clicks.aids, offsets, clicks.times, clicks.sessions)
+
+
+def _seen(sessions: Sessions, index: np.ndarray) -> Sessions:
+    """Sessions of items, without the clicks that the catalogue lacks."""
+    indexed = _indexed(sessions, index)
+    return drop_events(indexed, indexed.items > 0)
 
 
 def _indexed(sessions: Sessions, index: np.ndarray) -> Sessions:

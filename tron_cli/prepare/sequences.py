@@ -14,6 +14,7 @@ import numpy as np
 from tron_cli.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
 from tron_cli.prepare.columns import BadLines
+from tron_cli.prepare.earlier import earlier_catalogue
 from tron_cli.prepare.events import joined, take
 from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.integers import read_integer_lines
@@ -35,6 +36,7 @@ def prepare_sequences(
     seed: int = 42,
     skip_bad_lines: bool = False,
     max_bad_share: float | None = None,
+    catalogue: str | None = None,
 ) -> Dataset:
     """Prepare files with one session a line; without `val` the last 5 % of the training lines.
 
@@ -43,6 +45,7 @@ def prepare_sequences(
     """
     files = [train, *([val] if val else []), test]
     with DatasetWriter(dataset_path(data_dir, name, *files), force=force) as writer:
+        earlier = earlier_catalogue(catalogue, data_dir)
         bad = BadLines(skip=skip_bad_lines, max_share=max_bad_share)
         steps = Steps()
         parts = [_read(file, bad) for file in files]
@@ -86,11 +89,13 @@ def prepare_sequences(
                 "max_val_sessions": max_val_sessions,
                 "seed": seed,
                 "skip_bad_lines": skip_bad_lines,
+                "catalogue": catalogue,
                 "max_bad_share": max_bad_share,
             },
             files=files,
             steps=steps,
             bad=bad,
+            earlier=earlier,
         )
 
 

@@ -156,7 +156,8 @@ def _notes(info: dict[str, Any]) -> list[str]:
     test = info["splits"]["test"]
     if test.get("lost_predictions"):
         notes.append(
-            f"Test lost {test['unseen_events']:,} events of items that training lacks, and with "
+            f"Test lost {test['unseen_events']:,} events of items that "
+            f"{options.get('catalogue') or 'training'} lacks, and with "
             f"them {test['lost_predictions']:,} predictions; `tron evaluate` also gives the "
             "figures that count these as misses."
         )
@@ -164,7 +165,7 @@ def _notes(info: dict[str, Any]) -> list[str]:
     if unseen:
         events = info["splits"]["val"].get("events_unseen_in_train", 0)
         notes.append(
-            f"{unseen:,} items of the catalogue occur in the training period but not in train; "
+            f"{unseen:,} items of the catalogue do not occur in train; "
             f"{events:,} events of val are theirs."
         )
     return notes

@@ -30,6 +30,7 @@ from tron_cli.prepare.columns import (
     read_json_lines,
     read_parquet,
 )
+from tron_cli.prepare.earlier import earlier_catalogue
 from tron_cli.prepare.events import (
     Events,
     IdKeys,
@@ -111,6 +112,7 @@ def prepare_table(
     drop_duplicates: bool = False,
     collapse_repeats: bool = False,
     max_session_length: int | None = None,
+    catalogue: str | None = None,
 ) -> Dataset:
     """Prepare a table of events, split by time, or leave-one-out (then val_days 0: no validation).
 
@@ -119,7 +121,8 @@ def prepare_table(
     unless a stretch begins at a date (val_from, test_from: ISO 8601, UTC where it names no zone).
 
     The filters are those of the session-based literature: short sessions, rare items (fewer than
-    min_item_count events: 5, or 1 where the splits are given, of which test does not count), and
+    min_item_count events: 5, or 1 where the splits, of which test does not count, or an earlier
+    catalogue are given), and
     sessions that became short by that, each once. Leave-one-out needs at least three events of
     each. Before them come the cleanings that are asked for; see `Cleaning`.
     """
@@ -131,7 +134,7 @@ def prepare_table(
     _check_lengths(max_session_length, min_session_length, leave_one_out)
     val_days = DEFAULT_DAYS if val_days is None else val_days
     test_days = DEFAULT_DAYS if test_days is None else test_days
-    min_item_count = min_item_count or (1 if test else 5)
+    min_item_count = min_item_count or (1 if test or catalogue else 5)
     given = [inputs] if isinstance(inputs, Path) else inputs
     options = ("--train", "--val", "--test") if test else ("--input", "--val", "--test")
     files = {
@@ -142,6 +145,7 @@ def prepare_table(
     all_files = [file for part in files.values() for file in part]
     check_distinct(all_files)
     with DatasetWriter(dataset_path(data_dir, name, *all_files), force=force) as writer:
+        earlier = earlier_catalogue(catalogue, data_dir)
         bad = BadLines(skip=skip_bad_lines, max_share=max_bad_share)
         steps = Steps()
         reader = _TableReader(columns, bad)
@@ -156,8 +160,11 @@ def prepare_table(
         kinds = f"only {', '.join(columns.keep_events)}" if columns.event else ""
         steps.record("kinds of events" if kinds else "read", parts, kinds)
         duplicates = sum(int(np.count_nonzero(are_duplicates(part))) for part in parts)
+        parts = cleaning.apply(parts, steps)
+        if earlier is not None and leave_one_out:
+            parts = [earlier.known_histories(parts[0], logs[0].item_ids, steps)]
         parts = apply_filters(
-            cleaning.apply(parts, steps),
+            parts,
             steps,
             min_session_length=max(min_session_length, 3 if leave_one_out else 2),
             min_item_count=min_item_count,
@@ -219,6 +226,7 @@ def prepare_table(
                 "max_val_sessions": max_val_sessions,
                 "seed": seed,
                 "skip_bad_lines": skip_bad_lines,
+                "catalogue": catalogue,
                 "max_bad_share": max_bad_share,
                 **asdict(cleaning),
             },
@@ -226,6 +234,7 @@ def prepare_table(
             files=all_files,
             steps=steps,
             bad=bad,
+            earlier=earlier,
             session_keys=reader.sessions,
             user_keys=reader.users,
         )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tron_cli.dataset import DATASET_NAME, Dataset, DatasetWriter, Sessions
+from tron_cli.dataset import DATASET_NAME, SPLITS, Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError, RunError
 from tron_cli.prepare.columns import BadLines
+from tron_cli.prepare.earlier import Earlier
 from tron_cli.prepare.events import (
     IdKeys,
     by_first_event,
@@ -89,15 +91,17 @@ def write_splits(
     files: list[Path],
     steps: Steps,
     bad: BadLines,
+    earlier: Earlier | None = None,
     session_keys: IdKeys | None = None,
     user_keys: IdKeys | None = None,
     **info: Any,
 ) -> Dataset:
-    """Index the items, drop from test what the catalogue lacks, write and open the dataset.
+    """Index the items, drop what the catalogue lacks, write and open the dataset.
 
     item_ids: original id of each position; catalogue: int64 [I], the position of item i in entry
-    i - 1, made of the items of splits.period. session_keys, user_keys: give the ids of the keys
-    that the sessions hold; without them the keys are the ids. info: more for dataset.json.
+    i - 1, made of the items of splits.period; earlier: the catalogue to take instead. session_keys,
+    user_keys: give the ids of the keys that the sessions hold; without them the keys are the ids.
+    info: more for dataset.json.
     """
 
     def chunks(sessions: Sessions) -> Iterator[Sessions]:
@@ -113,37 +117,40 @@ def write_splits(
                 _ids(user_keys, chunk.user_ids),
             )
 
-    index = np.zeros(len(item_ids), np.int32)
-    index[catalogue] = np.arange(1, len(catalogue) + 1)
+    if earlier is None:
+        index = np.zeros(len(item_ids), np.int32)
+        index[catalogue] = np.arange(1, len(catalogue) + 1)
+        kept_ids = item_ids[catalogue]
+    else:
+        index, kept_ids = earlier.numbers(item_ids), earlier.item_ids
     known = index > 0
     drop = _drop_unknown_targets if protocol == "last-item" else _drop_unknown_items
-    test, unseen_events, lost_predictions = drop(splits, known, steps)
-    for split, sessions in (("train", splits.train), ("test", test)):
-        if not len(sessions) and split == "test" and len(splits.test):
-            raise _unknown(splits.test, known, protocol)
+    kept, counts = drop(splits, known, steps, earlier)
+    for split, sessions, before in (
+        ("train", kept.train, splits.train),
+        ("test", kept.test, splits.test),
+    ):
+        if not len(sessions) and len(before):
+            raise _unknown(split, before, known, protocol, earlier)
         if not len(sessions):
             raise InputError(
                 f"no session is left for the {split} split ({_story(steps)}): "
                 "give more data, shorter test and validation stretches, or weaker filters"
             )
-    in_train = np.zeros(len(item_ids), bool)
-    in_train[splits.train.items] = True
-    writer.write_items(item_ids[catalogue])
-    written = [writer.write_split("train", chunks(splits.train))]
-    written += [
+    in_train = np.zeros(len(kept_ids) + 1, bool)
+    in_train[index[kept.train.items]] = True
+    writer.write_items(kept_ids)
+    unseen_in_train = int(np.count_nonzero(~in_train[index[kept.val.items]]))
+    written = [
+        writer.write_split("train", chunks(kept.train), **counts["train"]),
         writer.write_split(
-            "val",
-            chunks(splits.val),
-            unseen_events=0,
-            lost_predictions=0,
-            events_unseen_in_train=int(np.count_nonzero(~in_train[splits.val.items])),
+            "val", chunks(kept.val), **counts["val"], events_unseen_in_train=unseen_in_train
         ),
         writer.write_split(
             "test",
-            chunks(test),
-            unseen_events=unseen_events,
-            lost_predictions=lost_predictions,
-            short_sessions=len(splits.test) - len(test),
+            chunks(kept.test),
+            **counts["test"],
+            short_sessions=len(splits.test) - len(kept.test),
         ),
     ]
     check_books(steps, written, protocol)
@@ -159,7 +166,7 @@ def write_splits(
             "sessions": len(splits.period),
             "events": len(splits.period.items),
         },
-        items_unseen_in_train=int(np.count_nonzero(~in_train[catalogue])),
+        items_unseen_in_train=int(np.count_nonzero(~in_train[1:])),
         **info,
     )
 
@@ -184,55 +191,75 @@ def check_books(steps: Steps, written: list[dict[str, Any]], protocol: str) -> N
         )
 
 
-def _unknown(test: Sessions, known: np.ndarray, protocol: str) -> InputError:
-    of_what = "last items" if protocol == "last-item" else "items"
-    items = np.unique(test.items[test.offsets[1:] - 1] if protocol == "last-item" else test.items)
-    cure = "longer histories, or weaker filters"
-    if protocol != "last-item":
-        cure = "sessions of the same catalogue, with the same item ids"
+def lost_predictions(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Predictions lost by sessions that are kept, and, if any, by each that became too short.
+
+    int64 each; before, after: int64 [S], lengths with and without the unknown items.
+    """
+    is_kept = after >= 2
+    lost = np.maximum(before - 1, 0) - np.where(is_kept, after - 1, 0)
+    return lost[is_kept], lost[~is_kept & (lost > 0)]
+
+
+def _unknown(
+    split: str, sessions: Sessions, known: np.ndarray, protocol: str, earlier: Earlier | None
+) -> InputError:
+    of_what, items = "items", np.unique(sessions.items)
+    cure = "sessions of the same catalogue, with the same item ids"
+    if protocol == "last-item":
+        of_what, items = "last items", np.unique(sessions.items[sessions.offsets[1:] - 1])
+        cure = "longer histories, or weaker filters"
     return InputError(
-        f"no session is left for the test split: of the {len(items):,} different {of_what} of its "
-        f"{len(test):,} sessions, training has {np.count_nonzero(known[items]):,}; give {cure}"
+        f"no session is left for the {split} split: of the {len(items):,} different {of_what} of "
+        f"its {len(sessions):,} sessions, {earlier.given if earlier else 'training'} has "
+        f"{np.count_nonzero(known[items]):,}; give {cure}"
     )
+
+
+Counts = dict[str, dict[str, Any]]  # of each split, for DatasetWriter.write_split
 
 
 def _drop_unknown_items(
-    splits: Splits, known: np.ndarray, steps: Steps
-) -> tuple[Sessions, int, np.ndarray]:
-    """Return test without unknown items, the events dropped for it, the predictions lost by it.
-
-    The last are as in `Dataset.lost_of_sessions`, of the sessions as they are written.
-    """
-    test = splits.test
-    seen = drop_events(test, known[test.items])
-    unseen = len(test.items) - len(seen.items)
-    kept = drop_short(seen, 2)
-    steps.drop("unknown items", 0, unseen, "of test: the training period lacks them")
-    steps.drop(
-        "short test sessions", len(test) - len(kept), len(seen.items) - len(kept.items),
-        "fewer than 2 events left",
-    )  # fmt: skip
-    is_kept = seen.lengths >= 2
-    lost = np.maximum(test.lengths - 1, 0) - np.where(is_kept, seen.lengths - 1, 0)
-    return (
-        kept,
-        unseen,
-        np.append(lost[is_kept][order_by_first_event(kept)], lost[~is_kept & (lost > 0)]),
-    )
+    splits: Splits, known: np.ndarray, steps: Steps, earlier: Earlier | None
+) -> tuple[Splits, Counts]:
+    """Drop unknown items, then short sessions; train and val have such of `earlier` only."""
+    counts: Counts = {}
+    kept: dict[str, Sessions] = {}
+    short_sessions = short_events = 0
+    for split in SPLITS:
+        before: Sessions = getattr(splits, split)
+        seen = drop_events(before, known[before.items])
+        kept[split] = drop_short(seen, 2)
+        short_sessions += len(before) - len(kept[split])
+        short_events += len(seen.items) - len(kept[split].items)
+        counts[split] = {"unseen_events": len(before.items) - len(seen.items)}
+        if split != "train":
+            lost, of_others = lost_predictions(before.lengths, seen.lengths)
+            lost = np.append(lost[order_by_first_event(kept[split])], of_others)
+            counts[split]["lost_predictions"] = lost
+    unseen = sum(count["unseen_events"] for count in counts.values())
+    why = earlier.lacks if earlier else "of test: the training period lacks them"
+    steps.drop("unknown items", 0, unseen, why)
+    steps.drop("short sessions left", short_sessions, short_events, "fewer than 2 events left")
+    return replace(splits, train=kept["train"], val=kept["val"], test=kept["test"]), counts
 
 
 def _drop_unknown_targets(
-    splits: Splits, known: np.ndarray, steps: Steps
-) -> tuple[Sessions, int, np.ndarray]:
-    """Likewise where only the last item of a history can be unknown to the training period."""
+    splits: Splits, known: np.ndarray, steps: Steps, earlier: Earlier | None
+) -> tuple[Splits, Counts]:
+    """Likewise where only the last item of a history can be unknown."""
     test = splits.test
     is_known = known[test.items[test.offsets[1:] - 1]]
     kept = take_where(test, is_known)
     lost = len(test) - len(kept)
     assert splits.in_others is not None
     gone = int(np.count_nonzero(~is_known & ~splits.in_others))
-    steps.drop("unknown targets", gone, lost, "of test: the training period lacks them")
-    return kept, lost, np.repeat([0, 1], [len(kept), lost])
+    why = earlier.lacks if earlier else "of test: the training period lacks them"
+    steps.drop("unknown targets", gone, lost, why)
+    lost_of_sessions = np.repeat([0, 1], [len(kept), lost])
+    counts: Counts = {"train": {}, "val": {}, "test": {}}
+    counts["test"] = {"unseen_events": lost, "lost_predictions": lost_of_sessions}
+    return replace(splits, test=kept), counts
 
 
 def _ids(keys: IdKeys | None, of_sessions: np.ndarray | None) -> np.ndarray | None:

@@ -36,6 +36,7 @@ def prepare_yoochoose(
     max_val_sessions: int = 100_000,
     seed: int = 42,
     skip_bad_lines: bool = False,
+    catalogue: str | None = None,
 ) -> Dataset:
     """Prepare Yoochoose; tested on the sessions that end in the last day."""
     return prepare_clicks(
@@ -52,6 +53,7 @@ def prepare_yoochoose(
         seed=seed,
         force=force,
         skip_bad_lines=skip_bad_lines,
+        catalogue=catalogue,
     )
 
 
