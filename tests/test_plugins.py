@@ -327,6 +327,16 @@ def test_weights_that_no_item_can_be_drawn_by_are_refused(
         train(config, dataset, tmp_path / "run", device=torch.device("cpu"))
 
 
+@pytest.mark.parametrize("shape", [".mean()", "[:, None] * negative_NK", "[:1]"])
+def test_a_loss_that_is_not_one_number_a_position_is_refused(
+    shape: str, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = write(f"def wide(positive_N, negative_NK, keep_NK): return positive_N{shape}")
+    dataset = write_dataset(tmp_path, train=[[1, 2, 3, 4], [2, 1]])
+    with pytest.raises(InputError, match=r"mine\.py:wide must give a number for each of 4 posi"):
+        train(make(loss=f"{file}:wide"), dataset, tmp_path / "run", device=torch.device("cpu"))
+
+
 def test_what_foreign_code_prints_is_no_result(
     write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds. `training` is what resuming needs; empty in a best checkpoint.
+    """Content of a file. `training` is what resuming needs; empty in a best checkpoint.
 
     The tensors are mapped: they are read when they are used, and while they live the file takes
     its room on the disk, also deleted.
@@ -112,7 +112,7 @@ class Checkpoint:
     def _misfit(self, reason: str) -> InputError:
         return InputError(
             f"the weights in {self.path} do not fit its configuration ({reason}): the file is "
-            "damaged, or was written by another version of tron; train again"
+            "damaged, or was written by another version of tron or of the model's code; train again"
         )
 
     def decoded_item_ids(self) -> np.ndarray:
@@ -158,7 +158,7 @@ def _settings_of_training(config: ExperimentConfig, step: int) -> list[str]:
 
 
 def dataset_identity(dataset: Dataset) -> dict[str, Any]:
-    """What a checkpoint remembers of its dataset."""
+    """Return the facts by which a checkpoint knows its dataset."""
     return {
         "name": dataset.name,
         "protocol": dataset.protocol,

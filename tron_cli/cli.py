@@ -90,7 +90,7 @@ class Protocol(str, Enum):
 
 
 class SliceKind(str, Enum):
-    """What `tron evaluate --by` cuts the events by."""
+    """Kinds of slices of `tron evaluate --by`."""
 
     length = "length"
     position = "position"
@@ -214,7 +214,7 @@ def run_training(
     device_name: str,
     profiler: StepProfiler | None = None,
 ) -> Path:
-    """What `tron train` does; returns the best checkpoint, after profiling the last."""
+    """Train as `tron train` does; return the best checkpoint, after profiling the last."""
     from tron_cli.config import load_config
     from tron_cli.dataset import Dataset
     from tron_cli.fit import fit
@@ -361,7 +361,7 @@ def run_evaluation(
     data_dir: Path,
     device_name: str,
 ) -> dict[str, Any]:
-    """What `tron evaluate` does; returns the report."""
+    """Evaluate as `tron evaluate` does; return the report."""
     from tron_cli.assess import assess
     from tron_cli.checkpoint import load_checkpoint
     from tron_cli.dataset import Dataset

@@ -318,7 +318,7 @@ class ExperimentConfig:
                 )
 
     def _check_model(self) -> None:
-        """Whether the settings of the network make sense together."""
+        """Refuse settings of the network that make no sense together."""
         if self.embedding_dim % self.num_heads:
             raise InputError(
                 f"embedding_dim={self.embedding_dim} is not a multiple of "
@@ -332,7 +332,7 @@ class ExperimentConfig:
             )
 
     def _check_loss(self) -> None:
-        """Whether loss and negatives make sense together."""
+        """Refuse a loss and negatives that make no sense together."""
         negatives = self.num_uniform_negatives + self.num_batch_negatives
         if self.loss in CATALOGUE_LOSSES:
             self._need(
@@ -396,19 +396,19 @@ class ExperimentConfig:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the model is fitted at once, without gradients."""
+        """True if the model is fitted at once, without gradients."""
         return self.model in BASELINES
 
     @property
     def shares_table(self) -> bool:
-        """Whether inputs and scores have one table: reuse_item_embeddings, resolved."""
+        """True if inputs and scores have one table: reuse_item_embeddings, resolved."""
         if self.reuse_item_embeddings is None:
             return REGISTERED["model"][self.model].shares_table
         return self.reuse_item_embeddings
 
     @property
     def method(self) -> str:
-        """What is trained: tron for SASRec with a listwise loss on shared negatives.
+        """Name of what is trained: tron for SASRec with a listwise loss on shared negatives.
 
         It may be part of a file's name.
         """

@@ -30,7 +30,7 @@ class Feed(Protocol):
 
 
 def build_feed(config: ExperimentConfig, sessions: Sessions, model: Model, *, padded: bool) -> Feed:
-    """What a configuration's model trains on. padded: see `Batch`."""
+    """Return the batches of a configuration's model. padded: see `Batch`."""
     if model.mask_item is not None:
         return Cloze(config, sessions, model.num_items)
     if config.session_parallel:
@@ -55,7 +55,7 @@ class WholeSessions:
         self.steps_per_pass = math.ceil(len(sessions) / config.train_batch_size)
 
     def batch(self, step: int) -> Batch:
-        """What follows each event is its target."""
+        """Return the batch of a step, where the target of an event is the one that follows it."""
         length = self._config.sequence_length
         return training_batch(self._sessions, self.chosen(step), length, padded=self._padded)
 
@@ -69,7 +69,7 @@ class WholeSessions:
 
 
 class Cloze(WholeSessions):
-    """The same sessions with masked events, which are the targets; masks differ in every step."""
+    """Whole sessions with masked events, which are the targets; masks differ in every step."""
 
     def __init__(self, config: ExperimentConfig, sessions: Sessions, num_items: int) -> None:
         super().__init__(config, sessions, padded=False)

@@ -1,4 +1,4 @@
-"""What `tron train` does with a baseline: fit, validate, save. There are no steps and no epochs.
+"""Training of a baseline: fit, validate, save. There are no steps and no epochs.
 
 The folder of the run holds what a trained model's does, but last.pt: fitting again is as fast as
 resuming.

@@ -22,7 +22,7 @@ _TOTAL_WEIGHT = 1 << 50
 
 @dataclass(frozen=True)
 class Distribution:
-    """What negatives are drawn from, on the device of the batches.
+    """Weights by which negatives are drawn, on the device of the batches.
 
     cumulative_V: int64 [I + 1], weight of the items up to each, entry 0 being 0; None where all
     weigh the same. log_expected_V: float32 [I + 1], log of how many of a position's negatives,
@@ -77,7 +77,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Negatives:
-    """What is drawn for one batch.
+    """Negatives drawn for one batch.
 
     uniform: int64 item ids, [K] of the batch, [B, K] of each session, or [N, K] of each event.
     uniform_keep: bool, [1], [B] or [N]; False where rejection left no item; None: all True.

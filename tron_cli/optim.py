@@ -29,7 +29,7 @@ _SLEEPS = 1 << 16
 
 
 class Optimizer:
-    """What the training loop and torch's GradScaler need of an optimizer.
+    """The interface of an optimizer to the training loop and to torch's GradScaler.
 
     param_groups: one group, whose "lr" is the rate of the next step. state: tensors of each
     parameter, in their order. leaves_out_rows: whether rows of a sparse gradient that are all zero

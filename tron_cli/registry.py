@@ -1,4 +1,4 @@
-"""What a name in a configuration stands for: the one place to add a model, a loss or a sampler.
+"""Names in a configuration and their code: the one place to add a model, a loss or a sampler.
 
 Entries are loaded when they are asked for, so that reading a configuration imports neither torch
 nor what is not used. What is registered says by its keyword-only parameters which settings it

@@ -1,9 +1,9 @@
-"""What a run leaves behind.
+"""The folder of a run.
 
     OUTPUT_DIR/RUN/
         config.json       the resolved configuration
         metrics.jsonl     a line each log_every steps, and one each validation
-        train.log         what was said
+        train.log         log output
         METHOD-DATASET-step=...-R@20=....pt   the best weights by val_metric
         last.pt           the latest weights and all that resuming needs
 
@@ -103,7 +103,7 @@ class Progress:
 
 
 class RunFiles:
-    """What every run leaves but its checkpoints: settings, figures and what was said."""
+    """Files that every run leaves, but its checkpoints: settings, figures and log output."""
 
     def __init__(self, run_dir: Path, config: ExperimentConfig) -> None:
         self.run_dir = run_dir
@@ -195,7 +195,7 @@ class RunFolder(RunFiles):
         self._save(self.run_dir / LAST, epoch, {}, training)
 
     def diverged(self, what: str) -> RunError:
-        """What to raise where `what` shows that training cannot go on."""
+        """Return the error to raise where `what` shows that training cannot go on."""
         return RunError(
             f"{what} at step {self.progress.step:,}: training has diverged; try a lower lr (now "
             f"{self.config.lr:g}), clip_norm=1, or precision=float32"
@@ -220,7 +220,7 @@ class RunFolder(RunFiles):
         )
 
     def _drop_later_metrics(self) -> None:
-        """What a killed run wrote after its last save happens again, and is written again."""
+        """Drop metrics that are newer than the last save, and lines that cannot be read."""
         if not self.metrics_file.exists():
             return
         lines = self.metrics_file.read_bytes().splitlines(keepends=True)
@@ -252,5 +252,5 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _is_finite(weights: torch.Tensor) -> bool:
-    """Without a copy: the extremes of what holds NaN are NaN."""
+    """Look without a copy: the extremes of a tensor with NaN are NaN."""
     return all(bool(extreme.isfinite()) for extreme in weights.aminmax())

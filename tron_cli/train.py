@@ -266,11 +266,20 @@ def training_loss(
     *,
     before_lookup: BeforeLookup | None = None,
 ) -> torch.Tensor:
-    """Mean loss over the positions of a batch that have a target, with freshly drawn negatives."""
+    """Mean loss over the positions of a batch that have a target, with freshly drawn negatives.
+
+    Raises InputError where the loss is not one number for each position.
+    """
     if config.loss in CATALOGUE_LOSSES:
         loss_N = _catalogue_loss(model, batch, config, before_lookup)
     else:
         loss_N = _sampled_loss(model, batch, config, distribution, before_lookup)
+    assert batch.targets_N is not None
+    if loss_N.shape != batch.targets_N.shape:
+        raise InputError(
+            f"loss={config.loss} must give a number for each of {len(batch.targets_N):,} "
+            f"positions, but gave a tensor of the shape {list(loss_N.shape)}; correct it"
+        )
     if not batch.padded:
         return loss_N.mean()
     padding_N = batch.inputs_N == 0
@@ -348,7 +357,10 @@ def _with_target(hidden_ND: torch.Tensor, batch: Batch) -> torch.Tensor:
 def _distribution(
     config: ExperimentConfig, sessions: Sessions, num_items: int, device: torch.device
 ) -> Distribution:
-    """What the configuration's negatives are drawn from."""
+    """Return the distribution of the configuration's negatives.
+
+    Raises InputError where the sampler gives weights that nothing can be drawn by.
+    """
     if config.negative_sampler == "uniform" and not config.logq_correction:
         return Distribution(num_items)
     count_I = np.bincount(sessions.items, minlength=num_items + 1)[1:].astype(np.float64)
@@ -369,7 +381,7 @@ def _distribution(
 def _recorder(
     config: ExperimentConfig, device: torch.device, dtype: torch.dtype, *, records: bool
 ) -> CUDARecorder | None:
-    """What records steps, where they do not wait for the device: a scaler and a profiler do."""
+    """Return what records steps; None where they wait for the device: a scaler, a profiler do."""
     records = records and config.cuda_graphs and device.type == "cuda" and dtype != torch.float16
     return CUDARecorder(device) if records else None
 
