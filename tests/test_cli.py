@@ -567,6 +567,16 @@ def test_a_run_folder_that_cannot_be_made_is_one_sentence(command: Command, tmp_
     assert "cannot write to the run folder" in err
 
 
+def test_a_run_folder_that_cannot_be_written_to_is_not_resumed(
+    shop: list[str], command: Command
+) -> None:
+    best = Path(command("train", *shop, "--name", "a")[1].strip())
+    (best.parent / ".lock").mkdir()  # as a folder on a disk that is read-only
+    code, _, err = command("train", "--resume", best.parent, *shop[2:4])
+    assert (code, is_one_sentence(err)) == (2, True)
+    assert f"cannot write to {best.parent}" in err
+
+
 # ---- every option arrives -------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ def locked(file: Path, in_use: str, *, patience: float = 0) -> Iterator[None]:
     """Hold the lock `file`, which exists meanwhile.
 
     The system releases it when the process ends, however it ends. Raises InputError(in_use) where
-    it is still taken after `patience` seconds.
+    it is still taken after `patience` seconds, and another where it cannot be made.
     """
     from filelock import FileLock, Timeout  # not needed for `tron --help`
 
@@ -39,6 +39,8 @@ def locked(file: Path, in_use: str, *, patience: float = 0) -> Iterator[None]:
         lock.acquire(timeout=patience)
     except Timeout as error:
         raise InputError(in_use) from error
+    except OSError as error:
+        raise InputError(f"cannot write to {file.parent}: {error}") from error
     try:
         yield
     finally:
