@@ -429,3 +429,45 @@ def test_no_forward_pass_sees_more_histories_than_eval_batch_size(
     )
     assess(checkpoint, dataset, EvaluationOptions(), CPU)
     assert max(rows) == 7
+
+
+def test_a_dataset_prepared_again_while_it_is_ranked_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepared(visit: str) -> Dataset:
+        rows = [
+            f"{visit}{n},{n % 7},{1_700_000_000 + n * 9000 + e}" for n in range(60) for e in (0, 1)
+        ]
+        (tmp_path / "log.csv").write_text("\n".join(["visit,product,ts", *rows]))
+        return prepare_table(
+            tmp_path / "log.csv", TableColumns("product", "ts", session="visit"), tmp_path, "tiny",
+            force=True,
+        )  # fmt: skip
+
+    def ranked(*args: Any, **options: Any) -> Any:
+        prepared("other")
+        return predict(*args, **options)
+
+    data = prepared("visit")
+    checkpoint = random_checkpoint(data, tmp_path / "model.pt")
+    files = {
+        "run": tmp_path / "a.run",
+        "qrels": tmp_path / "a.qrels",
+        "per_event": tmp_path / "a.csv",
+    }
+    asked = EvaluationOptions(by=("popularity",), cutoff=3, **files)
+    expected = assess(checkpoint, data, asked, CPU)
+    contents = {name: path.read_text() for name, path in files.items()}
+    monkeypatch.setattr("tron_cli.assess.predict", ranked)
+    assert assess(checkpoint, Dataset.open(data.path), asked, CPU) == expected
+    assert contents == {name: path.read_text() for name, path in files.items()}
+    assert "visit" in contents["run"]
+
+
+def test_what_is_needed_after_the_ranking_is_looked_at_before(
+    tmp_path: Path, checkpoint: Checkpoint, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tron_cli.assess.predict", lambda *_, **__: pytest.fail("ranked"))
+    (dataset.path / "train" / "items.npy").write_bytes(b"rubbish")
+    with pytest.raises(InputError, match="the train split"):
+        assess(checkpoint, dataset, EvaluationOptions(by=("popularity",)), CPU)

@@ -18,10 +18,11 @@ from tron_cli.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
 from tron_cli.evaluate import predict
 from tron_cli.events import Predictions, ranges
+from tron_cli.files import check_writable
 from tron_cli.metrics import figures, parse_measures, values_by_rank
 from tron_cli.registry import REGISTERED, settings_of
 from tron_cli.slices import KINDS, sliced_figures
-from tron_cli.trec import check_writable, write_qrels, write_run
+from tron_cli.trec import Ids, write_qrels, write_run
 
 SAMPLE_SEED = 42
 TABLE_SUFFIXES = (".parquet", ".csv")
@@ -75,6 +76,14 @@ def assess(
             f"--one-pass is not for model={config.model}, which predicts from a mask behind each "
             "history, so that one pass predicts one event; leave it out"
         )
+    # All that is read of the dataset, before hours of ranking, in which it may be prepared again.
+    names = dataset.session_ids(options.split), dataset.user_ids(options.split)
+    lost = dataset.lost_of_sessions(options.split)
+    train_counts = None
+    if options.cutoff or "popularity" in options.by:
+        train_counts = count_items(
+            dataset.checked_split("train"), dataset.num_items, progress="popularity"
+        )
     predictions = predict(
         model,
         sessions,
@@ -86,7 +95,7 @@ def assess(
         batch_size=config.eval_batch_size,
         progress=f"{options.split} split",
     )
-    _write_files(options, dataset, predictions, number_S, depth)
+    _write_files(options, dataset, predictions, number_S, names, depth)
     value_of = values_by_rank(measures)
     found = figures(value_of, predictions.rank_E, predictions.session_E)
     events = len(predictions.rank_E)
@@ -95,7 +104,7 @@ def assess(
         name: asdict(figure) for name, figure in found.items()
     }
     if absent["lost_predictions"] and not absent["earlier_events"]:
-        _add_lost(metrics, value_of, predictions, dataset, options.split)
+        _add_lost(metrics, value_of, predictions, lost, absent["lost_predictions"])
     report: dict[str, Any] = {
         "metrics": metrics,
         "protocol": protocol,
@@ -115,11 +124,6 @@ def assess(
         report["catalogue"] = catalogue_entry(dataset)
     if options.sample_sessions is not None:
         report["sample"] = sample_of(dataset, options)
-    train_counts = None
-    if options.cutoff or "popularity" in options.by:
-        train_counts = count_items(
-            dataset.checked_split("train"), dataset.num_items, progress="popularity"
-        )
     if options.by:
         events_I = None if train_counts is None else train_counts.events_I
         report["slices"] = {
@@ -300,9 +304,14 @@ def _write_files(
     dataset: Dataset,
     predictions: Predictions,
     number_S: np.ndarray,
+    names: tuple[Ids, Ids],
     depth: int,
 ) -> None:
-    """The files asked for, with the sessions' numbers in the split, and lists of up to depth."""
+    """Write the files asked for, with lists of up to depth.
+
+    number_S: int64 [S], of the evaluated sessions in the split; names: the original ids of all
+    sessions of the split, and of their users.
+    """
     top_EK = predictions.top_EK
     predictions = replace(
         predictions,
@@ -311,8 +320,7 @@ def _write_files(
     )
     if isinstance(dataset, RenumberedDataset):
         predictions = dataset.at_original_places(predictions)
-    item_ids = dataset.item_ids
-    session_ids, user_ids = dataset.session_ids(options.split), dataset.user_ids(options.split)
+    item_ids, (session_ids, user_ids) = dataset.item_ids, names
     named_by = user_ids if session_ids is None else session_ids
     if options.qrels:
         write_qrels(options.qrels, predictions, item_ids, named_by)
@@ -328,18 +336,17 @@ def _add_lost(
     metrics: dict[str, dict[str, float | None]],
     value_of: dict[str, np.ndarray],
     predictions: Predictions,
-    dataset: Dataset,
-    split: str,
+    lost: np.ndarray | None,
+    total: int,
 ) -> None:
     """Add figures that count predictions lost in preparation as misses, of the whole split.
 
-    Their standard error, clustered by session, is None where the dataset does not say which
-    sessions lost them.
+    lost: as `Dataset.lost_of_sessions` returns it, `total` in all. The standard error, clustered by
+    session, is None where the dataset does not say which sessions lost them.
     """
-    lost = dataset.lost_of_sessions(split)
     known = lost is not None
     if lost is None:  # in whichever session they are, the mean is the same
-        lost = np.array([dataset.split_info(split)["lost_predictions"]])
+        lost = np.array([total])
     found = figures(value_of, predictions.rank_E, predictions.session_E, lost)
     for name, figure in found.items():
         metrics[name]["value_with_lost_as_misses"] = figure.value

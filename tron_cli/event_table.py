@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import polars
 
-from tron_cli.errors import InputError
 from tron_cli.events import Predictions
-from tron_cli.files import written_aside
+from tron_cli.files import written_alone
 from tron_cli.trec import Ids, repeat
 
 
@@ -40,14 +39,11 @@ def write_event_table(
     columns["target"] = item_ids[predictions.target_E - 1]
     rank = polars.Series("rank", predictions.rank_E).replace(0, None)
     table = polars.DataFrame([*(_series(*column) for column in columns.items()), rank])
-    try:
-        with written_aside(path, "wb") as file:
-            if path.suffix.lower() == ".csv":
-                table.write_csv(file)
-            else:
-                table.write_parquet(file)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
+    with written_alone(path, "wb") as file:
+        if path.suffix.lower() == ".csv":
+            table.write_csv(file)
+        else:
+            table.write_parquet(file)
 
 
 def _series(name: str, values: np.ndarray) -> polars.Series:

@@ -15,7 +15,7 @@ LAST = "last.pt"  # of a run: what resuming needs
 @contextmanager
 def written_aside(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file that takes the place of `path` when the block has ended well, and else disappears."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     try:
         with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -23,6 +23,41 @@ def written_aside(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def written_alone(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Write a file that a person named, as `written_aside` does, when no other process writes it.
+
+    Raises InputError where it cannot be written.
+    """
+    try:
+        with _claimed(path, patience=86_400), written_aside(path, mode) as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError where `written_alone` would fail, before hours of ranking."""
+    try:
+        with _claimed(path):
+            _partial(path).unlink()
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path} ({error}); name a file in a folder that exists"
+        ) from error
+
+
+@contextmanager
+def _claimed(path: Path, *, patience: float = 0) -> Iterator[None]:
+    if path.is_dir():
+        raise IsADirectoryError("it is a folder")
+    # First, because a lock makes missing folders, and waits where files cannot be made.
+    _partial(path).touch()
+    busy = f"another process writes {path}; wait for its end, or name another file"
+    with locked(path.with_name(f".{path.name}.lock"), busy, patience=patience):
+        yield
 
 
 @contextmanager
@@ -60,3 +95,7 @@ def best_checkpoint(run_dir: Path) -> Path:
             "name the file"
         )
     return run_dir / found[0]
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")

@@ -10,15 +10,14 @@ behind the last `_e` and the last `_s` are digits only, so that queries are uniq
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from tron_cli.dataset import TextIds
-from tron_cli.errors import InputError
 from tron_cli.events import Predictions
-from tron_cli.files import written_aside
+from tron_cli.files import written_alone
 
 Ids = np.ndarray | TextIds | None
 
@@ -31,15 +30,13 @@ def write_qrels(
     session_ids: of all sessions of the split.
     """
     names = _names(item_ids)
-    _write(
-        path,
-        (
+    with written_alone(path) as file:
+        file.writelines(
             f"{query} 0 {names[target - 1]} 1\n"
             for query, target in zip(
                 _queries(predictions, session_ids), predictions.target_E, strict=True
             )
-        ),
-    )
+        )
 
 
 def write_run(
@@ -52,17 +49,15 @@ def write_run(
     assert predictions.top_EK is not None
     names = _names(item_ids)
     depth = predictions.top_EK.shape[1]
-    _write(
-        path,
-        (
+    with written_alone(path) as file:
+        file.writelines(
             f"{query} Q0 {names[item - 1]} {rank} {depth + 1 - rank} tron\n"
             for query, items in zip(
                 _queries(predictions, session_ids), predictions.top_EK, strict=True
             )
             for rank, item in enumerate(items, start=1)
             if item
-        ),
-    )
+        )
 
 
 def repeat(ids: np.ndarray | TextIds) -> bool:
@@ -91,25 +86,3 @@ def _names(ids: np.ndarray) -> list[str]:
         return "".join(f"%{byte:02X}" for byte in match.group().encode())
 
     return [re.sub(r"[\s%]", escape, str(id_)) for id_ in ids]
-
-
-def check_writable(path: Path) -> None:
-    """Raise InputError where no file can be written, before hours of ranking."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        partial = path.with_name(path.name + ".partial")
-        partial.touch()
-        partial.unlink()
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path} ({error}); name a file in a folder that exists"
-        ) from error
-
-
-def _write(path: Path, lines: Iterable[str]) -> None:
-    try:
-        with written_aside(path) as file:
-            file.writelines(lines)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error}") from error
