@@ -297,6 +297,27 @@ def test_tables_begin_as_in_tron() -> None:
     assert float(weights.abs().max()) == pytest.approx(1 / math.sqrt(40), rel=1e-3)
 
 
+def test_dropout_between_layers_of_a_step_of_lanes_is_torch_s_own() -> None:
+    """cuDNN's waits for the device after every seed, so that no step could be recorded."""
+    rng = np.random.default_rng(16)
+    data = pack_sessions(random_sessions(rng, 9, ITEMS))
+    model = build(session_parallel=True, num_blocks=3, dropout_rate=0.4)
+    by_hand = ByHand(model)
+    states = [torch.zeros(4, DIM, dtype=torch.float64) for _ in by_hand.cells]
+    lanes = Lanes(data, lanes=4, sequence_length=6, style="no_shuffling", seed=0)
+    for step in range(5):
+        batch = lanes.batch(step)
+        torch.manual_seed(step)
+        found = model(batch)
+        torch.manual_seed(step)
+        x = by_hand.table[batch.inputs_N]
+        for layer, cell in enumerate(by_hand.cells):
+            x = states[layer] = cell(
+                model.dropout(x), states[layer].detach() * (batch.places_N > 0)[:, None]
+            )
+        torch.testing.assert_close(found, model.dropout(x))
+
+
 def test_bf16_autocast_is_near_float32() -> None:
     rng = np.random.default_rng(15)
     data = pack_sessions(random_sessions(rng, 9, ITEMS))

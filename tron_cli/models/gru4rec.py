@@ -14,7 +14,9 @@ dropped, as in TRON's; in Hidasi's code it is what dropout has left.
 
 On CUDA with precision=bf16 the recurrence is float32 (TF32 where torch allows it, as by default):
 cuDNN has none in bf16, and under autocast torch would run it in float16, unscaled
-(aten/src/ATen/cudnn/AutocastRNN.cpp).
+(aten/src/ATen/cudnn/AutocastRNN.cpp). Its dropout between layers waits for the device after each
+seed (get_dropout_state in aten/src/ATen/native/cudnn/RNN.cpp), so a step of lanes, which can be
+recorded, goes layer by layer where it has any.
 
 Shapes: N packed events, D embedding_dim, B rows, L layers, U rows looked up.
 """
@@ -110,11 +112,25 @@ class GRU4Rec(ItemTables):
 
     def _recurrence(self, *inputs: PackedSequence | torch.Tensor) -> Any:
         """The GRU, in the precision that autocast asks for or a higher one."""
+        is_event = isinstance(inputs[0], torch.Tensor)
+        gru: Any = self._layer_by_layer if is_event and self.gru.dropout else self.gru
         if not inputs[0].is_cuda or torch.get_autocast_dtype("cuda") == torch.float16:
-            return self.gru(*inputs)
+            return gru(*inputs)
         with torch.autocast("cuda", enabled=False):
             dtype = self.item_embedding.weight.dtype
-            return self.gru(*(values.to(dtype) for values in inputs))
+            return gru(*(values.to(dtype) for values in inputs))
+
+    def _layer_by_layer(
+        self, x_1BD: torch.Tensor, before_LBD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `gru` on one event of each lane, with dropout from torch's generator."""
+        x_BD, after = x_1BD[0], []
+        for layer, before_BD in enumerate(before_LBD):
+            if layer:
+                x_BD = self.dropout(x_BD)
+            x_BD = torch.gru_cell(x_BD, before_BD, *self.gru.all_weights[layer])
+            after.append(x_BD)
+        return x_BD[None], torch.stack(after)
 
     def _next_events(
         self, x_BD: torch.Tensor, lanes_B: torch.Tensor, places_B: torch.Tensor
