@@ -109,8 +109,10 @@ def test_every_precision_learns_what_comes_next(dtype: torch.dtype, optimizer: s
         {"model": "gru4rec", "session_parallel": True, "output_bias": True},
         {"model": "gru4rec", "session_parallel": True, "optimizer": "adagrad", "lr": 0.05,
          "loss": "bpr-max"},
+        {"model": "gru4rec", "session_parallel": True, "num_blocks": 2},
     ],
-    ids=["tron", "dense", "adagrad", "eventwise", "sessionwise", "lanes", "lanes, bpr-max"],
+    ids=["tron", "dense", "adagrad", "eventwise", "sessionwise", "lanes", "lanes, bpr-max",
+         "lanes, two layers"],
 )  # fmt: skip
 def test_replayed_steps_are_the_steps(
     caplog: pytest.LogCaptureFixture, dtype: torch.dtype, changes: dict[str, Any]
@@ -122,12 +124,17 @@ def test_replayed_steps_are_the_steps(
     assert not caplog.records, caplog.text
     assert any(size.replay is not None for size in replayed._sizes.values())
     others, _, expected, _ = run(config, dtype, graphs=False, steps=60)
-    # Sums on a GPU have no fixed order.
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    # Sums on a GPU have no fixed order. Another rate or other random numbers change losses by 0.1.
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance)
     if dtype == torch.float32:
-        for weights, other in zip(model.parameters(), others.parameters(), strict=True):
-            torch.testing.assert_close(weights, other, rtol=1e-2, atol=1e-3)
+        for (name, weights), other in zip(
+            model.named_parameters(), others.parameters(), strict=True
+        ):
+            if name.endswith("query_key_value.bias"):
+                # That of the keys cancels in the softmax: Adam takes steps along its rounding.
+                weights, other = (bias.view(3, -1)[[0, 2]] for bias in (weights, other))
+            torch.testing.assert_close(weights, other, rtol=1e-2, atol=5e-3)
 
 
 def test_replays_draw_other_numbers_for_another_seed_and_the_same_for_the_same() -> None:
@@ -272,6 +279,8 @@ def test_optimizers_step_as_on_the_cpu(name: str) -> None:
             one.grad = gradient.to_dense() if name == "adam" else gradient
             optimizer.param_groups[0]["lr"] = 0.01 / (1 + step % 2)
             optimizer.step()
+    for optimizer in optimizers:
+        optimizer.catch_up_all()  # they differ in which rows they wake before that
     torch.testing.assert_close(weights[1].cpu(), weights[0], rtol=1e-5, atol=1e-6)
     assert not torch.equal(weights[0], start)
     assert torch.equal(weights[1][0].cpu(), start[0])
