@@ -97,7 +97,7 @@ def _facts(report: dict[str, Any], lost_note: str) -> list[str]:
     if catalogue and catalogue["events_on_unknown_items"]:
         facts.append(
             f"left out   {catalogue['events_on_unknown_items']:,} events on items that the "
-            "checkpoint lacks"
+            "checkpoint lacks, of the whole split"
         )
     if "sample" in report:
         sample = report["sample"]

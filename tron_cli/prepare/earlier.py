@@ -44,7 +44,7 @@ class Earlier:
             known, found = (", ".join(map(str, ids[:3])) for ids in (self.item_ids, item_ids))
             raise InputError(
                 f"--catalogue {self.given} has none of the {len(item_ids):,} items of the source: "
-                f"its ids are like {known}, the source's like {found}; name the data set or "
+                f"its ids are like {known}, the source's like {found}; name the dataset or "
                 "checkpoint of the same items"
             )
         return numbers
@@ -54,7 +54,7 @@ class Earlier:
         is_kept = self.numbers(item_ids)[histories.items] > 0
         is_kept[histories.offsets[1:] - 1] = True
         kept = drop_events(histories, is_kept)
-        steps.record("unknown items", [kept], f"{self.lacks}; targets are looked at below")
+        steps.record("unknown items", [kept], f"before the last: {self.lacks}")
         return kept
 
 
