@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from tron_cli.baselines.session_knn import SessionKNN
 from tron_cli.baselines.session_popular import SessionPopular
 from tron_cli.dataset import Sessions
 from tron_cli.errors import InputError
+from tron_cli.registry import BASELINES
 
 NUM_ITEMS, LENGTH = 12, 4
 Rows = Sequence[Sequence[int]]
@@ -317,3 +319,13 @@ def test_ease_ranks_by_the_sum_of_weights(
 def test_ease_refuses_a_catalogue_whose_matrix_would_not_fit() -> None:
     with pytest.raises(InputError, match=r"1,855,603 items would need 55,092 GB.*session_knn"):
         EASE(num_items=1_855_603, sequence_length=50, ease_l2=1.0)
+
+
+def test_what_ease_advises_exists(command: Callable[..., tuple[int, str, str]]) -> None:
+    with pytest.raises(InputError) as error:
+        EASE(num_items=20_001, sequence_length=50, ease_l2=1.0)
+    advice = re.search(r"model=(\w+), or .*`tron (.+) (--[\w-]+)`", str(error.value))
+    assert advice is not None
+    assert advice[1] in BASELINES
+    code, help_text, _ = command(*advice[2].split(), "--help")
+    assert (code, f"{advice[3]} <" in help_text) == (0, True)

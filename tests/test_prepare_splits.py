@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,25 @@ def test_inputs_that_make_no_sense(
     with pytest.raises(InputError, match=problem):
         prepare_table(arrange(files), USER, tmp_path, "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_subfolder_is_refused(
+    tmp_path: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = parts_of(rows, tmp_path / "parts")
+    locked = tmp_path / "parts" / "locked"
+    locked.mkdir()
+    files[3].rename(locked / "part-3.csv")
+    scandir = os.scandir
+
+    def refuse(place: Any) -> Any:
+        if Path(place) == locked:
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"--input .*locked cannot be read: Permission denied"):
+        prepare_table(tmp_path / "parts", USER, tmp_path, "out")
 
 
 def linked(file: Path) -> Path:

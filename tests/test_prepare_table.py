@@ -944,6 +944,13 @@ def test_a_json_array_is_named_in_a_short_sentence(tmp_path: Path) -> None:
             prepare_table(file, SESSION, tmp_path, "out", skip_bad_lines=True)
 
 
+def test_objects_of_json_over_several_lines_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(json.dumps(row, indent=2) for row in few([1, 2, 3]).to_dicts()))
+    with pytest.raises(InputError, match=r"a\.jsonl has objects of several lines: .* as jq -c"):
+        prepare_table(file, SESSION, tmp_path, "out")
+
+
 def test_columns_of_json_are_found_as_those_of_csv(tmp_path: Path) -> None:
     frame = few([1, 2, 3]).select(
         pl.col("user").alias("sessionId"), pl.col("item").alias("item_id:token"), pl.col("time")

@@ -36,8 +36,8 @@ class EASE(Baseline):
         if num_items > MOST_ITEMS:
             raise InputError(
                 f"model=ease inverts a matrix of items x items, and {num_items:,} items would need "
-                f"{16 * num_items**2 / 1e9:,.0f} GB; it takes up to {MOST_ITEMS:,} items: prepare "
-                "the dataset with a larger --min-item-count, or take model=session_knn"
+                f"{16 * num_items**2 / 1e9:,.0f} GB; it takes up to {MOST_ITEMS:,} items: take "
+                "model=session_knn, or fewer items by `tron prepare table --min-item-count`"
             )
         self.l2 = ease_l2
 

@@ -194,6 +194,10 @@ def read_json_lines(
             raise InputError(
                 f"{file} is a JSON array: expected one object per line, such as jq -c '.[]' writes"
             )
+        if not found and re.match(rb"\s*\{\s*\n", records.block):
+            raise InputError(
+                f"{file} has objects of several lines: expected one a line, as jq -c . writes"
+            )
         keys = keys or _json_keys(file, records.block, wanted)
         parse = _JsonParser(dict(zip(keys, wanted, strict=True)), ids)
         for frame, lines in _parse(file, records, parse, bad):
