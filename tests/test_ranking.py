@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -329,6 +331,34 @@ def test_a_kernel_that_runs_out_of_memory_is_no_kernel_that_does_not_compile(
     with pytest.raises(torch.OutOfMemoryError):
         Catalogue(torch.ones(4, 2)).ranks(torch.ones(1, 2), torch.tensor([1]))
     assert not rank_kernel._has_failed
+
+
+def test_the_kernels_run_on_the_card_that_holds_the_table(
+    broken_kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton launches them on the current one, from which the table's memory cannot be read."""
+    current: list[torch.Tensor] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        current.append(tensor)
+        yield
+        current.pop()
+
+    class Kernel(BrokenKernel):
+        def compare(self, hidden: torch.Tensor, score: torch.Tensor) -> Any:
+            assert current[-1].data_ptr() == self._table.data_ptr()
+            raise torch.OutOfMemoryError("as far as it should come")
+
+        def pair_scores(self, hidden: torch.Tensor, event: torch.Tensor, item: torch.Tensor) -> Any:
+            assert current[-1].data_ptr() == self._table.data_ptr()
+            return super().pair_scores(hidden, event, item)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(rank_kernel, "CoarseTable", Kernel)
+    monkeypatch.setattr(BrokenKernel, "scores_first", True)
+    with pytest.raises(torch.OutOfMemoryError, match="as far"):
+        Catalogue(torch.ones(4, 2)).ranks(torch.ones(1, 2), torch.tensor([1]))
 
 
 def test_which_cards_the_kernels_are_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,8 @@ class Catalogue:
         if self._kernel is None:
             return None
         try:
-            return compute(self._kernel)
+            with torch.cuda.device_of(self.table):
+                return compute(self._kernel)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
