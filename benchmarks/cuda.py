@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import gc
 import json
 import subprocess
 import sys
@@ -265,7 +266,7 @@ def measure_evaluation(
     from tron_cli.evaluate import predict
 
     usable = rank_kernel.usable
-    found: dict[str, Any] = {"kernel_usable": usable(device)}
+    found: dict[str, Any] = {}
     ranks = {}
     small = Sessions(sessions.items, sessions.offsets[:65])
     sides = {"kernel": usable, "chunks": lambda device: False}
@@ -287,6 +288,7 @@ def measure_evaluation(
             }
     finally:
         rank_kernel.usable = usable
+    found["kernel_usable"] = usable(device)  # which it is no more after it failed
     found["ranks_differ"] = int((ranks["kernel"] != ranks["chunks"]).sum())
     return found
 
@@ -370,6 +372,7 @@ def measure_all(
         if made and not place:
             parts_of_the_first()
         made.clear()
+        gc.collect()  # steps refer to themselves
         if on_gpu:
             torch.cuda.empty_cache()
         if place == 1:

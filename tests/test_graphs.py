@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import cuda
-from tron_cli import logits, products
+from tron_cli import logits, products, rank_kernel
 from tron_cli import train as training
 from tron_cli.batches import Batch, prepared_ahead, training_batch
 from tron_cli.config import ExperimentConfig
@@ -675,6 +676,49 @@ def test_every_part_of_the_cuda_benchmark_runs(tmp_path: Path) -> None:
         written["reference"]["step_float32_ms"] / written["graphs, bf16, row_adam"]["step_ms"]
     )
     assert written["summary"]["float32: largest difference of 4 losses"] == 0.0
+
+
+def test_a_variant_is_measured_without_the_memory_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and moments of OTTO's size, which would stay until the garbage is collected."""
+    made: list[Any] = []
+
+    class Watched(cuda.Steps):
+        def __init__(self, *of: Any, **more: Any) -> None:
+            assert [steps() for steps in made] == [None] * len(made)
+            made.append(weakref.ref(self))
+            super().__init__(*of, **more)
+
+    monkeypatch.setattr(cuda, "Steps", Watched)
+    config = settings(sequence_length=20, train_batch_size=16)
+    report = cuda.Report(tmp_path / "cuda.json", 5, {})
+    cuda.measure_all(
+        report, config, CPU, num_items=ITEMS, num_sessions=60, steps=2, evaluated_sessions=20
+    )
+    assert len(made) == len(cuda.VARIANTS)
+    parts = json.loads((tmp_path / "cuda.json").read_text())
+    assert not [name for name, part in parts.items() if "error" in part]
+
+
+def test_ranks_that_the_kernel_did_not_compute_are_not_reported_as_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where Triton fails, the chunks do it."""
+
+    class Fails:
+        def __init__(self, table: torch.Tensor) -> None: ...
+
+        def pair_scores(self, *of: Any) -> Any:
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(rank_kernel, "_has_failed", False)
+    monkeypatch.setattr(rank_kernel, "CoarseTable", Fails)
+    monkeypatch.setattr(rank_kernel, "usable", lambda device: not rank_kernel._has_failed)
+    model = build(settings())[0].float()
+    found = cuda.measure_evaluation(model, some_sessions(), CPU, batch_size=8)
+    assert found["kernel_usable"] is False
+    assert found["ranks_differ"] == 0
 
 
 def test_a_part_that_fails_is_reported_and_none_begins_when_time_is_over(tmp_path: Path) -> None:
