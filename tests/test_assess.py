@@ -320,7 +320,10 @@ def test_the_error_with_lost_events_as_misses_is_clustered_by_the_sessions_that_
         np.sqrt(groups / (groups - 1) * squares) / count
     )
     lost_file = data.path / "test" / "lost_predictions.npy"
-    lost_file.unlink()  # as earlier versions prepared it
+    lost_file.unlink()
+    with pytest.raises(InputError, match=r"lost_predictions\.npy of the test split .* is damaged"):
+        assess(checkpoint, data, options, CPU)
+    del data.split_info("test")["files"]  # as earlier versions prepared it
     older = assess(checkpoint, data, options, CPU)
     assert older["metrics"]["RR@5"] == {**figure, "stderr_with_lost_as_misses": None}
     assert "for its error, prepare the dataset again" in evaluation_text(older)

@@ -16,6 +16,7 @@ import tron_cli.dataset
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Dataset, DatasetWriter, Sessions
+from tron_cli.fit import fit
 from tron_cli.train import train
 
 Command = Callable[..., tuple[int, str, str]]
@@ -164,8 +165,53 @@ def test_check_says_what_is_sound_and_names_every_fault(shop: Dataset, command: 
     found = json.loads(out)
     assert [part["name"] for part in found["parts"] if part["fault"]] == ["train", "val"]
     assert [f"tron: {fault}" for fault in found["faults"]] == err.splitlines()
-    assert "times of the train split" in err
-    assert "session ids of the val split" in err
+    assert "times.npy of the train split" in err
+    assert "session_ids.npy of the val split" in err
+
+
+def put_byte(file: str, place: int, value: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        content = bytearray((path / file).read_bytes())
+        content[place] = value
+        (path / file).write_bytes(content)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    {
+        "another id": put_byte("test/session_ids.txt", 0, ord("x")),
+        "an id that is no text": put_byte("test/session_ids.txt", 0, 0xFF),
+        "ids cut elsewhere": change("test/session_ids_offsets.npy", put(3, 7)),
+        "ids that are gone": lambda path: (path / "test" / "session_ids_offsets.npy").unlink(),
+        "another user": change("test/user_ids.npy", put(3, 7)),
+        "other losses": change("test/lost_predictions.npy", lambda lost: lost[::-1]),
+    }.items(),
+    ids=lambda damage: damage[0],
+)
+def test_damaged_ids_never_come_out_in_files(
+    damage: tuple[str, Callable[[Path], None]], tmp_path: Path, command: Command
+) -> None:
+    rows = random_sessions(np.random.default_rng(3), 30, 20)
+    items, offsets = np.concatenate(rows).astype(np.int32), np.cumsum([0, *map(len, rows)])
+    ids = np.array([f"visit {number}" for number in range(30)], object)
+    with DatasetWriter(tmp_path / "tiny") as writer:
+        writer.write_items(np.arange(101, 121))
+        lost = np.arange(30)
+        for split in ("train", "val", "test"):
+            sessions = Sessions(items, offsets, None, ids, np.arange(30))
+            writer.write_split(split, [sessions], lost_predictions=lost)
+        data = writer.finish(name="tiny", protocol="every-step")
+    config = ExperimentConfig(**tiny_settings(model="popular"))
+    best = fit(config, data, tmp_path / "run")
+    damage[1](data.path)
+    files = {name: tmp_path / f"out.{name}" for name in ("run", "qrels")}
+    words = [word for name, file in files.items() for word in (f"--{name}", file)]
+    for asked in (["evaluate", best, *words, "--full-sessions"], ["check", "tiny"]):
+        code, _, err = command(*asked, "--data-dir", tmp_path)
+        assert (code, "prepare it again" in err) == (2, True), err
+    assert not any(file.exists() for file in files.values())
 
 
 def test_check_finds_items_that_are_named_twice(tmp_path: Path, command: Command) -> None:

@@ -255,5 +255,5 @@ def test_ids_that_do_not_fit_the_split_are_damage(tmp_path: Path) -> None:
     raw.write_text("".join(f"{user} {item}\n" for user in (9, 4) for item in (1, 2, 3, 2)))
     dataset = prepare_ml1m(raw, tmp_path)
     shutil.copy(dataset.path / "item_ids.npy", dataset.path / "test" / "user_ids.npy")
-    with pytest.raises(InputError, match=r"user ids of the test split .* damaged"):
+    with pytest.raises(InputError, match=r"user_ids.npy of the test split .* damaged"):
         dataset.user_ids("test")

@@ -71,14 +71,7 @@ def _check_item_ids(data: Dataset) -> str:
 
 def _check_split(data: Dataset, name: str) -> str:
     sessions = data.checked_split(name, fully=True)
-    info = data.split_info(name)
-    if sessions.times is not None and len(sessions.times):
-        span = (int(sessions.times.min()), int(sessions.times.max()))
-        if span != (info.get("first_time"), info.get("last_time")):
-            raise InputError(
-                f"the times of the {name} split of {data.path} are not those that were prepared; "
-                "prepare it again"
-            )
+    data.check_files(name, fully=True)
     data.session_ids(name)
     data.user_ids(name)
     data.lost_of_sessions(name)

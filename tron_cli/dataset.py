@@ -40,6 +40,7 @@ from tron_cli.integrity import (
     flaw_of_contents,
     flaw_of_description,
     flaw_of_ends,
+    sha256_of_file,
 )
 
 FORMAT_VERSION = 1
@@ -217,6 +218,24 @@ class Dataset:
         """Map the original id of each session's user, as `session_ids`; None where unknown."""
         return self._ids_of(split, "user_ids")
 
+    def check_files(self, split: str, kind: str = "", *, fully: bool = False) -> None:
+        """Compare a split's files whose names begin with `kind` with their fingerprints.
+
+        Of large ones only if `fully`. Items and offsets are not among them: see `checked_split`.
+        A dataset that an earlier version prepared has none.
+        """
+        for name, expected in self.split_info(split).get("files", {}).items():
+            if not name.startswith(kind):
+                continue
+            file = self.path / split / name
+            try:
+                is_read = fully or file.stat().st_size <= FINGERPRINTED_BYTES
+                is_sound = not is_read or sha256_of_file(file) == expected
+            except OSError as error:
+                raise self._damaged(f"{name} of the {split} split", error) from error
+            if not is_sound:
+                raise self._damaged(f"{name} of the {split} split", "it is not what was prepared")
+
     def lost_of_sessions(self, split: str) -> np.ndarray | None:
         """Return how many predictions of the dataset's protocol each session lost in preparation.
 
@@ -226,6 +245,7 @@ class Dataset:
         counts = self.split_info(split)
         file = self.path / split / "lost_predictions.npy"
         sessions, total = counts["sessions"], counts["lost_predictions"]
+        self.check_files(split, file.name)
         if not file.exists():
             if self.protocol == "last-item":  # a history has one prediction
                 return np.repeat(np.array([0, 1], np.int32), [sessions, total])
@@ -243,6 +263,7 @@ class Dataset:
         numbers, offsets = folder / f"{kind}.npy", folder / f"{kind}_offsets.npy"
         what = f"the list of {kind.replace('_', ' ')} of the {split} split"
         ids: np.ndarray | TextIds
+        self.check_files(split, kind)
         try:
             if numbers.exists():
                 ids = _map(numbers, np.int64)
@@ -376,6 +397,7 @@ class DatasetWriter:
             _with_header(times_file, folder / "times.npy", np.dtype(np.int64))
         else:
             times_file.unlink()
+        others = {file.name for file in folder.iterdir()} - {"items.npy", "offsets.npy"}
         self._splits[name] = {
             "sessions": len(length),
             "events": int(offsets[-1]),
@@ -384,6 +406,7 @@ class DatasetWriter:
             "max_length": int(length.max()) if len(length) else None,
             "repeated_events": repeated_events,  # show the item of the event before
             "fingerprint": digest.hexdigest(),
+            "files": {other: sha256_of_file(folder / other) for other in sorted(others)},
             **({"first_time": span[0], "last_time": span[1]} if span else {}),
             "unseen_events": unseen_events,
             "lost_predictions": int(np.sum(lost_predictions)),

@@ -6,6 +6,7 @@ Each function returns the first flaw in a few words, or None.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ def flaw_of_description(info: dict[str, Any]) -> str | None:
                 return f"{name} of the {split} split is {counts.get(name)!r}, not a count"
         if not isinstance(counts.get("fingerprint"), str):
             return f"the fingerprint of the {split} split is missing"
+        if not isinstance(counts.get("files", {}), dict):
+            return f"files of the {split} split is {counts['files']!r}, not their fingerprints"
     return None
 
 
@@ -67,6 +70,15 @@ def fingerprint(*arrays: np.ndarray) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, read a few megabytes at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
     return digest.hexdigest()
 
 

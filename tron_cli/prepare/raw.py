@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 import re
 import stat
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tron_cli.errors import InputError
+from tron_cli.integrity import sha256_of_file
 from tron_cli.prepare.archive import is_archive, unpack
 from tron_cli.prepare.download import download
 
@@ -266,9 +266,5 @@ def _check_text(path: Path, start: bytes) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What dataset.json records of a source file: {"file", "bytes", "sha256"}, as it lies there."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    """Return what dataset.json records of a source file as it lies there: name, size, SHA-256."""
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
