@@ -43,7 +43,7 @@ def measure(num_items: int, repeats: int) -> list[dict[str, Any]]:
                 metrics={},
                 dataset=identity,
                 item_ids=item_ids,
-                training={"optimizer": optimizer.state_dict()},
+                training={"optimizer": optimizer.state_dict(), "scaler": {}, "progress": {}},
             )
 
         def load() -> None:
