@@ -242,8 +242,10 @@ class _JsonParser:
         frame = pl.read_ndjson(text, schema=dict.fromkeys(self.names, pl.String()))
         frame.columns = list(self.names.values())
         lines: list[bytes] = []
+        has_escaped_key = _ESCAPED_KEY.search(text) is not None
         for key, name in self.names.items():
-            self._check_once(text, key, len(frame))
+            if has_escaped_key or text.count(f'"{key}"'.encode()) > len(frame):
+                self._check_once(text, key)
             if name in self.ids:
                 for row in frame[name].str.contains(_DOUBTFUL).arg_true():
                     lines = lines or text.split(b"\n")
@@ -252,17 +254,14 @@ class _JsonParser:
                         frame[row, name] = NOT_TEXT + str(value)
         return frame
 
-    def _check_once(self, text: bytes, key: str, lines: int) -> None:
+    def _check_once(self, text: bytes, key: str) -> None:
         """Raise ComputeError where a key stands twice in an object: polars takes the first."""
 
         def once(pairs: list[tuple[str, Any]]) -> bool:
             return sum(name == key for name, _ in pairs) == 1
 
-        written = f'"{key}"'.encode()
-        if text.count(written) <= lines and not _ESCAPED_KEY.search(text):
-            return
         for line in text.split(b"\n"):
-            is_doubtful = line.count(written) > 1 or _ESCAPED_KEY.search(line)
+            is_doubtful = line.count(f'"{key}"'.encode()) > 1 or _ESCAPED_KEY.search(line)
             # The outermost object comes last.
             if is_doubtful and not _from_json(line, object_pairs_hook=once):
                 raise pl.exceptions.ComputeError(f"the key {key!r} stands more than once")
