@@ -85,8 +85,9 @@ def test_without_a_number_the_current_device_stays(two_cards: list[Any], name: s
     assert [what for what, _ in two_cards] == ["zeros"]
 
 
-@pytest.mark.parametrize("name", ["cuda:2", "cuda:7"])
+@pytest.mark.parametrize("name", ["cuda:2", "cuda:7", "cuda:128", "cuda:256"])
 def test_a_device_that_does_not_exist_is_refused(two_cards: list[Any], name: str) -> None:
+    """torch.device has eight bits for the number: it takes cuda:256 for cuda:0."""
     with pytest.raises(InputError) as error:
         cli._device(name)
     assert str(error.value) == f"--device {name} does not exist here; there is cuda:0, cuda:1"

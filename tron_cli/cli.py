@@ -578,16 +578,17 @@ def training_device(name: str, config_name: str | None) -> torch.device:
 def _device(name: str) -> torch.device:
     import torch
 
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+    match = re.fullmatch(r"auto|cpu|cuda(?::(\d{1,9}))?", name)
+    if not match:
         raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     chosen = name
     if name == "auto":
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(chosen)
-        if device.index is not None and torch.cuda.is_available():
+        if match[1] is not None and torch.cuda.is_available():
             count = torch.cuda.device_count()
-            if device.index >= count:
+            if int(match[1]) >= count:  # torch keeps eight bits of it: 256 would be 0
                 there = ", ".join(f"cuda:{index}" for index in range(count))
                 raise InputError(f"--device {name} does not exist here; there is {there}")
             # Graphs, streams and Triton's kernels are those of the current device.
