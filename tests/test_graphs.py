@@ -13,7 +13,9 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ from tron_cli.batches import Batch, prepared_ahead, training_batch
 from tron_cli.config import ExperimentConfig
 from tron_cli.dataset import Sessions
 from tron_cli.feed import build_feed
-from tron_cli.graphs import GraphedSteps
+from tron_cli.graphs import CUDARecorder, GraphedSteps
 from tron_cli.models import Model, build_model
 from tron_cli.negatives import Distribution, Negatives, sample_negatives
 from tron_cli.optim import Optimizer, build_optimizer
@@ -570,6 +572,70 @@ def test_training_goes_on_where_nothing_can_be_recorded(
     assert [record.getMessage() for record in caplog.records] == [
         "training goes on without CUDA graphs: operation not permitted"
     ]
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What a recorder asks of torch.cuda; `recording` is what the allocator has begun, if any."""
+    asked: list[tuple[Any, ...]] = []
+
+    class Generator:
+        def initial_seed(self) -> int:
+            return 7
+
+        def manual_seed(self, seed: int) -> Generator:
+            asked.append(("seed", seed))
+            return self
+
+        def graphsafe_get_state(self) -> str:
+            return "fresh"
+
+        def graphsafe_set_state(self, state: str) -> None:
+            asked.append(("state", state))
+
+    def ends(device: int, pool: str) -> None:
+        asked.append(("end", device, pool))
+        if ("invalidated",) not in asked:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    stream = SimpleNamespace(device=torch.device("cuda", 1))
+    for name, value in {
+        "Stream": lambda device: stream,
+        "stream": lambda stream: nullcontext(),
+        "graph_pool_handle": lambda: "pool",
+        "CUDAGraph": lambda: SimpleNamespace(replay="replay"),
+        "default_generators": (None, Generator()),
+        "graph": lambda graph, **options: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "Generator", lambda device: Generator())
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ends)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *of: asked.append(("release", *of)))
+    return asked
+
+
+@pytest.mark.parametrize("invalidated", [True, False])
+def test_a_recording_that_failed_leaves_the_allocator_and_the_generator_as_they_were(
+    fake_cuda: list[tuple[Any, ...]], invalidated: bool
+) -> None:
+    """Else torch keeps the memory of the recording, and frees no other where it runs out.
+
+    One that ran out of memory, which does not invalidate it, was ended by torch.
+    """
+
+    def work() -> None:
+        if invalidated:
+            fake_cuda.append(("invalidated",))
+        raise RuntimeError("operation not permitted")
+
+    recorder = CUDARecorder(torch.device("cuda"))
+    assert recorder.record(lambda: None) == "replay"
+    assert fake_cuda == []
+    with pytest.raises(RuntimeError, match="not permitted"):
+        recorder.record(work)
+    begun = [("invalidated",), ("end", 1, "pool"), ("release", 1, "pool")]
+    ended = [("end", 1, "pool")]
+    assert fake_cuda == (begun if invalidated else ended) + [("seed", 7), ("state", "fresh")]
 
 
 def test_a_failing_step_is_no_failing_recording() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,6 +64,11 @@ class CUDARecorder:
             with torch.cuda.stream(self._stream), recording:
                 work()
         except RuntimeError:
+            # Torch's allocator is still in a capture that was broken off: it would keep its memory,
+            # and free nothing else where memory runs out. If not, the first of these raises.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(device.index, self._memory)
+                torch._C._cuda_releasePool(device.index, self._memory)
             # A generator in a recording that failed serves nothing else: it gets another state.
             fresh = torch.Generator(device).manual_seed(seed)
             numbers.graphsafe_set_state(fresh.graphsafe_get_state())
