@@ -157,6 +157,8 @@ def test_a_baseline_is_not_resumed(command: Command, data_dir: Path) -> None:
     code, _, err = command("train", "--resume", run_dir, "--data-dir", data_dir)
     assert code == 2
     assert "baselines" in err
+    code, _, err = train(command, data_dir, *settings(model="popular"))
+    assert (code, "choose another --name" in err, "--resume" in err) == (2, True, False)
 
 
 def test_fitting_needs_training_sessions(tmp_path: Path) -> None:

@@ -295,6 +295,28 @@ def test_a_given_split_of_which_nothing_is_left_is_refused(tmp_path: Path, rows:
     assert "counted back" not in text
 
 
+def test_sessions_of_a_given_split_that_training_has_as_well_are_counted(
+    tmp_path: Path, rows: list[Row]
+) -> None:
+    files = given(tmp_path, rows)
+    text = summary_text(
+        prepare_table(files["train"], SESSION, tmp_path, "out", test=[files["test"]])
+    )
+    assert "as well" not in text
+    at_random = np.random.default_rng(2).random(len(rows)) < 0.1  # event by event: a leak
+    parts = [
+        write_csv(tmp_path / f"{side}.csv", [rows[at] for at in np.flatnonzero(at_random == side)])
+        for side in (False, True)
+    ]
+    dataset = prepare_table(parts[0], SESSION, tmp_path, "leak", test=[parts[1]], val_days=0)
+    train, test = (dataset.session_ids(split) for split in ("train", "test"))
+    assert train is not None
+    assert test is not None
+    both = set(train[np.arange(len(train))]) & set(test[np.arange(len(test))])
+    assert len(both) > 5
+    assert f"{len(both)} sessions of the table for test have ids" in summary_text(dataset)
+
+
 def test_rare_items_of_given_splits_are_those_of_training(tmp_path: Path) -> None:
     train = [(f"u{n}", item, START + n * DAY, "v") for n in range(5) for item in ("a", "b")]
     train += [("u9", "a", START, "v"), ("u9", "rare", START + 1, "v"), ("u9", "b", START + 2, "v")]

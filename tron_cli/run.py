@@ -2,7 +2,7 @@
 
     OUTPUT_DIR/RUN/
         config.json       the resolved configuration
-        metrics.jsonl     a line each log_every steps, and one each validation
+        metrics.jsonl     a line every 20 steps, and one for each validation
         train.log         log output
         METHOD-DATASET-step=...-R@20=....pt   the best weights by val_metric
         last.pt           the latest weights and all that resuming needs
@@ -61,9 +61,9 @@ def claimed(run_dir: Path, *, resume: bool = False, numbered: bool = False) -> I
         with locked(run_dir / LOCK, busy):
             held = sorted({entry.name for entry in run_dir.iterdir()} - _UNSAVED)
             if held and not resume:
+                cure = f", or go on with its run: --resume {run_dir}" if LAST in held else ""
                 raise InputError(
-                    f"{run_dir} is in use (it holds {held[0]}); choose another --name, or go on "
-                    f"with its run: --resume {run_dir}"
+                    f"{run_dir} is in use (it holds {held[0]}); choose another --name{cure}"
                 )
             yield run_dir
     finally:

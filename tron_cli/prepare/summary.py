@@ -141,6 +141,13 @@ def _notes(info: dict[str, Any]) -> list[str]:
             f"{duplicates:,} events are exact duplicates of another (same session, item and time); "
             "--drop-duplicates drops them."
         )
+    for split, shared in info.get("shared_sessions", {}).items():
+        if shared:
+            notes.append(
+                f"Warning: {shared:,} sessions of the table for {split} have ids that sessions of "
+                "earlier splits have as well. If they are the same sessions, a model is scored on "
+                "what it has seen: split whole sessions."
+            )
     options = info.get("options", {})
     is_counted_back = not options.get("test_from") and options.get("split") != "given"
     timed = [info["splits"][split] for split in SPLITS if "first_time" in info["splits"][split]]

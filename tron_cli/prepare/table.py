@@ -231,6 +231,7 @@ def prepare_table(
                 **asdict(cleaning),
             },
             duplicate_events=duplicates,
+            shared_sessions=_shared_sessions(splits) if test else {},
             files=all_files,
             steps=steps,
             bad=bad,
@@ -247,6 +248,16 @@ def _sessions(events: Events, columns: TableColumns, gap: int | None) -> Session
     if columns.session is None:  # neither pieces of a log nor whole histories have ids
         sessions = replace(sessions, session_ids=None)
     return sessions
+
+
+def _shared_sessions(splits: Splits) -> dict[str, int]:
+    """Count sessions of val and test with ids that sessions of earlier splits have as well."""
+    pairs = {"val": (splits.val, splits.train), "test": (splits.test, splits.period)}
+    return {
+        split: int(np.isin(later.session_ids, earlier.session_ids).sum())
+        for split, (later, earlier) in pairs.items()
+        if later.session_ids is not None and earlier.session_ids is not None
+    }
 
 
 def _checked_dates(
