@@ -33,7 +33,7 @@ log = logging.getLogger("tron")
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What `tron evaluate` was asked; None means the checkpoint's or the dataset's own."""
+    """Options of `tron evaluate`; None means the checkpoint's or the dataset's own."""
 
     split: str = "test"
     protocol: str | None = None
@@ -259,7 +259,7 @@ def sample_of(dataset: Dataset, options: EvaluationOptions) -> dict[str, int]:
 def left_out(
     dataset: Dataset, split: str, protocol: str, sessions: Sessions, events: int
 ) -> dict[str, int]:
-    """What `events` predicted events of the chosen sessions do not cover, by reason."""
+    """Count what `events` predicted events of the chosen sessions do not cover, by reason."""
     possible = int((sessions.lengths - 1).clip(min=0).sum())
     beyond_limit = len(dataset.split(split)) - len(sessions)
     # Counted for the dataset's own protocol, over the whole sessions of the whole split.

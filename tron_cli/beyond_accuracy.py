@@ -1,4 +1,4 @@
-"""What a recommender recommends, beside whether it is right: RecTools' beyond-accuracy figures.
+"""RecTools' beyond-accuracy figures: what a recommender recommends, beside whether it is right.
 
 Formulas: RecTools (github.com/MobileTeleSystems/RecTools), rectools/metrics. A "user" with a list
 there is a predicted event here, and a user of the previous interactions is a training session.
@@ -25,7 +25,7 @@ _PLACES_AT_ONCE = 1 << 20  # of the lists
 
 @dataclass(frozen=True)
 class ItemCounts:
-    """How often training shows each item.
+    """Counts of each item in training.
 
     events_I: int64 [I + 1], its events. sessions_I: int64 [I + 1], the sessions that hold it.
     num_sessions: sessions with an event.
@@ -92,7 +92,7 @@ def count_items(train: Sessions, num_items: int, *, progress: str | None = None)
 
 
 def check_cutoff(cutoff: int) -> None:
-    """Raises InputError where lists of this length are not made."""
+    """Raise InputError where lists of this length are not made."""
     if not 0 <= cutoff <= MAX_CUTOFF:
         raise InputError(f"--cutoff must be from 0 to {MAX_CUTOFF}, got {cutoff}")
 

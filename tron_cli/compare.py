@@ -224,7 +224,7 @@ def _numbers(checkpoint: Checkpoint, reference: Checkpoint) -> np.ndarray | None
 
 
 def check_choice(checkpoints: int, reference: int) -> None:
-    """Raises InputError where there is nothing to compare, or not with this one (from 1)."""
+    """Raise InputError where there is nothing to compare, or not with this one (from 1)."""
     if checkpoints < 2:
         raise InputError(f"expected two checkpoints or more to compare, got {checkpoints}")
     if not 1 <= reference <= checkpoints:
@@ -254,7 +254,7 @@ def short_labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _name(path: Path, above: int) -> str:
-    """With the names of so many folders above it before it."""
+    """Name of a checkpoint's run or file, behind those of `above` folders above it."""
     named = path.parent if (path.parent / "config.json").exists() else path.with_suffix("")
     return "/".join(named.absolute().parts[1:][-1 - above :])
 
@@ -297,7 +297,7 @@ def _filter_rated(checkpoints: Sequence[Checkpoint], options: EvaluationOptions)
 def _differences(
     predictions: Predictions, of_reference: Predictions, values_of: dict[str, np.ndarray]
 ) -> dict[str, dict[str, Any]]:
-    """Of each measure, from its values by rank; ranks beyond them are misses."""
+    """Paired difference of each measure, from its values by rank; ranks beyond them are misses."""
     # Pairs are by place: it must be the same event.
     assert np.array_equal(predictions.session_E, of_reference.session_E)
     assert np.array_equal(predictions.event_E, of_reference.event_E)

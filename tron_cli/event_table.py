@@ -47,7 +47,7 @@ def write_event_table(
 
 
 def _series(name: str, values: np.ndarray) -> polars.Series:
-    """Text where ids are text: polars would keep an array of objects as it is."""
+    """Make a column, of text where ids are text: polars would keep an array of objects as it is."""
     if values.dtype == object:
         return polars.Series(name, values.tolist(), dtype=polars.String)
     return polars.Series(name, values)

@@ -1,4 +1,4 @@
-"""Which events of a split are predicted, and from which history each.
+"""The events of a split that are predicted, and the history of each.
 
 Shapes: E predicted events, P (event, item of its history) or other (row, item) pairs.
 """

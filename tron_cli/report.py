@@ -1,4 +1,4 @@
-"""Neat text tables for the terminal."""
+"""Text tables for the terminal."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _slices_table(kind: str, slices: Sequence[dict[str, Any]]) -> str:
 
 
 def _facts(report: dict[str, Any], lost_note: str) -> list[str]:
-    """What the figures of a report were taken over, a line each."""
+    """Facts that the figures of a report rest on, a line each."""
     left_out = report["left_out"]
     facts = [
         f"protocol   {report['protocol']}, {report['split']} split of {report['dataset']}",

@@ -36,7 +36,7 @@ class _Member:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is a zip or 7z archive, by its first bytes."""
+    """Return whether a file is a zip or 7z archive, by its first bytes."""
     with path.open("rb") as file:
         start = file.read(6)
     return start.startswith(ZIP_MAGIC) or start == SEVEN_ZIP_MAGIC

@@ -1,4 +1,4 @@
-"""What Yoochoose and Diginetica share: TRON's way from a log of clicks to a split by time."""
+"""TRON's way from a log of clicks to a split by time, shared by Yoochoose and Diginetica."""
 
 from __future__ import annotations
 

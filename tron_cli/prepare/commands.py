@@ -58,7 +58,7 @@ SEED = 42
 
 
 class TableSplit(str, Enum):
-    """How a table is split."""
+    """Ways to split a table."""
 
     time = "time"
     leave_one_out = "leave-one-out"

@@ -223,7 +223,7 @@ def take_where(sessions: Sessions, keep: np.ndarray) -> Sessions:
 
 
 def drop_events(sessions: Sessions, keep: np.ndarray) -> Sessions:
-    """Only the events where `keep` (bool [E]) holds; sessions may be left short, or empty."""
+    """Keep the events where `keep` (bool [E]) holds; sessions may be left short, or empty."""
     if keep.all():
         return sessions
     kept_before = np.zeros(len(keep) + 1, np.int64)

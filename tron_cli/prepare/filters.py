@@ -12,12 +12,12 @@ from tron_cli.prepare.events import drop_events, take_where
 
 
 def drop_short(sessions: Sessions, min_length: int) -> Sessions:
-    """Without the sessions of fewer than `min_length` events."""
+    """Drop the sessions of fewer than `min_length` events."""
     return take_where(sessions, sessions.lengths >= min_length)
 
 
 def drop_rare_items(parts: list[Sessions], min_count: int) -> list[Sessions]:
-    """Without the events of items that occur fewer than `min_count` times in all the parts."""
+    """Drop the events of items that occur fewer than `min_count` times in all the parts."""
     support = np.bincount(np.concatenate([part.items for part in parts]))
     return [drop_events(part, (support >= min_count)[part.items]) for part in parts]
 
@@ -39,7 +39,7 @@ def are_duplicates(sessions: Sessions) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What a log loses before the filters, in this order.
+    """Kinds of events and sessions that a log loses before the filters, in this order.
 
     drop_duplicates: further events of the same session, item and time. collapse_repeats: events
     with the item of the event before. max_session_length: sessions with more events than this are
@@ -83,7 +83,7 @@ class Steps:
     def count(
         self, step: str, sessions: int | None, events: int, items: int | None, why: str
     ) -> None:
-        """The same from counts alone; None where a count is not known at this step."""
+        """Note the counts after `step`; None where a count is not known."""
         before: dict[str, Any] = (
             self.entries[-1] if self.entries else {"sessions": sessions, "events": events}
         )
@@ -111,7 +111,7 @@ class Steps:
 def apply_filters(
     parts: list[Sessions], steps: Steps, *, min_session_length: int, min_item_count: int
 ) -> list[Sessions]:
-    """Short sessions, rare items, short sessions again: each once, in this order, as TRON does.
+    """Drop short sessions, rare items, short sessions again: once each, in TRON's order.
 
     Of several parts the last one tests: it has no say in which items are rare, and keeps them.
     """

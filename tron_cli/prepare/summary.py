@@ -1,4 +1,4 @@
-"""What `tron prepare` prints at its end, from dataset.json alone."""
+"""Tables that `tron prepare` prints at its end, from dataset.json alone."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def summary_text(dataset: Dataset) -> str:
 
 
 def agrees(value: int, published: str) -> bool:
-    """Whether a published figure (such as 12.9M) is the value, rounded or cut off."""
+    """Return whether a published figure (such as 12.9M) is the value, rounded or cut off."""
     number = published.replace(",", "")
     scale = _SCALE.get(number[-1], 1)
     digits = number.rstrip("kM")
@@ -105,7 +105,7 @@ def _splits_table(splits: dict[str, dict[str, Any]]) -> str:
 
 
 def _repeats(split: dict[str, Any]) -> float | None:
-    """Of the events that have one before them in their session, the share that repeat its item."""
+    """Share of the events behind another of their session that repeat its item."""
     followers = split["events"] - split["sessions"]
     if "repeated_events" not in split or not followers:
         return None

@@ -247,7 +247,7 @@ def _drop_unknown_items(
 def _drop_unknown_targets(
     splits: Splits, known: np.ndarray, steps: Steps, earlier: Earlier | None
 ) -> tuple[Splits, Counts]:
-    """Likewise where only the last item of a history can be unknown."""
+    """Drop histories whose last item is unknown: no other can be."""
     test = splits.test
     is_known = known[test.items[test.offsets[1:] - 1]]
     kept = take_where(test, is_known)
@@ -267,7 +267,7 @@ def _ids(keys: IdKeys | None, of_sessions: np.ndarray | None) -> np.ndarray | No
 
 
 def _story(steps: Steps) -> str:
-    """How many sessions came, and the steps that dropped some of them."""
+    """Say how many sessions came, and which steps dropped some of them."""
     # Before the kinds of events are chosen, sessions are not known.
     known = [step for step in steps.entries if step["sessions"] is not None]
     drops = [
