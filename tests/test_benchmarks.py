@@ -13,7 +13,7 @@ from conftest import pack_sessions
 from test_model import PaddedReference, build_pair, make_config
 
 from benchmarks import __main__ as bench
-from benchmarks import pairs, same_accuracy, startup
+from benchmarks import machine, pairs, same_accuracy, startup
 from benchmarks.generated import LENGTHS, Lengths, draw_items, fill, generate_sessions
 from benchmarks.measure import Work, figure, in_turns, table
 from benchmarks.reference import CUTOFFS, PaddedBatch, PlainGSASRec, PlainTron
@@ -346,3 +346,10 @@ def test_means_over_seeds_are_compared_with_the_standard_error_of_their_differen
     assert figure["standard_error"] == pytest.approx((0.02 / 2 + 0.04 / 3) ** 0.5)
     assert [figure["mean_before"], figure["mean_after"]] == pytest.approx([0.3, 0.3])
     assert "0.1528" in capsys.readouterr().out
+
+
+def test_a_machine_without_git_measures_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.circumstances()["commit"] == "unknown"
