@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import circumstances
-from tron_cli.products import row_products
+from tron_cli.ops.products import row_products
 from tron_cli.report import format_table
 
 SIDE = 2048  # of the square matrices: large enough for every library's best rate

@@ -18,8 +18,8 @@ import torch
 from benchmarks.measure import Work, figure, in_turns, parser, report
 from benchmarks.training_step import settings
 from tron_cli.checkpoint import load_checkpoint, save_checkpoint
-from tron_cli.models import build_model
-from tron_cli.optim import build_optimizer
+from tron_cli.models.base import build_model
+from tron_cli.training.optim import build_optimizer
 
 ITEMS = (50_000, 1_855_603)
 

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from benchmarks.machine import ROOT, resident_bytes
 from benchmarks.measure import REFERENCE, Work, figure, in_turns, parser, report
-from tron_cli.cross_entropy import ce
-from tron_cli.scalable_cross_entropy import sce
+from tron_cli.losses.cross_entropy import ce
+from tron_cli.losses.scalable_cross_entropy import sce
 
 # Yoochoose 1/64's and Diginetica's catalogues, and a larger one.
 ITEMS = (17_376, 43_097, 200_000)

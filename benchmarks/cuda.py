@@ -34,7 +34,7 @@ import torch
 from benchmarks.generated import LENGTHS, generate_sessions
 from benchmarks.machine import ROOT, circumstances
 from tron_cli.config import ExperimentConfig
-from tron_cli.dataset import Sessions
+from tron_cli.data.dataset import Sessions
 
 OTTO_SESSIONS = 12_900_000
 OTTO_TEST_EVENTS = 10_700_000
@@ -51,7 +51,7 @@ _COMPARED = 50  # losses
 
 
 def stand_in_for_missing_packages() -> None:
-    """Let tron_cli.train be imported where ir-measures is not installed: no measure is computed."""
+    """Let the loop be imported where ir-measures is not installed: no measure is computed."""
     try:
         import ir_measures  # noqa: F401
     except ImportError:
@@ -86,12 +86,12 @@ class Steps:
         *,
         graphs: bool,
     ) -> None:
-        from tron_cli import train
-        from tron_cli.feed import WholeSessions
-        from tron_cli.graphs import CUDARecorder, GraphedSteps
-        from tron_cli.models import build_model
-        from tron_cli.negatives import Distribution
-        from tron_cli.optim import build_optimizer
+        from tron_cli.models.base import build_model
+        from tron_cli.sampling.negatives import Distribution
+        from tron_cli.training import loop as train
+        from tron_cli.training.feed import WholeSessions
+        from tron_cli.training.graphs import CUDARecorder, GraphedSteps
+        from tron_cli.training.optim import build_optimizer
 
         self._config, self._seed = config, train._seed
         self._feed = WholeSessions(config, sessions, padded=True)
@@ -119,7 +119,7 @@ class Steps:
 
     def run(self, count: int) -> float:
         """Seconds that `count` steps take."""
-        from tron_cli.batches import prepared_ahead
+        from tron_cli.data.batches import prepared_ahead
 
         loss_sum = torch.zeros((), device=self.device)
         steps = range(self._next, self._next + count)
@@ -262,8 +262,8 @@ def measure_evaluation(
     model: Any, sessions: Sessions, device: torch.device, batch_size: int
 ) -> dict[str, Any]:
     """Ranks of all events of `sessions` by the kernel and in chunks; seconds for OTTO's test."""
-    from tron_cli import rank_kernel
-    from tron_cli.evaluate import predict
+    from tron_cli.evaluation.predict import predict
+    from tron_cli.ops import rank_kernel
 
     usable = rank_kernel.usable
     found: dict[str, Any] = {}

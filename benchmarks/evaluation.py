@@ -21,9 +21,9 @@ from benchmarks.measure import Work, figure, in_turns, parser, report
 from benchmarks.training_step import plain, settings
 from benchmarks.work import network_flop
 from tron_cli.config import ExperimentConfig
-from tron_cli.dataset import Sessions
-from tron_cli.evaluate import predict
-from tron_cli.models import build_model
+from tron_cli.data.dataset import Sessions
+from tron_cli.evaluation.predict import predict
+from tron_cli.models.base import build_model
 
 ITEMS = (3_416, 50_000, 500_000, 1_855_603)
 

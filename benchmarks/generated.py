@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tron_cli.dataset import Sessions
+from tron_cli.data.dataset import Sessions
 
 _BLOCK = 1 << 18  # sessions generated at a time
 

@@ -16,9 +16,9 @@ from benchmarks.generated import LENGTHS, generate_sessions
 from benchmarks.measure import in_turns, parser
 from benchmarks.ours import training_step
 from benchmarks.training_step import settings
-from tron_cli.batches import training_batch
-from tron_cli.optim import faster_adam
+from tron_cli.data.batches import training_batch
 from tron_cli.report import format_table
+from tron_cli.training.optim import faster_adam
 
 ITEMS = (10_000, 20_000, 40_000, 80_000, 160_000)
 _ONE = {"num_batch_negatives": 0, "topk_sampling": False, "sampling_style": "eventwise"}

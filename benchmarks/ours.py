@@ -8,13 +8,13 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from tron_cli.batches import training_batch
 from tron_cli.config import ExperimentConfig
-from tron_cli.dataset import Sessions
-from tron_cli.models import build_model
-from tron_cli.negatives import Distribution
-from tron_cli.optim import build_optimizer
-from tron_cli.train import training_loss
+from tron_cli.data.batches import training_batch
+from tron_cli.data.dataset import Sessions
+from tron_cli.models.base import build_model
+from tron_cli.sampling.negatives import Distribution
+from tron_cli.training.loop import training_loss
+from tron_cli.training.optim import build_optimizer
 
 
 def training_step(

@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.generated import LENGTHS, generate_sessions
 from benchmarks.machine import ROOT, circumstances
 from benchmarks.measure import parser
-from tron_cli.dataset import DatasetWriter, Sessions
+from tron_cli.data.dataset import DatasetWriter, Sessions
 from tron_cli.report import format_table
 
 POLICIES = (

@@ -129,7 +129,7 @@ def _cpu() -> float:
 
 def measure_prepare(raw: Path, data_dir: Path) -> None:
     """Run prepare once in this process and print its figures (see `prepare_once`)."""
-    from tron_cli.prepare.otto import prepare_otto
+    from tron_cli.prepare.sources.otto import prepare_otto
 
     taken = timed(prepare_otto, raw, data_dir)
     print(json.dumps({**taken, "peak_memory_mb": _peak_memory_mb()}))

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tron_cli.dataset import Sessions
+from tron_cli.data.dataset import Sessions
 
 CUTOFFS = (5, 10, 20)
 

@@ -27,7 +27,7 @@ from benchmarks.generated import LENGTHS, generate_sessions
 from benchmarks.machine import ROOT
 from benchmarks.measure import figure, parser, report
 from benchmarks.prepare_otto import generate as generate_lines
-from tron_cli.dataset import DatasetWriter, Sessions
+from tron_cli.data.dataset import DatasetWriter, Sessions
 
 SESSIONS, ITEMS = 12_900_000, 1_855_603
 VALIDATION_SESSIONS = 1_000

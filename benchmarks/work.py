@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.measure import Work
 from tron_cli.config import ExperimentConfig
-from tron_cli.dataset import Sessions
+from tron_cli.data.dataset import Sessions
 
 
 def step_work(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tron_cli.dataset import Dataset, DatasetWriter, Sessions
+from tron_cli.data.dataset import Dataset, DatasetWriter, Sessions
 
 
 def pack_sessions(sessions: Iterable[Sequence[int]]) -> Sessions:

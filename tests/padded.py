@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tron_cli.batches import Batch
+from tron_cli.data.batches import Batch
 
 # x_BLD, attend -> x_BLD
 BlockOf = Callable[[nn.Module, torch.Tensor, "Attention"], torch.Tensor]

@@ -12,8 +12,6 @@ import pytest
 import torch
 from conftest import pack_sessions, random_sessions, tiny_settings, write_dataset
 
-from tron_cli.assess import EvaluationOptions, assess
-from tron_cli.beyond_accuracy import beyond_accuracy, count_items
 from tron_cli.checkpoint import (
     Checkpoint,
     dataset_identity,
@@ -22,12 +20,14 @@ from tron_cli.checkpoint import (
     save_checkpoint,
 )
 from tron_cli.config import ExperimentConfig
-from tron_cli.dataset import Dataset
+from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
-from tron_cli.evaluate import predict
-from tron_cli.models import build_model
+from tron_cli.evaluation.beyond_accuracy import beyond_accuracy, count_items
+from tron_cli.evaluation.evaluate import EvaluationOptions, assess
+from tron_cli.evaluation.predict import predict
+from tron_cli.models.base import build_model
 from tron_cli.models.sasrec import SASRec
-from tron_cli.prepare.table import TableColumns, prepare_table
+from tron_cli.prepare.sources.table import TableColumns, prepare_table
 from tron_cli.report import evaluation_text
 
 CPU = torch.device("cpu")
@@ -461,7 +461,7 @@ def test_a_dataset_prepared_again_while_it_is_ranked_changes_nothing(
     asked = EvaluationOptions(by=("popularity",), cutoff=3, **files)
     expected = assess(checkpoint, data, asked, CPU)
     contents = {name: path.read_text() for name, path in files.items()}
-    monkeypatch.setattr("tron_cli.assess.predict", ranked)
+    monkeypatch.setattr("tron_cli.evaluation.evaluate.predict", ranked)
     assert assess(checkpoint, Dataset.open(data.path), asked, CPU) == expected
     assert contents == {name: path.read_text() for name, path in files.items()}
     assert "visit" in contents["run"]
@@ -470,7 +470,9 @@ def test_a_dataset_prepared_again_while_it_is_ranked_changes_nothing(
 def test_what_is_needed_after_the_ranking_is_looked_at_before(
     tmp_path: Path, checkpoint: Checkpoint, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tron_cli.assess.predict", lambda *_, **__: pytest.fail("ranked"))
+    monkeypatch.setattr(
+        "tron_cli.evaluation.evaluate.predict", lambda *_, **__: pytest.fail("ranked")
+    )
     (dataset.path / "train" / "items.npy").write_bytes(b"rubbish")
     with pytest.raises(InputError, match="the train split"):
         assess(checkpoint, dataset, EvaluationOptions(by=("popularity",)), CPU)

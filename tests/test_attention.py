@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tron_cli.batches import Batch, pack
-from tron_cli.models.attention import attention, packed_attention
+from tron_cli.data.batches import Batch, pack
+from tron_cli.ops.attention import attention, packed_attention
 
 LENGTHS = [1, 2, 2, 3, 5, 5, 6, 7, 12, 13]
 

@@ -21,7 +21,7 @@ from tron_cli.baselines.popular import Popular
 from tron_cli.baselines.predict import predict_baseline
 from tron_cli.baselines.session_knn import SessionKNN
 from tron_cli.baselines.session_popular import SessionPopular
-from tron_cli.dataset import Sessions
+from tron_cli.data.dataset import Sessions
 from tron_cli.errors import InputError
 from tron_cli.registry import BASELINES
 

@@ -9,9 +9,9 @@ from conftest import pack_sessions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tron_cli.batches import pack, session_order, training_batch
-from tron_cli.dataset import Sessions
-from tron_cli.models.attention import packed_attention
+from tron_cli.data.batches import pack, session_order, training_batch
+from tron_cli.data.dataset import Sessions
+from tron_cli.ops.attention import packed_attention
 
 item = st.integers(1, 99)
 histories = st.lists(st.lists(item, min_size=2, max_size=40), min_size=1, max_size=25)

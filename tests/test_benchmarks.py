@@ -18,12 +18,12 @@ from benchmarks.generated import LENGTHS, Lengths, draw_items, fill, generate_se
 from benchmarks.measure import Work, figure, in_turns, table
 from benchmarks.reference import CUTOFFS, PaddedBatch, PlainGSASRec, PlainTron
 from benchmarks.work import step_work
-from tron_cli.batches import training_batch
 from tron_cli.config import ExperimentConfig
-from tron_cli.evaluate import predict
-from tron_cli.logits import sampled_logits
-from tron_cli.losses import ssm
-from tron_cli.negatives import Distribution, sample_negatives
+from tron_cli.data.batches import training_batch
+from tron_cli.evaluation.predict import predict
+from tron_cli.losses.sampled import ssm
+from tron_cli.sampling.logits import sampled_logits
+from tron_cli.sampling.negatives import Distribution, sample_negatives
 
 ITEMS = 40
 

@@ -33,13 +33,13 @@ from test_resume import (
 from test_training_step import position_loss
 from torch import nn
 
-from tron_cli import events
-from tron_cli.batches import Batch, cloze_batch, pack
-from tron_cli.evaluate import predict
-from tron_cli.models import build_model
+from tron_cli.data import histories as events
+from tron_cli.data.batches import Batch, cloze_batch, pack
+from tron_cli.evaluation.predict import predict
+from tron_cli.models.base import build_model
 from tron_cli.models.bert4rec import BERT4Rec
-from tron_cli.negatives import Distribution, Negatives, sample_negatives
-from tron_cli.train import InterruptedRunError, training_loss
+from tron_cli.sampling.negatives import Distribution, Negatives, sample_negatives
+from tron_cli.training.loop import InterruptedRunError, training_loss
 
 ITEMS, LENGTH = 40, 5
 MASK = ITEMS + 1

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import pack_sessions, random_sessions
 
-from tron_cli import beyond_accuracy as module
-from tron_cli.beyond_accuracy import ItemCounts, beyond_accuracy, count_items
+from tron_cli.evaluation import beyond_accuracy as module
+from tron_cli.evaluation.beyond_accuracy import ItemCounts, beyond_accuracy, count_items
 
 
 def test_a_small_shop_worked_by_hand() -> None:

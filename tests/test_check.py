@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import random_sessions, tiny_settings, write_dataset
 
-import tron_cli.dataset
+import tron_cli.data.dataset
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.config import ExperimentConfig
-from tron_cli.dataset import Dataset, DatasetWriter, Sessions
-from tron_cli.fit import fit
-from tron_cli.train import train
+from tron_cli.data.dataset import Dataset, DatasetWriter, Sessions
+from tron_cli.training.fit import fit
+from tron_cli.training.loop import train
 
 Command = Callable[..., tuple[int, str, str]]
 CPU = torch.device("cpu")
@@ -139,7 +139,7 @@ def test_a_damaged_dataset_is_not_trained_on(
 def test_of_large_splits_only_what_cannot_be_is_found_unless_tron_check_reads_them(
     best: Path, shop: Dataset, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tron_cli.dataset, "FINGERPRINTED_BYTES", 10)
+    monkeypatch.setattr(tron_cli.data.dataset, "FINGERPRINTED_BYTES", 10)
     where = ["--data-dir", shop.path.parent]
     DAMAGES["reversed items"](shop.path)
     assert command("evaluate", best, *where)[0] == 0

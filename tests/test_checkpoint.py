@@ -24,7 +24,7 @@ from tron_cli.checkpoint import (
 )
 from tron_cli.config import ExperimentConfig, config_from_dict
 from tron_cli.errors import InputError, RunError
-from tron_cli.models import build_model
+from tron_cli.models.base import build_model
 from tron_cli.models.sasrec import SASRec
 
 TEXT_IDS = np.array(["a b", "100%", "é", "7", "x\u2028y"], dtype=object)

@@ -19,10 +19,10 @@ import torch
 from conftest import random_sessions, tiny_settings, write_dataset
 
 import tron_cli
-from tron_cli.assess import EvaluationOptions
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.config import FIELDS, packaged_configs
-from tron_cli.dataset import Dataset
+from tron_cli.data.dataset import Dataset
+from tron_cli.evaluation.evaluate import EvaluationOptions
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -261,7 +261,7 @@ def test_the_traceback_of_a_failed_training_is_in_the_log_of_the_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tron_cli.train.training_loss", raising(error))
+    monkeypatch.setattr("tron_cli.training.loop.training_loss", raising(error))
     code, out, err = command("train", *shop, "--name", "a")
     assert (code, out) == (1, "")
     last = err.strip().splitlines()[-1]
@@ -359,7 +359,7 @@ def test_a_run_folder_is_never_reused(shop: list[str], command: Command) -> None
 SAME_SECOND = """
 import os, sys, time
 from pathlib import Path
-import tron_cli.train as module
+import tron_cli.training.loop as module
 from tron_cli.cli import main
 splits, meeting = module.training_splits, Path(os.environ["MEETING"])
 def wait(*arguments):

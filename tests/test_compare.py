@@ -14,21 +14,21 @@ import pytest
 import torch
 from conftest import pack_sessions, random_sessions, tiny_settings, write_dataset
 
-from tron_cli.assess import EvaluationOptions, assess
-from tron_cli.beyond_accuracy import beyond_accuracy, count_items
 from tron_cli.checkpoint import (
     dataset_identity,
     encode_item_ids,
     load_checkpoint,
     save_checkpoint,
 )
-from tron_cli.compare import Difference, compare, paired_difference, short_labels
 from tron_cli.config import ExperimentConfig
-from tron_cli.dataset import Dataset
+from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
-from tron_cli.evaluate import Predictions, predict
-from tron_cli.metrics import parse_measures, values_of_ranks
-from tron_cli.models import build_model
+from tron_cli.evaluation.beyond_accuracy import beyond_accuracy, count_items
+from tron_cli.evaluation.compare import Difference, compare, paired_difference, short_labels
+from tron_cli.evaluation.evaluate import EvaluationOptions, assess
+from tron_cli.evaluation.metrics import parse_measures, values_of_ranks
+from tron_cli.evaluation.predict import Predictions, predict
+from tron_cli.models.base import build_model
 
 CPU = torch.device("cpu")
 Command = Callable[..., tuple[int, str, str]]

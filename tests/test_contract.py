@@ -11,9 +11,9 @@ from conftest import cyclic_sessions, tiny_settings, write_dataset
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.errors import InputError
-from tron_cli.fit import fit
 from tron_cli.registry import BASELINES, CATALOGUE_LOSSES, LOSSES, MODELS, SAMPLERS
-from tron_cli.train import train
+from tron_cli.training.fit import fit
+from tron_cli.training.loop import train
 
 CYCLE = 8
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import cross_entropy as benchmark
 from benchmarks import measure
-from tron_cli import cross_entropy
-from tron_cli.cross_entropy import blocks_of_items, ce
-from tron_cli.optim import Adam, RowAdam
+from tron_cli.losses import cross_entropy
+from tron_cli.losses.cross_entropy import blocks_of_items, ce
+from tron_cli.training.optim import Adam, RowAdam
 
 ITEMS, DIM = 150, 6
 

@@ -16,20 +16,20 @@ import pytest
 import torch
 from conftest import pack_sessions, tiny_settings, write_dataset
 
-from tron_cli import rank_kernel
-from tron_cli import train as training
-from tron_cli.batches import Batch, prepared_ahead, training_batch
 from tron_cli.config import ExperimentConfig
-from tron_cli.dataset import Sessions
-from tron_cli.evaluate import predict
-from tron_cli.feed import build_feed
-from tron_cli.graphs import CUDARecorder, GraphedSteps
-from tron_cli.models import build_model
+from tron_cli.data.batches import Batch, prepared_ahead, training_batch
+from tron_cli.data.dataset import Sessions
+from tron_cli.evaluation.predict import predict
+from tron_cli.evaluation.ranking import Catalogue
+from tron_cli.models.base import build_model
 from tron_cli.models.sasrec import SASRec
-from tron_cli.negatives import Distribution
-from tron_cli.optim import Optimizer, build_optimizer
-from tron_cli.ranking import Catalogue
-from tron_cli.train import training_step
+from tron_cli.ops import rank_kernel
+from tron_cli.sampling.negatives import Distribution
+from tron_cli.training import loop as training
+from tron_cli.training.feed import build_feed
+from tron_cli.training.graphs import CUDARecorder, GraphedSteps
+from tron_cli.training.loop import training_step
+from tron_cli.training.optim import Optimizer, build_optimizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -14,9 +14,9 @@ import test_cuda
 import torch
 from test_graphs import CPU, TapeRecorder, gpu_branches
 
-from tron_cli import train as training
-from tron_cli.batches import Batch
-from tron_cli.optim import Optimizer, build_optimizer
+from tron_cli.data.batches import Batch
+from tron_cli.training import loop as training
+from tron_cli.training.optim import Optimizer, build_optimizer
 
 __all__ = ["gpu_branches"]  # a fixture
 

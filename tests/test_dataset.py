@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import pack_sessions, random_sessions, write_dataset
 
-from tron_cli.dataset import Dataset, DatasetWriter, Sessions
+from tron_cli.data.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
 
 # Imports first, so that only what opening costs is measured.
@@ -22,7 +22,7 @@ OPEN_AND_LOOK = """
 import json, sys, time
 from pathlib import Path
 import numpy as np
-from tron_cli.dataset import Dataset
+from tron_cli.data.dataset import Dataset
 
 def resident():  # bytes
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -224,7 +224,7 @@ PREPARE = """
 import sys
 from pathlib import Path
 import numpy as np
-from tron_cli.dataset import DatasetWriter, Sessions
+from tron_cli.data.dataset import DatasetWriter, Sessions
 with DatasetWriter(Path(sys.argv[1]), force=True) as writer:
     (getattr(writer, "scratch", Path(sys.argv[1]).parent) / "spool.bin").write_bytes(b"x" * 1000)
     writer.write_items(np.array([7, 8]))

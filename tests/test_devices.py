@@ -11,11 +11,11 @@ import torch
 from conftest import tiny_settings, write_dataset
 
 from tron_cli import cli
-from tron_cli import train as training
 from tron_cli.config import ExperimentConfig
 from tron_cli.errors import InputError, RunError
-from tron_cli.evaluate import _float32_arithmetic
-from tron_cli.fit import fit
+from tron_cli.evaluation.predict import _float32_arithmetic
+from tron_cli.training import loop as training
+from tron_cli.training.fit import fit
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tron_cli.models.dropout import Dropout, drop
+from tron_cli.ops.dropout import Dropout, drop
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.5, 0.9])

@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import pack_sessions, random_sessions
 
-from tron_cli import evaluate, ranking
-from tron_cli.batches import pack
+from tron_cli.data.batches import pack
 from tron_cli.errors import RunError
-from tron_cli.evaluate import Predictions, predict
-from tron_cli.metrics import parse_measures, score
+from tron_cli.evaluation import predict as evaluate
+from tron_cli.evaluation import ranking
+from tron_cli.evaluation.metrics import parse_measures, score
+from tron_cli.evaluation.predict import Predictions, predict
 from tron_cli.models.sasrec import SASRec
 
 NUM_ITEMS, LENGTH = 40, 5

@@ -15,10 +15,10 @@ import torch
 from conftest import random_sessions, write_dataset
 from test_assess import random_checkpoint
 
-from tron_cli.assess import EvaluationOptions, assess
+from tron_cli.data.histories import Predictions
 from tron_cli.errors import InputError
-from tron_cli.event_table import write_event_table
-from tron_cli.events import Predictions
+from tron_cli.evaluation.evaluate import EvaluationOptions, assess
+from tron_cli.evaluation.event_table import write_event_table
 
 CPU = torch.device("cpu")
 

@@ -8,16 +8,16 @@ from conftest import pack_sessions
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tron_cli.batches import Batch
-from tron_cli.evaluate import predict
-from tron_cli.events import (
+from tron_cli.data.batches import Batch
+from tron_cli.data.histories import (
     count_predicted,
     distinct_pairs,
     predicted_events,
     ranges,
     training_windows,
 )
-from tron_cli.models import Model
+from tron_cli.evaluation.predict import predict
+from tron_cli.models.base import Model
 
 pairs = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=40)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import pack_sessions, random_sessions, tiny_settings
 
-from tron_cli.batches import Batch, session_order
 from tron_cli.config import ExperimentConfig
-from tron_cli.dataset import Sessions
-from tron_cli.feed import Cloze, Feed, WholeSessions, build_feed
-from tron_cli.lanes import Lanes
-from tron_cli.models import build_model
+from tron_cli.data.batches import Batch, session_order
+from tron_cli.data.dataset import Sessions
+from tron_cli.data.lanes import Lanes
+from tron_cli.models.base import build_model
+from tron_cli.training.feed import Cloze, Feed, WholeSessions, build_feed
 
 ITEMS, LENGTH, ROWS = 30, 6, 45  # sequence_length; 45 sessions in batches of 8 are 6 steps
 KINDS: dict[str, dict[str, Any]] = {

@@ -15,11 +15,11 @@ from conftest import random_sessions, write_dataset
 from tron_cli.baselines import build_baseline
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.config import ExperimentConfig
-from tron_cli.dataset import Dataset
+from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
-from tron_cli.evaluate import predict
-from tron_cli.fit import fit
+from tron_cli.evaluation.predict import predict
 from tron_cli.registry import BASELINES
+from tron_cli.training.fit import fit
 
 Command = Callable[..., tuple[int, str, str]]
 

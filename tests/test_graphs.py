@@ -27,17 +27,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import cuda
-from tron_cli import logits, products, rank_kernel
-from tron_cli import train as training
-from tron_cli.batches import Batch, prepared_ahead, training_batch
 from tron_cli.config import ExperimentConfig
-from tron_cli.dataset import Sessions
-from tron_cli.feed import build_feed
-from tron_cli.graphs import CUDARecorder, GraphedSteps
-from tron_cli.models import Model, build_model
-from tron_cli.negatives import Distribution, Negatives, sample_negatives
-from tron_cli.optim import Optimizer, build_optimizer
-from tron_cli.train import training_step
+from tron_cli.data.batches import Batch, prepared_ahead, training_batch
+from tron_cli.data.dataset import Sessions
+from tron_cli.models.base import Model, build_model
+from tron_cli.ops import products, rank_kernel
+from tron_cli.sampling import logits
+from tron_cli.sampling.negatives import Distribution, Negatives, sample_negatives
+from tron_cli.training import loop as training
+from tron_cli.training.feed import build_feed
+from tron_cli.training.graphs import CUDARecorder, GraphedSteps
+from tron_cli.training.loop import training_step
+from tron_cli.training.optim import Optimizer, build_optimizer
 
 CPU = torch.device("cpu")
 ITEMS = 300

@@ -17,14 +17,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence
 
-import tron_cli.train as module
-from tron_cli.batches import Batch, pack, training_batch
+import tron_cli.training.loop as module
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.config import ExperimentConfig
+from tron_cli.data.batches import Batch, pack, training_batch
+from tron_cli.data.lanes import Lanes
 from tron_cli.errors import InputError
-from tron_cli.lanes import Lanes
 from tron_cli.models.gru4rec import GRU4Rec
-from tron_cli.train import train
+from tron_cli.training.loop import train
 
 CPU = torch.device("cpu")
 ITEMS, DIM = 30, 8

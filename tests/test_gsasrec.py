@@ -12,7 +12,7 @@ from test_model import make_sessions
 from torch import nn
 from torch.nn import functional as F
 
-from tron_cli.batches import Batch, pack, training_batch
+from tron_cli.data.batches import Batch, pack, training_batch
 from tron_cli.models.gsasrec import GSASRec
 
 LENGTHS = [1, 9, 2, 4, 5, 3, 6, 7, 2, 1, 12]

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tron_cli.models import initialize
-from tron_cli.models.initialize import standard_normal, xavier_uniform
+from tron_cli.ops import initialize
+from tron_cli.ops.initialize import standard_normal, xavier_uniform
 
 Drawn = Callable[[int, int], torch.Tensor]
 

@@ -15,10 +15,10 @@ from conftest import pack_sessions, random_sessions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tron_cli.batches import Batch, session_order
-from tron_cli.dataset import Sessions
-from tron_cli.lanes import Lanes
-from tron_cli.negatives import Distribution, sample_negatives
+from tron_cli.data.batches import Batch, session_order
+from tron_cli.data.dataset import Sessions
+from tron_cli.data.lanes import Lanes
+from tron_cli.sampling.negatives import Distribution, sample_negatives
 
 STYLES = ("no_shuffling", "shuffle_without_replacement", "shuffle_with_replacement")
 
@@ -113,7 +113,7 @@ def test_batches_are_those_of_the_original_also_from_any_later_step(
 
 
 def test_chunks_of_the_schedule_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tron_cli.lanes as module
+    import tron_cli.data.lanes as module
 
     rng = np.random.default_rng(3)
     sessions = random_sessions(rng, 40, 1000)

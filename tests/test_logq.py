@@ -16,16 +16,16 @@ import torch
 from conftest import pack_sessions, tiny_settings
 from torch.nn import functional as F
 
-from tron_cli import losses
-from tron_cli.batches import Batch, cloze_batch, training_batch
 from tron_cli.config import ExperimentConfig
-from tron_cli.dataset import Sessions
+from tron_cli.data.batches import Batch, cloze_batch, training_batch
+from tron_cli.data.dataset import Sessions
 from tron_cli.errors import InputError
-from tron_cli.feed import build_feed, expected_in_batch
-from tron_cli.logits import sampled_logits
-from tron_cli.models import build_model
-from tron_cli.negatives import Negatives, sample_negatives
-from tron_cli.train import _distribution
+from tron_cli.losses import sampled as losses
+from tron_cli.models.base import build_model
+from tron_cli.sampling.logits import sampled_logits
+from tron_cli.sampling.negatives import Negatives, sample_negatives
+from tron_cli.training.feed import build_feed, expected_in_batch
+from tron_cli.training.loop import _distribution
 
 CPU = torch.device("cpu")
 STYLES = ("eventwise", "sessionwise", "batchwise")

@@ -19,13 +19,13 @@ from test_model import build_pair, make_config, make_sessions
 from test_training_step import LENGTHS, draw, reference_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tron_cli.batches import Batch, training_batch
 from tron_cli.config import ExperimentConfig
-from tron_cli.lookup import look_up, look_up_inputs
-from tron_cli.models import build_model
-from tron_cli.negatives import Distribution, Negatives
-from tron_cli.optim import build_optimizer, clip_gradients
-from tron_cli.train import training_loss
+from tron_cli.data.batches import Batch, training_batch
+from tron_cli.models.base import build_model
+from tron_cli.sampling.lookup import look_up, look_up_inputs
+from tron_cli.sampling.negatives import Distribution, Negatives
+from tron_cli.training.loop import training_loss
+from tron_cli.training.optim import build_optimizer, clip_gradients
 
 OPTIMIZERS = ("row_adam", "adam", "adagrad")
 STYLES = ("eventwise", "sessionwise", "batchwise")

@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tron_cli import logits, losses, products
-from tron_cli import train as training
-from tron_cli.batches import pack, training_batch
 from tron_cli.config import ExperimentConfig
-from tron_cli.logits import dot_products
-from tron_cli.models import build_model
-from tron_cli.negatives import Negatives, sample_negatives
+from tron_cli.data.batches import pack, training_batch
+from tron_cli.losses import sampled as losses
+from tron_cli.models.base import build_model
+from tron_cli.ops import products
+from tron_cli.sampling import logits
+from tron_cli.sampling.logits import dot_products
+from tron_cli.sampling.negatives import Negatives, sample_negatives
+from tron_cli.training import loop as training
 
 LOSSES = {
     "bce": losses.bce,

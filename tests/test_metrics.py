@@ -14,7 +14,7 @@ import pytest
 from ir_measures import Qrel, ScoredDoc
 
 from tron_cli.errors import InputError
-from tron_cli.metrics import Figure, figures, parse_measures, score, values_by_rank
+from tron_cli.evaluation.metrics import Figure, figures, parse_measures, score, values_by_rank
 
 MEASURES = "R@1 R@5 R@20 R@50 RR@10 RR@20 nDCG@5 nDCG@10 Success@1 Success@3 P@10 AP@10 Judged@10"
 if shutil.which("perl"):  # ir-measures runs these two in a perl script
@@ -170,7 +170,7 @@ def test_ten_million_events_take_seconds() -> None:
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys, tron_cli.metrics; sys.exit('torch' in sys.modules)"
+    code = "import sys, tron_cli.evaluation.metrics; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

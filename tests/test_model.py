@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from tron_cli.batches import pack, training_batch
 from tron_cli.config import ExperimentConfig
-from tron_cli.dataset import Sessions
-from tron_cli.models import build_model
+from tron_cli.data.batches import pack, training_batch
+from tron_cli.data.dataset import Sessions
+from tron_cli.models.base import build_model
 
 LENGTHS = [1, 9, 2, 4, 5, 3, 6, 7, 2, 1, 12]  # of the sessions, targets included
 

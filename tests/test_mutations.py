@@ -22,7 +22,7 @@ import torch
 from conftest import cyclic_sessions, tiny_settings, write_dataset
 
 from tron_cli.config import ExperimentConfig
-from tron_cli.train import train
+from tron_cli.training.loop import train
 
 DAY = 86_400
 START = 1_650_000_000

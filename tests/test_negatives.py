@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tron_cli.batches import training_batch
-from tron_cli.dataset import Sessions
-from tron_cli.negatives import Distribution, _without_replacement, sample_negatives
+from tron_cli.data.batches import training_batch
+from tron_cli.data.dataset import Sessions
+from tron_cli.sampling.negatives import Distribution, _without_replacement, sample_negatives
 
 STYLES = ("eventwise", "sessionwise", "batchwise")
 

@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 from test_resume import check_same_run, interrupt_at, resume, start, write_config
 from torch import nn
 
-from tron_cli import optim
-from tron_cli.assess import EvaluationOptions, assess
 from tron_cli.checkpoint import best_checkpoint, load_checkpoint
 from tron_cli.errors import InputError
-from tron_cli.optim import build_optimizer, clip_gradients, learning_rate
-from tron_cli.train import InterruptedRunError
+from tron_cli.evaluation.evaluate import EvaluationOptions, assess
+from tron_cli.training import optim
+from tron_cli.training.loop import InterruptedRunError
+from tron_cli.training.optim import build_optimizer, clip_gradients, learning_rate
 
 Gradients = dict[int, np.ndarray]  # row -> what its gradients add up to
 CATALOGUE = {

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tron_cli.dataset import Dataset, Sessions
+from tron_cli.data.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
-from tron_cli.prepare import otto, otto_lines
-from tron_cli.prepare.otto import prepare_otto
-from tron_cli.prepare.otto_lines import Clicks, read_clicks
+from tron_cli.prepare.reading import otto_lines
+from tron_cli.prepare.reading.otto_lines import Clicks, read_clicks
+from tron_cli.prepare.sources import otto
+from tron_cli.prepare.sources.otto import prepare_otto
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -360,7 +361,7 @@ def test_blocks_and_threads_change_nothing(
         for name in (TRAIN, TEST):
             (raw / name).unlink()
     monkeypatch.setattr(otto, "BLOCK_BYTES", 5000)
-    monkeypatch.setattr("tron_cli.prepare.columns.BLOCK_BYTES", 5000)
+    monkeypatch.setattr("tron_cli.prepare.reading.columns.BLOCK_BYTES", 5000)
     monkeypatch.setattr(otto, "SPOOL_SESSIONS", 37)
     parts = prepare_otto(raw, tmp_path / "d", "parts", max_val_sessions=20)
     assert_follows(parts, train, test, 2, 20)

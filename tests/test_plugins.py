@@ -22,7 +22,7 @@ from tron_cli import plugins, registry
 from tron_cli.checkpoint import checkpoint_name
 from tron_cli.config import ExperimentConfig, config_from_dict, load_config
 from tron_cli.errors import InputError
-from tron_cli.train import train
+from tron_cli.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "ARCHITECTURE.md").read_text()

@@ -12,17 +12,17 @@ from conftest import pack_sessions
 from test_prepare_clicks import write_diginetica, write_yoochoose
 from test_prepare_table import SESSION, USER, shop, write_csv
 
-from tron_cli.dataset import SPLITS, Dataset, DatasetWriter
+from tron_cli.data.dataset import SPLITS, Dataset, DatasetWriter
 from tron_cli.errors import RunError
-from tron_cli.prepare.diginetica import prepare_diginetica
 from tron_cli.prepare.filters import Steps
-from tron_cli.prepare.ml1m import prepare_ml1m
-from tron_cli.prepare.otto import prepare_otto
-from tron_cli.prepare.sequences import prepare_sequences
+from tron_cli.prepare.sources.diginetica import prepare_diginetica
+from tron_cli.prepare.sources.ml1m import prepare_ml1m
+from tron_cli.prepare.sources.otto import prepare_otto
+from tron_cli.prepare.sources.sequences import prepare_sequences
+from tron_cli.prepare.sources.table import prepare_table
+from tron_cli.prepare.sources.yoochoose import prepare_yoochoose
 from tron_cli.prepare.summary import summary_text
-from tron_cli.prepare.table import prepare_table
 from tron_cli.prepare.write import check_books
-from tron_cli.prepare.yoochoose import prepare_yoochoose
 
 DAY = 86_400_000
 START = 1_700_000_000_000

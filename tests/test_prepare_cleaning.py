@@ -11,10 +11,10 @@ from test_prepare_books import assert_balanced
 from test_prepare_table import SESSION, USER, unpack
 
 from tron_cli.errors import InputError
-from tron_cli.prepare.otto import prepare_otto
-from tron_cli.prepare.sequences import prepare_sequences
+from tron_cli.prepare.sources.otto import prepare_otto
+from tron_cli.prepare.sources.sequences import prepare_sequences
+from tron_cli.prepare.sources.table import prepare_table
 from tron_cli.prepare.summary import summary_text
-from tron_cli.prepare.table import prepare_table
 
 DAY = 86_400_000
 START = 1_700_000_000_000

@@ -19,10 +19,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tron_cli.dataset import Dataset
+from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
-from tron_cli.prepare.diginetica import prepare_diginetica
-from tron_cli.prepare.yoochoose import prepare_yoochoose
+from tron_cli.prepare.sources.diginetica import prepare_diginetica
+from tron_cli.prepare.sources.yoochoose import prepare_yoochoose
 
 DAY = 86_400_000
 START = calendar.timegm((2014, 4, 1, 0, 0, 0)) * 1000
@@ -217,7 +217,7 @@ def test_diginetica_holds_out_eight_calendar_days(tmp_path: Path) -> None:
 def test_tron_defect_split_depends_on_the_time_zone(tmp_path: Path) -> None:
     raw = write_diginetica(tmp_path / "raw", simple_log(900, days=30))
     code = (
-        "import sys; from pathlib import Path; from tron_cli.prepare.diginetica import *; "
+        "import sys; from pathlib import Path; from tron_cli.prepare.sources.diginetica import *; "
         "prepare_diginetica(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])"
     )
     for name, zone in (("utc", "UTC"), ("york", "America/New_York"), ("tokyo", "Asia/Tokyo")):
@@ -393,7 +393,7 @@ def test_names_that_are_no_folder_names(tmp_path: Path, name: str) -> None:
 def test_blocks_do_not_change_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = write_yoochoose(tmp_path / "raw", simple_log(300, days=4))
     whole = prepare_yoochoose(raw, tmp_path, "whole")
-    monkeypatch.setattr("tron_cli.prepare.columns.BLOCK_BYTES", 100)
+    monkeypatch.setattr("tron_cli.prepare.reading.columns.BLOCK_BYTES", 100)
     small = prepare_yoochoose(raw, tmp_path, "small")
     assert whole.info["splits"] == small.info["splits"]
     with raw.open("a") as file:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tron_cli.dataset import Dataset
+from tron_cli.cli.prepare import app
+from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
-from tron_cli.prepare.commands import app
 from tron_cli.prepare.summary import agrees, summary_text
 
 DAY = 86_400_000
@@ -170,10 +170,10 @@ def test_every_option_reaches_its_source(
 ) -> None:
     calls: list[tuple[list[Any], dict[str, Any]]] = []
     monkeypatch.setattr(
-        f"tron_cli.prepare.{source}.prepare_{source}",
+        f"tron_cli.prepare.sources.{source}.prepare_{source}",
         lambda *places, **options: calls.append((list(places), options)),
     )
-    monkeypatch.setattr("tron_cli.prepare.commands._report", lambda dataset, as_json: None)
+    monkeypatch.setattr("tron_cli.cli.prepare._report", lambda dataset, as_json: None)
     given = [WORDS[option] for option in options]
     assert prepare(source, *words, "--data-dir=d", "--name=n", *given).exit_code == 0
     assert calls == [(places, options)]
@@ -252,7 +252,7 @@ def test_wrong_usage_exits_with_2(tmp_path: Path, events: Path) -> None:
 
 def test_help_needs_no_heavy_imports() -> None:
     code = (
-        "import sys; import tron_cli.prepare.commands; "
+        "import sys; import tron_cli.cli.prepare; "
         "print([name for name in ('torch', 'polars', 'numpy') if name in sys.modules])"
     )
     environment = {**os.environ, "POLARS_MAX_THREADS": "1"}

@@ -17,15 +17,15 @@ from test_prepare_books import assert_balanced
 from test_prepare_clicks import write_diginetica, write_yoochoose
 
 from tron_cli.checkpoint import load_checkpoint
-from tron_cli.dataset import SPLITS, Dataset
+from tron_cli.data.dataset import SPLITS, Dataset
 from tron_cli.errors import InputError
-from tron_cli.prepare.diginetica import prepare_diginetica
 from tron_cli.prepare.earlier import earlier_catalogue
-from tron_cli.prepare.ml1m import prepare_ml1m
-from tron_cli.prepare.otto import prepare_otto
-from tron_cli.prepare.sequences import prepare_sequences
-from tron_cli.prepare.table import TableColumns, prepare_table
-from tron_cli.prepare.yoochoose import prepare_yoochoose
+from tron_cli.prepare.sources.diginetica import prepare_diginetica
+from tron_cli.prepare.sources.ml1m import prepare_ml1m
+from tron_cli.prepare.sources.otto import prepare_otto
+from tron_cli.prepare.sources.sequences import prepare_sequences
+from tron_cli.prepare.sources.table import TableColumns, prepare_table
+from tron_cli.prepare.sources.yoochoose import prepare_yoochoose
 
 DAY = 86_400_000
 START = 1_700_000_000_000

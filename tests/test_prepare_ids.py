@@ -12,14 +12,14 @@ import polars as pl
 import pytest
 from conftest import pack_sessions, write_dataset
 
-from tron_cli.dataset import SPLITS, Dataset, DatasetWriter, Sessions
+from tron_cli.data.dataset import SPLITS, Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
-from tron_cli.prepare.diginetica import prepare_diginetica
-from tron_cli.prepare.ml1m import prepare_ml1m
-from tron_cli.prepare.otto import prepare_otto
-from tron_cli.prepare.sequences import prepare_sequences
-from tron_cli.prepare.table import TableColumns, prepare_table
-from tron_cli.prepare.yoochoose import prepare_yoochoose
+from tron_cli.prepare.sources.diginetica import prepare_diginetica
+from tron_cli.prepare.sources.ml1m import prepare_ml1m
+from tron_cli.prepare.sources.otto import prepare_otto
+from tron_cli.prepare.sources.sequences import prepare_sequences
+from tron_cli.prepare.sources.table import TableColumns, prepare_table
+from tron_cli.prepare.sources.yoochoose import prepare_yoochoose
 
 MINUTE, DAY = 60_000, 86_400_000
 START = 1_396_310_400_000  # 2014-04-01 in ms

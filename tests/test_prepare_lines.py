@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tron_cli.dataset import Dataset
+from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
-from tron_cli.prepare.ml1m import prepare_ml1m
-from tron_cli.prepare.sequences import prepare_sequences
+from tron_cli.prepare.sources.ml1m import prepare_ml1m
+from tron_cli.prepare.sources.sequences import prepare_sequences
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tron_cli.errors import InputError
-from tron_cli.prepare import columns
-from tron_cli.prepare.columns import BadLines, read_delimited
-from tron_cli.prepare.quotes import quoted_bytes
+from tron_cli.prepare.reading import columns
+from tron_cli.prepare.reading.columns import BadLines, read_delimited
+from tron_cli.prepare.reading.quotes import quoted_bytes
 
 Row = tuple[str, ...]
 

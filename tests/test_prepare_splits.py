@@ -14,11 +14,11 @@ import pytest
 from test_prepare_books import assert_balanced
 from test_prepare_table import Row, Session, shop, unpack, write_csv
 
-from tron_cli.dataset import SPLITS, Dataset
+from tron_cli.cli.prepare import table
+from tron_cli.data.dataset import SPLITS, Dataset
 from tron_cli.errors import InputError
-from tron_cli.prepare.commands import table
+from tron_cli.prepare.sources.table import TableColumns, prepare_table
 from tron_cli.prepare.summary import summary_text
-from tron_cli.prepare.table import TableColumns, prepare_table
 
 DAY = 86_400_000
 START = 1_700_006_400_000  # 2023-11-15 in ms

@@ -25,11 +25,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow.parquet import write_table as write_arrow
 
-from tron_cli.dataset import Dataset
+from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
-from tron_cli.prepare import columns
-from tron_cli.prepare.columns import INTEGER, BadLines, read_parquet
-from tron_cli.prepare.table import TableColumns, prepare_table
+from tron_cli.prepare.reading import columns
+from tron_cli.prepare.reading.columns import INTEGER, BadLines, read_parquet
+from tron_cli.prepare.sources.table import TableColumns, prepare_table
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -302,8 +302,8 @@ def test_every_format_gives_the_same_dataset(
     rows = shop(rng, users=150, days=4)
     expected = prepare_table(write_csv(tmp_path / "plain.csv", rows), USER, tmp_path, "expected")
     FORMATS[name](tmp_path / name, rows)
-    monkeypatch.setattr("tron_cli.prepare.columns.BLOCK_BYTES", 2000)
-    monkeypatch.setattr("tron_cli.prepare.columns.PARQUET_ROWS", 50)
+    monkeypatch.setattr("tron_cli.prepare.reading.columns.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("tron_cli.prepare.reading.columns.PARQUET_ROWS", 50)
     dataset = prepare_table(tmp_path / name, USER, tmp_path, "out")
     assert dataset.info["splits"] == expected.info["splits"]
     assert dataset.item_ids.tolist() == expected.item_ids.tolist()
@@ -654,8 +654,8 @@ def test_rows_of_other_kinds_need_nothing_but_their_line(
     )
     write = {"a.csv": frame.write_csv, "a.jsonl": frame.write_ndjson}
     write.get(name, frame.write_parquet)(tmp_path / name)
-    monkeypatch.setattr("tron_cli.prepare.columns.BLOCK_BYTES", 500)
-    monkeypatch.setattr("tron_cli.prepare.columns.PARQUET_ROWS", 50)
+    monkeypatch.setattr("tron_cli.prepare.reading.columns.BLOCK_BYTES", 500)
+    monkeypatch.setattr("tron_cli.prepare.reading.columns.PARQUET_ROWS", 50)
     columns = TableColumns("item", "time", user="user", event="kind", keep_events=("view",))
     dataset = prepare_table(tmp_path / name, columns, tmp_path, "out")
     assert dataset.info["splits"] == expected.info["splits"]

@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 
 from tron_cli.errors import InputError
-from tron_cli.prepare.table import duration
-from tron_cli.prepare.times import TimeParser
+from tron_cli.prepare.reading.times import TimeParser
+from tron_cli.prepare.sources.table import duration
 
 DAY = 86_400_000
 START = 1_700_000_000_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tron_cli import products
+from tron_cli.ops import products
 
 
 @pytest.mark.parametrize("one_dnn", [True, False])

@@ -16,7 +16,7 @@ from conftest import random_sessions, tiny_settings, write_dataset
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.cli import run_training
 from tron_cli.errors import InputError
-from tron_cli.profile import WARM_UP, StepProfiler, phase
+from tron_cli.training.profile import WARM_UP, StepProfiler, phase
 
 Command = Callable[..., tuple[int, str, str]]
 

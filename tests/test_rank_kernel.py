@@ -13,8 +13,9 @@ import pytest
 import torch
 from test_ranking import check, with_ties
 
-from tron_cli import rank_kernel, ranking
-from tron_cli.ranking import Catalogue
+from tron_cli.evaluation import ranking
+from tron_cli.evaluation.ranking import Catalogue
+from tron_cli.ops import rank_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
@@ -63,7 +64,7 @@ import re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from tron_cli import rank_kernel
+from tron_cli.ops import rank_kernel
 
 def compiled(kernel, types, constants, **options):
     signature = dict(zip(kernel.arg_names, types)) | dict.fromkeys(constants, "constexpr")

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from tron_cli import rank_kernel, ranking
 from tron_cli.errors import RunError
-from tron_cli.ranking import Catalogue, SeenItems
+from tron_cli.evaluation import ranking
+from tron_cli.evaluation.ranking import Catalogue, SeenItems
+from tron_cli.ops import rank_kernel
 
 
 def exact_scores(hidden: torch.Tensor, table: torch.Tensor) -> list[list[Fraction]]:

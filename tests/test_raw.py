@@ -24,11 +24,11 @@ import py7zr
 import pytest
 
 from tron_cli.errors import InputError
-from tron_cli.prepare import raw as raw_module
-from tron_cli.prepare.archive import unpack
-from tron_cli.prepare.download import download
-from tron_cli.prepare.inputs import input_files
-from tron_cli.prepare.raw import SOURCES, Source, describe, locate, open_raw
+from tron_cli.prepare.fetching import raw as raw_module
+from tron_cli.prepare.fetching.archive import unpack
+from tron_cli.prepare.fetching.download import download
+from tron_cli.prepare.fetching.raw import SOURCES, Source, describe, locate, open_raw
+from tron_cli.prepare.reading.inputs import input_files
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -472,7 +472,7 @@ def test_a_known_source_is_downloaded_and_unpacked(
     archive = make_7z(tmp_path / "a.7z", {"clicks.dat": CLICKS}).read_bytes()
     server.content = archive
     server.break_after = [len(archive) // 2]
-    monkeypatch.setattr("tron_cli.prepare.download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("tron_cli.prepare.fetching.download.time.sleep", lambda seconds: None)
     known = Source(("clicks.dat",), ("all.7z",), "https://page", server.url, sha256(archive))
     monkeypatch.setitem(raw_module.SOURCES, "shop", known)
     found = locate("shop", None, tmp_path / "data")

@@ -13,7 +13,7 @@ from padded import Attention, check_same, padded_states, shaken, windows
 from test_gsasrec import make_batch, states
 from torch import nn
 
-from tron_cli.batches import pack
+from tron_cli.data.batches import pack
 from tron_cli.models.sasrec import Block, SASRec
 
 

@@ -7,7 +7,7 @@ from conftest import tiny_settings
 from tron_cli import registry
 from tron_cli.config import ExperimentConfig
 from tron_cli.errors import InputError
-from tron_cli.optim import build_optimizer, gradients_are_sparse
+from tron_cli.training.optim import build_optimizer, gradients_are_sparse
 
 # Owned by what the batches of the network ask for.
 NOT_BUILT_WITH = {"mask_probability"}

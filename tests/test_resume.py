@@ -19,16 +19,16 @@ import pytest
 import torch
 from conftest import random_sessions, tiny_settings, write_dataset
 
-from tron_cli.assess import EvaluationOptions, assess
 from tron_cli.checkpoint import encode_item_ids, load_checkpoint
 from tron_cli.cli import run_training
 from tron_cli.config import ExperimentConfig
-from tron_cli.dataset import Dataset
+from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError, RunError
-from tron_cli.models import build_model
-from tron_cli.optim import build_optimizer
-from tron_cli.run import Progress, RunFolder
-from tron_cli.train import InterruptedRunError, train, training_splits
+from tron_cli.evaluation.evaluate import EvaluationOptions, assess
+from tron_cli.models.base import build_model
+from tron_cli.training.loop import InterruptedRunError, train, training_splits
+from tron_cli.training.optim import build_optimizer
+from tron_cli.training.run import Progress, RunFolder
 
 CPU = torch.device("cpu")
 
@@ -157,7 +157,7 @@ def die_in_step(
     step: int, config: Path, data_dir: Path, run_dir: Path, log_every: int = 20
 ) -> None:
     """Train or resume, and be killed in the middle of a step."""
-    import tron_cli.train as module
+    import tron_cli.training.loop as module
 
     module._LOG_EVERY = log_every
     original, calls = module.training_loss, 0
@@ -188,7 +188,7 @@ def processes() -> Iterator[Any]:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("needs processes that can be killed")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tron_cli.train", Path(__file__).stem])
+    context.set_forkserver_preload(["tron_cli.training.loop", Path(__file__).stem])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))
         yield context
@@ -264,7 +264,7 @@ def test_last_is_written_by_the_clock_and_weights_do_not_depend_on_it(
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
-    import tron_cli.train as module
+    import tron_cli.training.loop as module
 
     original, calls = module.training_loss, 0
 
@@ -331,7 +331,7 @@ def test_a_run_goes_on_with_another_precision_and_its_scaler(
     begins_scaled: bool, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """precision=auto is float32 on one machine and fp16, which needs a scaler, on another."""
-    import tron_cli.train as module
+    import tron_cli.training.loop as module
 
     config = write_config(tmp_path, max_epochs=1, lr_schedule="constant")
 
@@ -375,7 +375,7 @@ def test_a_resumed_run_lets_go_of_the_file_that_it_read(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mapped file keeps its room on the disk, also when last.pt has long been replaced."""
-    import tron_cli.train as module
+    import tron_cli.training.loop as module
 
     start(write_config(tmp_path, max_epochs=1), data_dir, tmp_path / "runs", "a")
     mapped = []
@@ -504,7 +504,7 @@ def test_the_checkpoint_is_the_best_by_validation_and_not_the_last(
 
 
 def test_the_best_weights_are_those_that_were_validated(data_dir: Path, tmp_path: Path) -> None:
-    from tron_cli.assess import EvaluationOptions, assess
+    from tron_cli.evaluation.evaluate import EvaluationOptions, assess
 
     best = load_checkpoint(start(write_config(tmp_path), data_dir, tmp_path / "runs", "a"))
     report = assess(best, Dataset.open(data_dir / "tiny"), EvaluationOptions(split="val"), CPU)

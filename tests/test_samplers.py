@@ -17,12 +17,12 @@ from conftest import pack_sessions, tiny_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tron_cli import samplers
-from tron_cli.batches import Batch, training_batch
 from tron_cli.config import ExperimentConfig
-from tron_cli.negatives import Distribution, Negatives, sample_negatives
+from tron_cli.data.batches import Batch, training_batch
 from tron_cli.registry import SAMPLERS
-from tron_cli.train import _distribution
+from tron_cli.sampling import samplers
+from tron_cli.sampling.negatives import Distribution, Negatives, sample_negatives
+from tron_cli.training.loop import _distribution
 
 CPU = torch.device("cpu")
 STYLES = ("eventwise", "sessionwise", "batchwise")

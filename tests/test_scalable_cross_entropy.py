@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_cross_entropy import DIM, ITEMS, full, gradients, problem
 
-from tron_cli import cross_entropy, scalable_cross_entropy
-from tron_cli.scalable_cross_entropy import buckets, sce
+from tron_cli.losses import cross_entropy, scalable_cross_entropy
+from tron_cli.losses.scalable_cross_entropy import buckets, sce
 
 # Three buckets of four positions: some of twenty positions are in several, some in none.
 FEW = {"sce_buckets": 3, "sce_bucket_positions": 4, "sce_bucket_items": 10, "sce_mix": False}

@@ -13,11 +13,11 @@ import torch
 from conftest import pack_sessions, random_sessions, write_dataset
 from test_assess import random_checkpoint
 
-from tron_cli.assess import EvaluationOptions, assess
-from tron_cli.dataset import Dataset
+from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
-from tron_cli.evaluate import predict
-from tron_cli.slices import KINDS
+from tron_cli.evaluation.evaluate import EvaluationOptions, assess
+from tron_cli.evaluation.predict import predict
+from tron_cli.evaluation.slices import KINDS
 
 CPU = torch.device("cpu")
 RANGES = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 9), (10, 19), (20, 49), (50, 99), (100, math.inf)]

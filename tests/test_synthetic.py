@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tron_cli.dataset import Dataset
+from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
-from tron_cli.metrics import Figure, parse_measures, score
-from tron_cli.prepare.synthetic import (
+from tron_cli.evaluation.metrics import Figure, parse_measures, score
+from tron_cli.prepare.sources.synthetic import (
     LOYALTY,
     NOISE,
     SUCCESSOR_PROBABILITIES,
@@ -209,5 +209,5 @@ def test_the_name_is_a_folder_name(tmp_path: Path, name: str) -> None:
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys, tron_cli.prepare.synthetic; sys.exit('torch' in sys.modules)"
+    code = "import sys, tron_cli.prepare.sources.synthetic; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,16 +17,16 @@ from conftest import cyclic_sessions, write_dataset
 from test_model import build_pair, make_config, make_sessions
 from torch.nn import functional as F
 
-from tron_cli import products
-from tron_cli.batches import training_batch
 from tron_cli.checkpoint import LAST, load_checkpoint
 from tron_cli.config import ExperimentConfig
-from tron_cli.dataset import Sessions
+from tron_cli.data.batches import training_batch
+from tron_cli.data.dataset import Sessions
 from tron_cli.errors import InputError, RunError
-from tron_cli.evaluate import predict
-from tron_cli.negatives import Distribution, sample_negatives
-from tron_cli.optim import build_optimizer, learning_rate
-from tron_cli.train import train, training_loss
+from tron_cli.evaluation.predict import predict
+from tron_cli.ops import products
+from tron_cli.sampling.negatives import Distribution, sample_negatives
+from tron_cli.training.loop import train, training_loss
+from tron_cli.training.optim import build_optimizer, learning_rate
 
 LENGTHS = [2, 10, 3, 5, 6, 4, 7, 2, 3, 9]
 
@@ -397,7 +397,7 @@ def seen_sessions(monkeypatch):
         seen.append([int(sessions[session][0]) for session in chosen])
         return training_batch(sessions, chosen, sequence_length, **options)
 
-    monkeypatch.setattr("tron_cli.feed.training_batch", record)
+    monkeypatch.setattr("tron_cli.training.feed.training_batch", record)
     return seen
 
 
@@ -442,7 +442,7 @@ def test_overfit_batches_trains_and_validates_on_the_first_sessions(
         validated.append([int(sessions[session][0]) for session in range(len(sessions))])
         return predict(model, sessions, **options)
 
-    monkeypatch.setattr("tron_cli.train.predict", record)
+    monkeypatch.setattr("tron_cli.training.loop.predict", record)
     train_numbered(tmp_path, sessions=23, train_batch_size=3, max_epochs=2, overfit_batches=2)
     assert len(seen_sessions) == 4
     assert {item for step in seen_sessions for item in step} == {1, 2, 3, 4, 5, 6}
@@ -461,7 +461,7 @@ def test_limit_val_batches_is_a_share_or_a_number_of_batches(
         validated.append(len(chosen))
         return predict(model, chosen, **options)
 
-    monkeypatch.setattr("tron_cli.train.predict", record)
+    monkeypatch.setattr("tron_cli.training.loop.predict", record)
     train_numbered(tmp_path, sessions=5, train_batch_size=5, max_epochs=1, limit_val_batches=limit)
     assert validated == [sessions]
 
@@ -509,7 +509,7 @@ def test_patience_ends_training(tmp_path, seen_sessions):
 
 
 def test_the_loop_warms_up_and_decays_as_configured(tmp_path, monkeypatch):
-    monkeypatch.setattr("tron_cli.train._LOG_EVERY", 1)
+    monkeypatch.setattr("tron_cli.training.loop._LOG_EVERY", 1)
     dataset = write_dataset(tmp_path, train=cyclic_sessions(8, seed=1), val=[[1, 2]])
     config = make_config(
         lr=0.8, lr_schedule="cosine", warmup_steps=2, train_batch_size=4, max_epochs=3

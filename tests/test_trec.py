@@ -16,14 +16,14 @@ import torch
 from conftest import random_sessions, tiny_settings, write_dataset
 from test_assess import random_checkpoint
 
-from tron_cli.assess import EvaluationOptions, assess
 from tron_cli.checkpoint import dataset_identity, encode_item_ids, load_checkpoint, save_checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.errors import InputError
-from tron_cli.evaluate import Predictions
-from tron_cli.models import build_model
-from tron_cli.prepare.table import TableColumns, prepare_table
-from tron_cli.trec import write_qrels, write_run
+from tron_cli.evaluation.evaluate import EvaluationOptions, assess
+from tron_cli.evaluation.predict import Predictions
+from tron_cli.evaluation.trec import write_qrels, write_run
+from tron_cli.models.base import build_model
+from tron_cli.prepare.sources.table import TableColumns, prepare_table
 
 MEASURES = "R@20 nDCG@10 RR@20"
 

@@ -65,36 +65,36 @@ BASELINES = {
 
 # Losses on logits of sampled items: (positive_N, negative_NK, keep_NK) -> loss_N.
 LOSSES = {
-    "bce": Entry("tron_cli.losses:bce"),
-    "bpr": Entry("tron_cli.losses:bpr"),
-    "bpr-max": Entry("tron_cli.losses:bpr_max"),
-    "gbce": Entry("tron_cli.losses:gbce"),
-    "ssm": Entry("tron_cli.losses:ssm"),
+    "bce": Entry("tron_cli.losses.sampled:bce"),
+    "bpr": Entry("tron_cli.losses.sampled:bpr"),
+    "bpr-max": Entry("tron_cli.losses.sampled:bpr_max"),
+    "gbce": Entry("tron_cli.losses.sampled:gbce"),
+    "ssm": Entry("tron_cli.losses.sampled:ssm"),
 }
 
 # Losses that look at the whole catalogue: (hidden_ND, table_VD, targets_N) -> loss_N.
 CATALOGUE_LOSSES = {
-    "ce": Entry("tron_cli.cross_entropy:ce"),
+    "ce": Entry("tron_cli.losses.cross_entropy:ce"),
     "sce": Entry(
-        "tron_cli.scalable_cross_entropy:sce",
+        "tron_cli.losses.scalable_cross_entropy:sce",
         owns=("sce_buckets", "sce_bucket_positions", "sce_bucket_items", "sce_mix"),
     ),
 }
 
 # What negatives are drawn from: training occurrences of each item, float64 [I] -> weights [I].
 SAMPLERS = {
-    "uniform": Entry("tron_cli.samplers:uniform"),
-    "popularity": Entry("tron_cli.samplers:popularity", owns=("popularity_alpha",)),
-    "mixed": Entry("tron_cli.samplers:mixed", owns=("popularity_alpha", "mixed_share")),
+    "uniform": Entry("tron_cli.sampling.samplers:uniform"),
+    "popularity": Entry("tron_cli.sampling.samplers:popularity", owns=("popularity_alpha",)),
+    "mixed": Entry("tron_cli.sampling.samplers:mixed", owns=("popularity_alpha", "mixed_share")),
 }
 
 # Subclasses of optim.Optimizer: (parameters, lr).
 OPTIMIZERS = {
     # `train` puts adam or row_adam in its place; the rest of the program need not know of it.
-    "auto": Entry("tron_cli.optim:Adam"),
-    "adam": Entry("tron_cli.optim:Adam"),
-    "row_adam": Entry("tron_cli.optim:RowAdam", sparse_gradients=True),
-    "adagrad": Entry("tron_cli.optim:Adagrad", sparse_gradients=True),
+    "auto": Entry("tron_cli.training.optim:Adam"),
+    "adam": Entry("tron_cli.training.optim:Adam"),
+    "row_adam": Entry("tron_cli.training.optim:RowAdam", sparse_gradients=True),
+    "adagrad": Entry("tron_cli.training.optim:Adagrad", sparse_gradients=True),
 }
 
 # Settings of the configuration whose value is one of these names.

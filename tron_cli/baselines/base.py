@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from tron_cli.baselines.ranking import Candidates, Excluded, Popularity, best_items, rank_targets
-from tron_cli.dataset import Sessions
-from tron_cli.events import Histories
+from tron_cli.data.dataset import Sessions
+from tron_cli.data.histories import Histories
 
 
 class Baseline(ABC):

@@ -15,9 +15,9 @@ import torch
 
 from tron_cli.baselines.base import Baseline
 from tron_cli.baselines.ranking import Candidates, Excluded, best_items
-from tron_cli.dataset import Sessions
+from tron_cli.data.dataset import Sessions
+from tron_cli.data.histories import Histories, distinct_pairs, ranges
 from tron_cli.errors import InputError
-from tron_cli.events import Histories, distinct_pairs, ranges
 
 MOST_ITEMS = 20_000  # whose two float64 matrices take 6.4 GB
 _PAIRS_AT_ONCE = 1 << 22

@@ -6,8 +6,8 @@ import numpy as np
 
 from tron_cli.baselines.base import SparseBaseline
 from tron_cli.baselines.ranking import Candidates
-from tron_cli.dataset import Sessions
-from tron_cli.events import Histories, ranges
+from tron_cli.data.dataset import Sessions
+from tron_cli.data.histories import Histories, ranges
 
 
 class Markov(SparseBaseline):

@@ -8,8 +8,14 @@ import numpy as np
 
 from tron_cli.baselines.base import Baseline
 from tron_cli.baselines.ranking import Excluded
-from tron_cli.dataset import Sessions
-from tron_cli.events import Histories, Predictions, collect, count_predicted, predicted_events
+from tron_cli.data.dataset import Sessions
+from tron_cli.data.histories import (
+    Histories,
+    Predictions,
+    collect,
+    count_predicted,
+    predicted_events,
+)
 
 _ROWS_AT_ONCE = 1 << 12  # sessions, then events
 _WORK_AT_ONCE = 1 << 22  # numbers: some arrays of 32 MB

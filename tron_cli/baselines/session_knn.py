@@ -40,8 +40,8 @@ import numpy as np
 
 from tron_cli.baselines.base import SparseBaseline
 from tron_cli.baselines.ranking import Candidates
-from tron_cli.dataset import Sessions
-from tron_cli.events import Histories, ranges
+from tron_cli.data.dataset import Sessions
+from tron_cli.data.histories import Histories, ranges
 
 # Weights are whole multiples of 2^-28. Sums of them are exact in float64, in whatever order, so
 # that what is equal on paper ties, on every machine. And with as many bits a similarity, an event

@@ -6,7 +6,7 @@ import numpy as np
 
 from tron_cli.baselines.base import SparseBaseline
 from tron_cli.baselines.ranking import Candidates
-from tron_cli.events import Histories
+from tron_cli.data.histories import Histories
 
 
 class SessionPopular(SparseBaseline):

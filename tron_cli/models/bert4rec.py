@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tron_cli.models.initialize import small_normal_weights
 from tron_cli.models.sasrec import SASRec
-from tron_cli.products import Linear
+from tron_cli.ops.initialize import small_normal_weights
+from tron_cli.ops.products import Linear
 
 
 class BERT4Rec(SASRec):

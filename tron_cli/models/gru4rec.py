@@ -30,12 +30,12 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
-from tron_cli.models.dropout import Dropout
-from tron_cli.models.initialize import xavier_uniform
 from tron_cli.models.tables import ItemTables
+from tron_cli.ops.dropout import Dropout
+from tron_cli.ops.initialize import xavier_uniform
 
 if TYPE_CHECKING:
-    from tron_cli.batches import Batch
+    from tron_cli.data.batches import Batch
 
 
 class GRU4Rec(ItemTables):

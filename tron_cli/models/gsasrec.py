@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from tron_cli.models.attention import Padding, packed_attention
-from tron_cli.models.dropout import Dropout
-from tron_cli.models.initialize import small_normal, small_normal_weights, standard_normal
 from tron_cli.models.transformer import Transformer
-from tron_cli.products import Linear
+from tron_cli.ops.attention import Padding, packed_attention
+from tron_cli.ops.dropout import Dropout
+from tron_cli.ops.initialize import small_normal, small_normal_weights, standard_normal
+from tron_cli.ops.products import Linear
 
 if TYPE_CHECKING:
-    from tron_cli.batches import AttentionGroup
+    from tron_cli.data.batches import AttentionGroup
 
 
 class GSASRec(Transformer):

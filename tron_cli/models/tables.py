@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tron_cli.models import Model
+from tron_cli.models.base import Model
 
 # A table of so many rows and columns.
 Draw = Callable[[int, int], torch.Tensor]

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from tron_cli.models.dropout import Dropout
 from tron_cli.models.tables import Draw, ItemTables, embedding
+from tron_cli.ops.dropout import Dropout
 
 if TYPE_CHECKING:
-    from tron_cli.batches import Batch
+    from tron_cli.data.batches import Batch
 
 
 class Transformer(ItemTables):

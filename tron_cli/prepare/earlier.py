@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from tron_cli.catalogue import numbers_among
-from tron_cli.dataset import Dataset, Sessions
+from tron_cli.data.catalogue import numbers_among
+from tron_cli.data.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
 from tron_cli.files import best_checkpoint
-from tron_cli.prepare.events import drop_events
 from tron_cli.prepare.filters import Steps
+from tron_cli.prepare.sessions import drop_events
 
 
 @dataclass(frozen=True)

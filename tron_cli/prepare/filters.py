@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tron_cli.dataset import Sessions, are_repeats
-from tron_cli.prepare.events import drop_events, take_where
+from tron_cli.data.dataset import Sessions, are_repeats
+from tron_cli.prepare.sessions import drop_events, take_where
 
 
 def drop_short(sessions: Sessions, min_length: int) -> Sessions:

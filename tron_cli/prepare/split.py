@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tron_cli.dataset import Sessions
+from tron_cli.data.dataset import Sessions
 from tron_cli.errors import InputError
-from tron_cli.prepare.events import drop_events, first_times, last_times, take, take_where
 from tron_cli.prepare.filters import Steps, drop_short
+from tron_cli.prepare.sessions import drop_events, first_times, last_times, take, take_where
 
 DAY = 86_400_000  # ms
 WHY_LATE = "in or after a held-out stretch, and sessions with fewer than 2 before it"

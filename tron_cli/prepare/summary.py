@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from tron_cli.dataset import SPLITS, Dataset
+from tron_cli.data.dataset import SPLITS, Dataset
 from tron_cli.prepare.split import DAY, moment
 from tron_cli.report import format_table
 

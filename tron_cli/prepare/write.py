@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from tron_cli.dataset import DATASET_NAME, SPLITS, Dataset, DatasetWriter, Sessions
+from tron_cli.data.dataset import DATASET_NAME, SPLITS, Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError, RunError
-from tron_cli.prepare.columns import BadLines
 from tron_cli.prepare.earlier import Earlier
-from tron_cli.prepare.events import (
+from tron_cli.prepare.fetching.raw import describe
+from tron_cli.prepare.filters import Steps, drop_short
+from tron_cli.prepare.reading.columns import BadLines
+from tron_cli.prepare.sessions import (
     IdKeys,
     by_first_event,
     drop_events,
@@ -23,8 +25,6 @@ from tron_cli.prepare.events import (
     take,
     take_where,
 )
-from tron_cli.prepare.filters import Steps, drop_short
-from tron_cli.prepare.raw import describe
 from tron_cli.prepare.split import Splits
 
 CHUNK_SESSIONS = 1 << 18  # written at a time: ids that are text are objects meanwhile

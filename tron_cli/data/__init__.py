@@ -1,0 +1,1 @@
+"""Prepared datasets, the histories of their events, and packed batches."""

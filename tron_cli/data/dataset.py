@@ -1,0 +1,477 @@
+"""A prepared dataset on disk: memory-mapped session arrays beside one `dataset.json`.
+
+    DATA_DIR/NAME/
+        dataset.json              name, protocol, options, counts, checksums, fingerprints
+        item_ids.npy | .txt       original id of item i in entry i - 1 (int64, or one a line)
+        train|val|test/items.npy      int32, the items of all sessions back to back
+        train|val|test/offsets.npy    int64, session s is items[offsets[s]:offsets[s + 1]]
+        train|val|test/times.npy      int64 milliseconds since 1970 UTC, where the source has times
+        train|val|test/session_ids.npy    int64, original id of each session, where it has one; or
+        train|val|test/session_ids.txt    UTF-8, one a line, where not all are integers, and
+        train|val|test/session_ids_offsets.npy    int64: id s is txt[offsets[s]:offsets[s + 1] - 1]
+        train|val|test/lost_predictions.npy    int32: predictions that each session lost because the
+                                  catalogue lacks their item, and behind these those of each session
+                                  that was left out for it; only where there are any
+        train|val|test/user_ids...        likewise the original id of each session's user
+
+Item ids are 1..num_items; 0 means padding. Opening maps the files and reads none of them, so that a
+dataset of any size opens at once and several processes share its pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from tron_cli.data.folder import SPLITS, DatasetFolder
+from tron_cli.data.integrity import (
+    PROTOCOLS,
+    fingerprint,
+    flaw_of_contents,
+    flaw_of_description,
+    flaw_of_ends,
+    sha256_of_file,
+)
+from tron_cli.errors import InputError
+
+FORMAT_VERSION = 1
+FINGERPRINTED_BYTES = 1 << 28  # arrays up to this size take less than a second to check
+DATASET_NAME = r"\w[\w.+-]*"  # a folder in --data-dir, and a part of checkpoints' names
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """The sessions of one split, back to back.
+
+    items: int32 [E]; offsets: int64 [S + 1]; times: int64 [E] milliseconds since 1970 UTC, or None.
+    session_ids, user_ids: [S], original ids, int64 or str objects, or None. They are there while a
+    dataset is prepared; of a prepared one, ask `Dataset.session_ids`.
+    """
+
+    items: np.ndarray
+    offsets: np.ndarray
+    times: np.ndarray | None = None
+    session_ids: np.ndarray | None = None
+    user_ids: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, session: int) -> np.ndarray:
+        return self.items[self.offsets[session] : self.offsets[session + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [S], events of each session."""
+        return np.diff(self.offsets)
+
+
+def are_repeats(sessions: Sessions) -> np.ndarray:
+    """bool [E]: events that show the item of the event before them in their session."""
+    items = sessions.items
+    repeats = np.zeros(len(items), bool)
+    repeats[1:] = items[1:] == items[:-1]
+    starts = sessions.offsets[:-1]
+    repeats[starts[starts < len(items)]] = False  # an empty session may stand at the end
+    return repeats
+
+
+class TextIds:
+    """Ids that are text, mapped from disk: `ids[rows]` reads those of the rows asked for.
+
+    text: uint8, UTF-8 with a line feed behind each id; offsets: int64 [S + 1], where each begins.
+    """
+
+    def __init__(self, text: np.ndarray, offsets: np.ndarray) -> None:
+        self._text = text
+        self._offsets = offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """The ids of some rows (int64 [n]): str objects [n]."""
+        ids = np.empty(len(rows), object)
+        starts, ends = self._offsets[rows], self._offsets[rows + 1] - 1
+        for at, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+            ids[at] = self._text[start:end].tobytes().decode()
+        return ids
+
+
+class Dataset:
+    """A prepared dataset, opened for reading."""
+
+    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+        self.path = path
+        self.info = info
+        self.name = path.name  # not info["name"]: a folder may be copied or renamed
+        self.protocol: str = info["protocol"]
+        self.num_items: int = info["num_items"]
+        self.catalogue_fingerprint: str = info["catalogue_fingerprint"]
+
+    @classmethod
+    def open(cls, path: Path) -> Dataset:
+        """Open DATA_DIR/NAME; raises InputError where there is no readable dataset."""
+        file = path / "dataset.json"
+        if not file.is_file():
+            raise InputError(
+                f"no prepared dataset at {path}: expected {file}; run `tron prepare` first, "
+                "or name its folder with --data-dir"
+            )
+        try:
+            info = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{file} is not readable JSON ({error}); delete its folder and prepare the dataset "
+                "again"
+            ) from error
+        version = info.get("format_version") if isinstance(info, dict) else None
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"{file} has format version {version}, this tron reads {FORMAT_VERSION}; "
+                "prepare the dataset again"
+            )
+        flaw = flaw_of_description(info)
+        if flaw is not None:
+            raise InputError(f"{file} is damaged ({flaw}); prepare the dataset again")
+        return cls(path, info)
+
+    def split(self, name: str) -> Sessions:
+        """Map the arrays of `train`, `val` or `test`; only their ends are read and checked."""
+        folder = self.path / name
+        times_file = folder / "times.npy"
+        try:
+            items = _map(folder / "items.npy", np.int32)
+            offsets = _map(folder / "offsets.npy", np.int64)
+            times = _map(times_file, np.int64) if times_file.exists() else None
+        except Exception as error:  # of a damaged header NumPy raises almost anything
+            raise self._damaged(f"the {name} split", error) from error
+        flaw = flaw_of_ends(items, offsets, times, self.split_info(name))
+        if flaw is not None:
+            raise self._damaged(f"the {name} split", flaw)
+        return Sessions(items, offsets, times)
+
+    def checked_split(self, name: str, *, fully: bool = False) -> Sessions:
+        """Map a split and read it once, for whoever is to read it anyway.
+
+        Its offsets and items must be possible, and it and the catalogue must have their
+        fingerprints; where these would take more than a second, only if `fully`. Raises InputError.
+        """
+        sessions = self.split(name)
+        flaw = flaw_of_contents(sessions.items, sessions.offsets, self.num_items)
+        if flaw is not None:
+            raise self._damaged(f"the {name} split", flaw)
+        if fully or sessions.items.nbytes + sessions.offsets.nbytes <= FINGERPRINTED_BYTES:
+            found = fingerprint(sessions.items, sessions.offsets)
+            if found != self.split_info(name)["fingerprint"]:
+                raise self._damaged(f"the {name} split", "it is not what was prepared")
+        self.check_item_ids(fully=fully)
+        return sessions
+
+    def check_item_ids(self, *, fully: bool = False) -> None:
+        """Compare the list of item ids with its fingerprint, as `checked_split` does."""
+        ids = self.item_ids
+        if ids.dtype == object:
+            found = _sha256((self.path / "item_ids.txt").read_bytes())
+        elif fully or ids.nbytes <= FINGERPRINTED_BYTES:
+            found = fingerprint(ids)
+        else:
+            return
+        if found != self.catalogue_fingerprint:
+            raise self._damaged("the list of item ids", "it is not what was prepared")
+
+    @cached_property
+    def item_ids(self) -> np.ndarray:
+        """Original ids, entry i - 1 for item i: int64 [I], or str [I]."""
+        file = self.path / "item_ids.npy"
+        try:
+            if file.exists():
+                ids = _map(file, np.int64)
+            else:
+                # Not read_text: it would end a line at a carriage return within an id.
+                text = (self.path / "item_ids.txt").read_bytes().decode()
+                ids = np.array(text.split("\n")[:-1], dtype=object)
+        except Exception as error:
+            raise self._damaged("the list of item ids", error) from error
+        if len(ids) != self.num_items:
+            raise self._damaged("the list of item ids", f"{len(ids):,}, not {self.num_items:,}")
+        return ids
+
+    def session_ids(self, split: str) -> np.ndarray | TextIds | None:
+        """Map the original ids of a split's sessions, one each in their order.
+
+        `ids[rows]` with int64 rows gives int64, or str objects where not all ids are integers.
+        None where the source names no sessions: a user's log cut at pauses, a history per user.
+        """
+        return self._ids_of(split, "session_ids")
+
+    def user_ids(self, split: str) -> np.ndarray | TextIds | None:
+        """Map the original id of each session's user, as `session_ids`; None where unknown."""
+        return self._ids_of(split, "user_ids")
+
+    def check_files(self, split: str, kind: str = "", *, fully: bool = False) -> None:
+        """Compare a split's files whose names begin with `kind` with their fingerprints.
+
+        Of large ones only if `fully`. Items and offsets are not among them: see `checked_split`.
+        A dataset that an earlier version prepared has none.
+        """
+        for name, expected in self.split_info(split).get("files", {}).items():
+            if not name.startswith(kind):
+                continue
+            file = self.path / split / name
+            try:
+                is_read = fully or file.stat().st_size <= FINGERPRINTED_BYTES
+                is_sound = not is_read or sha256_of_file(file) == expected
+            except OSError as error:
+                raise self._damaged(f"{name} of the {split} split", error) from error
+            if not is_sound:
+                raise self._damaged(f"{name} of the {split} split", "it is not what was prepared")
+
+    def lost_of_sessions(self, split: str) -> np.ndarray | None:
+        """Return how many predictions of the dataset's protocol each session lost in preparation.
+
+        int32 [at least S]: those of the split's sessions, then those of sessions that were left out
+        as a whole. None where nobody counted them: prepared by an earlier version.
+        """
+        counts = self.split_info(split)
+        file = self.path / split / "lost_predictions.npy"
+        sessions, total = counts["sessions"], counts["lost_predictions"]
+        self.check_files(split, file.name)
+        if not file.exists():
+            if self.protocol == "last-item":  # a history has one prediction
+                return np.repeat(np.array([0, 1], np.int32), [sessions, total])
+            return None if total else np.zeros(sessions, np.int32)
+        try:
+            lost = _map(file, np.int32)
+        except Exception as error:
+            raise self._damaged(f"{file.name} of the {split} split", error) from error
+        if len(lost) < sessions or lost.min(initial=0) < 0 or lost.sum() != total:
+            raise self._damaged(f"{file.name} of the {split} split", "it does not match")
+        return lost
+
+    def _ids_of(self, split: str, kind: str) -> np.ndarray | TextIds | None:
+        folder = self.path / split
+        numbers, offsets = folder / f"{kind}.npy", folder / f"{kind}_offsets.npy"
+        what = f"the list of {kind.replace('_', ' ')} of the {split} split"
+        ids: np.ndarray | TextIds
+        self.check_files(split, kind)
+        try:
+            if numbers.exists():
+                ids = _map(numbers, np.int64)
+            elif offsets.exists():
+                text = np.memmap(folder / f"{kind}.txt", np.uint8, "r")
+                ids = TextIds(text, _map(offsets, np.int64))
+            else:
+                return None
+        except Exception as error:
+            raise self._damaged(what, error) from error
+        sessions = self.split_info(split)["sessions"]
+        if len(ids) != sessions:
+            raise self._damaged(what, f"{len(ids):,}, not {sessions:,}")
+        return ids
+
+    def _damaged(self, what: str, reason: object) -> InputError:
+        return InputError(f"{what} of {self.path} is damaged ({reason}); prepare it again")
+
+    def split_info(self, name: str) -> dict[str, Any]:
+        """Counts of a split: sessions, events, mean_length, median_length, fingerprint, ..."""
+        return self.info["splits"][name]
+
+
+def _map(file: Path, dtype: type[np.generic]) -> np.ndarray:
+    array = np.load(file, mmap_mode="r")
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
+        raise ValueError(f"{file.name} is not a list of {dtype.__name__} numbers")
+    # An empty file cannot be mapped; its array has no pages to share anyway.
+    return array if array.size else np.load(file)
+
+
+class DatasetWriter:
+    """Writes a dataset beside its final place and renames it there when it is complete.
+
+        with DatasetWriter(data_dir / "shop", force=False) as writer:
+            writer.write_items(original_ids)
+            writer.write_split("train", chunks)      # likewise "val" and "test"
+            writer.finish(name="shop", protocol="every-step", ...)
+
+    Without `finish` (an exception, say) nothing is left behind.
+    """
+
+    def __init__(self, path: Path, *, force: bool = False) -> None:
+        self.path = path
+        self._place = DatasetFolder(path, replace=force)
+        self._folder = self._place.new
+        self.scratch = self._place.scratch  # a folder for what preparation spools to disk
+        self._splits: dict[str, dict[str, Any]] = {}
+        self._catalogue: dict[str, Any] = {}
+
+    def __enter__(self) -> DatasetWriter:
+        self._place.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._place.__exit__(kind, error, trace)
+
+    def write_items(self, ids: np.ndarray) -> None:
+        """Original ids in the order of the new ones: integers, or strings without line feeds."""
+        if np.issubdtype(ids.dtype, np.integer):
+            ids = np.ascontiguousarray(ids, dtype=np.int64)
+            np.save(self._folder / "item_ids.npy", ids)
+            content = ids.tobytes()
+        else:
+            broken = next((item for item in ids if "\n" in item), None)
+            if broken is not None:
+                raise InputError(
+                    f"item ids are kept one a line, but the id {broken!r} holds a line feed; "
+                    "replace it in the source"
+                )
+            content = "".join(f"{item}\n" for item in ids).encode()
+            (self._folder / "item_ids.txt").write_bytes(content)
+        self._catalogue = {"num_items": len(ids), "catalogue_fingerprint": _sha256(content)}
+
+    def write_split(
+        self,
+        name: str,
+        chunks: Iterable[Sessions],
+        *,
+        unseen_events: int = 0,
+        lost_predictions: int | np.ndarray = 0,
+        **counts: Any,
+    ) -> dict[str, Any]:
+        """Append chunks of sessions (each with offsets from 0) to a split.
+
+        All chunks have times, or none has; likewise session and user ids. unseen_events: dropped
+        before, because the training period lacks their item; lost_predictions: predictions of the
+        dataset's protocol that were possible before; an array is as in `Dataset.lost_of_sessions`.
+        These and further counts go into dataset.json.
+        Returns what dataset.json says of the split.
+        """
+        folder = self._folder / name
+        folder.mkdir()
+        digest = hashlib.sha256()
+        ids = [_IdsFile(folder, kind) for kind in ("session_ids", "user_ids")]
+        lengths: list[np.ndarray] = []
+        repeated_events = 0
+        span: list[int] = []
+        items_file, times_file = folder / "items.bin", folder / "times.bin"
+        with items_file.open("wb") as items_out, times_file.open("wb") as times_out:
+            for chunk in chunks:
+                chunk_items = np.ascontiguousarray(chunk.items, dtype=np.int32)
+                items_out.write(chunk_items.data)
+                digest.update(chunk_items.data)
+                if chunk.times is not None and len(chunk.times):
+                    span = [*span, int(chunk.times.min()), int(chunk.times.max())]
+                    span = [min(span), max(span)]
+                    times_out.write(np.ascontiguousarray(chunk.times, dtype=np.int64).data)
+                lengths.append(np.diff(chunk.offsets))
+                repeated_events += int(np.count_nonzero(are_repeats(chunk)))
+                for file, values in zip(ids, (chunk.session_ids, chunk.user_ids), strict=True):
+                    if values is not None:
+                        assert len(values) == len(lengths[-1])
+                        file.append(values)
+        for file in ids:
+            file.finish()
+        if isinstance(lost_predictions, np.ndarray) and lost_predictions.any():
+            np.save(folder / "lost_predictions.npy", lost_predictions.astype(np.int32))
+        length = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+        offsets = np.zeros(len(length) + 1, np.int64)
+        np.cumsum(length, out=offsets[1:])
+        np.save(folder / "offsets.npy", offsets)
+        digest.update(offsets.data)
+        _with_header(items_file, folder / "items.npy", np.dtype(np.int32))
+        if times_file.stat().st_size:
+            _with_header(times_file, folder / "times.npy", np.dtype(np.int64))
+        else:
+            times_file.unlink()
+        others = {file.name for file in folder.iterdir()} - {"items.npy", "offsets.npy"}
+        self._splits[name] = {
+            "sessions": len(length),
+            "events": int(offsets[-1]),
+            "mean_length": float(length.mean()) if len(length) else None,
+            "median_length": float(np.median(length)) if len(length) else None,
+            "max_length": int(length.max()) if len(length) else None,
+            "repeated_events": repeated_events,  # show the item of the event before
+            "fingerprint": digest.hexdigest(),
+            "files": {other: sha256_of_file(folder / other) for other in sorted(others)},
+            **({"first_time": span[0], "last_time": span[1]} if span else {}),
+            "unseen_events": unseen_events,
+            "lost_predictions": int(np.sum(lost_predictions)),
+            **counts,
+        }
+        return self._splits[name]
+
+    def finish(self, *, name: str, protocol: str, **info: Any) -> Dataset:
+        """Write dataset.json and move the folder to its place; returns the dataset, opened."""
+        assert protocol in PROTOCOLS
+        assert set(self._splits) == set(SPLITS)
+        assert self._catalogue
+        content = {
+            "format_version": FORMAT_VERSION,
+            "name": name,
+            "protocol": protocol,
+            **self._catalogue,
+            "splits": {split: self._splits[split] for split in SPLITS},
+            **info,
+        }
+        (self._folder / "dataset.json").write_text(json.dumps(content, indent=2) + "\n")
+        self._place.put_in_place()
+        return Dataset.open(self.path)
+
+
+class _IdsFile:
+    """The ids of one split's sessions on their way to disk: nothing is there before the first."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self._text, self._numbers = folder / f"{kind}.txt", folder / f"{kind}.npy"
+        self._raw, self._offsets = folder / f"{kind}.bin", folder / f"{kind}_offsets.npy"
+
+    def append(self, ids: np.ndarray) -> None:
+        """Ids of further sessions: all int64, or all str objects."""
+        values = ids
+        if ids.dtype == object:
+            texts = [f"{text}\n".encode() for text in ids]
+            values = np.fromiter(map(len, texts), np.int64, len(texts))
+            with self._text.open("ab") as text_out:
+                text_out.write(b"".join(texts))
+        with self._raw.open("ab") as out:
+            out.write(np.ascontiguousarray(values, np.int64).data)
+
+    def finish(self) -> None:
+        """Turn what was appended into arrays."""
+        if self._text.exists():
+            ends = np.cumsum(np.fromfile(self._raw, np.int64))
+            np.save(self._offsets, np.concatenate(([0], ends)))
+            self._raw.unlink()
+        elif self._raw.exists():
+            _with_header(self._raw, self._numbers, np.dtype(np.int64))
+
+
+def _with_header(raw: Path, file: Path, dtype: np.dtype[Any]) -> None:
+    """Turn a file of raw values into .npy without holding it in memory."""
+    header = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": (raw.stat().st_size // dtype.itemsize,),
+    }
+    with raw.open("rb") as source, file.open("wb") as target:
+        np.lib.format.write_array_header_1_0(target, header)
+        shutil.copyfileobj(source, target, 1 << 24)
+    raw.unlink()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,207 @@
+"""The events of a split that are predicted, and the history of each.
+
+Shapes: E predicted events, P (event, item of its history) or other (row, item) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from tron_cli.data.dataset import Sessions
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One predicted event an entry, in the order of the sessions and of their events.
+
+    session_E, event_E: int64, session of the split and place of the target in it, both from 0.
+    target_E: int64 item ids. rank_E: int64, 1 the best; 0 where the target is filtered out: a miss.
+    top_EK: int32 item ids in order of rank, 0 where there are no more; None unless asked for.
+    """
+
+    session_E: np.ndarray
+    event_E: np.ndarray
+    target_E: np.ndarray
+    rank_E: np.ndarray
+    top_EK: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Events to predict, each with its history. All int64, places counted among all of `items`.
+
+    items: of the whole split. session_E: sessions of the split. begin_E: where the session begins.
+    start_E: where the history begins, cut to the window. position_E: where the target is; the
+    history ends just before it and holds at least one event.
+    """
+
+    items: np.ndarray
+    session_E: np.ndarray
+    begin_E: np.ndarray
+    start_E: np.ndarray
+    position_E: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.session_E)
+
+    def __getitem__(self, index: slice | np.ndarray) -> Histories:
+        return Histories(
+            self.items,
+            self.session_E[index],
+            self.begin_E[index],
+            self.start_E[index],
+            self.position_E[index],
+        )
+
+    @property
+    def target_E(self) -> np.ndarray:
+        """int64 item ids of the targets."""
+        return self.items[self.position_E].astype(np.int64)
+
+    @property
+    def last_E(self) -> np.ndarray:
+        """int64 item ids of the last event of each history."""
+        return self.items[self.position_E - 1].astype(np.int64)
+
+    @property
+    def length_E(self) -> np.ndarray:
+        """int64, events of each history."""
+        return self.position_E - self.start_E
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Event, item and step (1 the last event before the target) of each history's events."""
+        event_P, place_P = ranges(self.start_E, self.position_E)
+        return event_P, self.items[place_P].astype(np.int64), self.position_E[event_P] - place_P
+
+    def seen(self) -> tuple[np.ndarray, np.ndarray]:
+        """Event and item of the distinct items before each target, from the session's beginning."""
+        event_P, place_P = ranges(self.begin_E, self.position_E)
+        item_P = self.items[place_P].astype(np.int64)
+        return distinct_pairs(event_P, item_P)
+
+
+def predicted_events(
+    sessions: Sessions,
+    *,
+    window: int,
+    protocol: str,
+    full_sessions: bool = False,
+    one_pass: bool = False,
+    first: int = 0,
+    last: int | None = None,
+) -> Histories:
+    """The predicted events of sessions first..last - 1, in order.
+
+    protocol: every-step predicts each event of a session but the first (of its last `window`
+    events, with full_sessions of all), last-item the last one. Each has a history of up to `window`
+    events; with one_pass it begins where the last window + 1 events of the session begin.
+    """
+    last = len(sessions) if last is None else min(last, len(sessions))
+    begin_S = np.asarray(sessions.offsets[first:last], dtype=np.int64)
+    length_S = np.asarray(sessions.offsets[first + 1 : last + 1], dtype=np.int64) - begin_S
+    first_target_S = _first_targets(length_S, window, protocol, full_sessions)
+    session_E, position_E = ranges(begin_S + first_target_S, begin_S + length_S)
+    begin_E = begin_S[session_E]
+    last_E = begin_E + length_S[session_E] - 1
+    return Histories(
+        items=sessions.items,
+        session_E=session_E + first,
+        begin_E=begin_E,
+        start_E=_history_start(begin_E, last_E if one_pass else position_E, window),
+        position_E=position_E,
+    )
+
+
+def count_predicted(
+    sessions: Sessions, *, window: int, protocol: str, full_sessions: bool = False
+) -> int:
+    """Number of the predicted events of all sessions."""
+    first_target_S = _first_targets(sessions.lengths, window, protocol, full_sessions)
+    return int((sessions.lengths - first_target_S).clip(min=0).sum())
+
+
+def training_windows(
+    sessions: Sessions, chosen: np.ndarray | slice, window: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Begin (place among all items) and length of the history of each chosen session's last event.
+
+    Both int64. A training step predicts from them what follows each of their events.
+    """
+    last_S = sessions.offsets[1:][chosen] - 1
+    start_S = _history_start(sessions.offsets[:-1][chosen], last_S, window)
+    return start_S, last_S - start_S
+
+
+def _history_start(begin_E: np.ndarray, target_E: np.ndarray, window: int) -> np.ndarray:
+    """Places where histories begin, given those of their sessions and of their targets."""
+    return np.maximum(begin_E, target_E - window)
+
+
+def _first_targets(
+    length_S: np.ndarray, window: int, protocol: str, full_sessions: bool
+) -> np.ndarray:
+    """Place in each session of the first event that is predicted; that of no event where none."""
+    if protocol == "last-item":
+        first_S = length_S - 1
+    elif full_sessions:
+        first_S = np.ones_like(length_S)
+    else:
+        first_S = length_S - window
+    return np.maximum(first_S, 1)
+
+
+def collect(
+    ranked: Iterable[tuple[Histories, np.ndarray, np.ndarray | None]],
+    *,
+    expected: int,
+    top_items: int,
+    progress: str | None,
+) -> Predictions:
+    """Predictions in order, from some events at a time with their ranks and best items.
+
+    expected: number of events, of which a bar shows how many are done. progress: its title; None:
+    no bar. Best items are None unless top_items are asked for.
+    """
+    nothing = np.zeros(0, dtype=np.int64)
+    parts = [(nothing, nothing, nothing, nothing, nothing)]
+    tops = [np.zeros((0, top_items), dtype=np.int32)]
+    bar = tqdm(
+        total=expected,
+        desc=progress,
+        unit=" events",
+        unit_scale=True,
+        disable=None if progress else True,
+    )
+    for histories, rank_E, top_EK in ranked:
+        event_E = histories.position_E - histories.begin_E
+        parts.append(
+            (histories.position_E, histories.session_E, event_E, histories.target_E, rank_E)
+        )
+        if top_EK is not None:
+            tops.append(top_EK.astype(np.int32, copy=False))
+        bar.update(len(rank_E))
+    bar.close()
+    position_E, *columns = map(np.concatenate, zip(*parts, strict=True))
+    order = np.argsort(position_E, kind="stable")
+    session_E, event_E, target_E, rank_E = (column[order] for column in columns)
+    top_EK = np.concatenate(tops)[order] if top_items else None
+    return Predictions(session_E, event_E, target_E, rank_E, top_EK)
+
+
+def distinct_pairs(row_P: np.ndarray, item_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row and item (int64, neither negative) of each pair once, in ascending order."""
+    width = int(item_P.max(initial=0)) + 1
+    # Sorted, not np.unique: that hashes, and takes a hundred times as long.
+    key_P = np.sort(row_P * width + item_P)
+    return np.divmod(key_P[np.diff(key_P, prepend=-1) > 0], width)
+
+
+def ranges(low_R: np.ndarray, high_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row and number of each whole number from low to high - 1 of each row."""
+    count_R = np.maximum(high_R - low_R, 0)
+    row = np.repeat(np.arange(len(count_R)), count_R)
+    return row, np.arange(len(row)) + np.repeat(low_R - (np.cumsum(count_R) - count_R), count_R)

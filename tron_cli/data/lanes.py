@@ -1,0 +1,112 @@
+"""Session-parallel batches: lanes, each of which goes through one session after the other.
+
+Hidasi et al., Session-based Recommendations with Recurrent Neural Networks (ICLR 2016): a step
+takes the next event of every lane; a lane whose session has ended begins the next session that no
+lane has taken, lanes in ascending order.
+
+Shapes: B lanes, S sessions, C sessions of a chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from tron_cli.data.batches import Batch, pack, session_order
+from tron_cli.data.dataset import Sessions
+from tron_cli.data.histories import training_windows
+
+_SESSIONS_AT_ONCE = 1 << 13
+
+
+class Lanes:
+    """The batch of each step, from an endless row of passes over the sessions.
+
+    Of a session its last sequence_length + 1 events are seen. A pass begins when the one before has
+    no more sessions to give, while its last ones are still under way: no lane is ever idle.
+    steps_per_pass: steps that have as many events as a pass.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        *,
+        lanes: int,
+        sequence_length: int,
+        style: str,
+        seed: int,
+        padded: bool = False,
+    ) -> None:
+        """sessions: of at least two events each. style, seed: see `session_order`. padded: batches
+        say that their shapes are fixed (`Batch.padded`), which those of lanes are anyway."""
+        self._sessions = sessions
+        self._lanes = lanes
+        self._style = style
+        self._seed = seed
+        self._padded = padded
+        self._sequence_length = sequence_length
+        _, self._inputs_S = training_windows(sessions, slice(None), sequence_length)
+        self.steps_per_pass = -(-int(self._inputs_S.sum()) // lanes)
+        self._step = 0
+        self._begin_B = np.zeros(lanes, dtype=np.int64)
+        self._session_B = np.zeros(lanes, dtype=np.int64)
+        self._chunks = self._schedule()
+        self._chunk = next(self._chunks)
+        self._begun = 0  # sessions of the chunk
+
+    def batch(self, step: int) -> Batch:
+        """One event of each lane in a row of its own; places_N says where in its session it is.
+
+        Steps are asked for in ascending order, from any first one: what lies before it is only
+        scheduled, ten million sessions in seconds.
+        """
+        assert step >= self._step
+        self._step = step
+        while not self._begin_until(step):
+            self._chunk, self._begun = next(self._chunks), 0
+        places_B = step - self._begin_B
+        start_B, _ = training_windows(self._sessions, self._session_B, self._sequence_length)
+        batch = pack(
+            self._sessions.items,
+            start_B + places_B,
+            np.ones_like(places_B),
+            with_targets=True,
+        )
+        return dataclasses.replace(
+            batch,
+            places_N=torch.from_numpy(places_B),
+            lanes_B=torch.arange(self._lanes),
+            padded=self._padded,
+        )
+
+    def _begin_until(self, step: int) -> bool:
+        """Begin the sessions of the chunk that are due; whether it has others for later."""
+        begin_C, lane_C, session_C = self._chunk
+        end = int(np.searchsorted(begin_C, step, side="right"))
+        # Backwards, so that the first session found of a lane is its last one.
+        due = slice(self._begun, end)
+        lanes, first = np.unique(lane_C[due][::-1], return_index=True)
+        self._begin_B[lanes] = begin_C[due][::-1][first]
+        self._session_B[lanes] = session_C[due][::-1][first]
+        self._begun = end
+        return end < len(begin_C)
+
+    def _schedule(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The step at which each session begins, its lane and its number, in order of beginning."""
+        # A heap of step * lanes + lane: when each lane becomes free.
+        free = list(range(self._lanes))
+        for data_pass in itertools.count():
+            order = session_order(
+                len(self._inputs_S), self._style, seed=self._seed, epoch=data_pass
+            )
+            for first in range(0, len(order), _SESSIONS_AT_ONCE):
+                session_C = order[first : first + _SESSIONS_AT_ONCE]
+                spans = (self._inputs_S[session_C] * self._lanes).tolist()
+                begun = [heapq.heapreplace(free, free[0] + span) for span in spans]
+                begin_C, lane_C = np.divmod(np.array(begun, dtype=np.int64), self._lanes)
+                yield begin_C, lane_C, session_C

@@ -1,0 +1,1 @@
+"""Evaluation: exact ranks, figures, comparison, files."""

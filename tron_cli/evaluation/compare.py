@@ -1,0 +1,312 @@
+"""Several checkpoints on the same events: figures, paired differences, beyond-accuracy figures.
+
+A difference is taken event by event, so what makes an event hard or easy for both models cancels;
+events of one session are not independent, so its standard error is clustered by session.
+
+Shapes: E predicted events, K places of a recommendation list.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import stdtrit
+
+from tron_cli.checkpoint import Checkpoint
+from tron_cli.data.catalogue import RenumberedDataset, numbers_among
+from tron_cli.data.dataset import Dataset, Sessions
+from tron_cli.data.histories import Predictions
+from tron_cli.errors import InputError
+from tron_cli.evaluation.beyond_accuracy import beyond_accuracy, check_cutoff, count_items
+from tron_cli.evaluation.evaluate import (
+    TIE_RULE,
+    EvaluationOptions,
+    catalogue_entry,
+    chosen_sessions,
+    fitted,
+    left_out,
+    sample_of,
+)
+from tron_cli.evaluation.metrics import (
+    MAX_CUTOFF,
+    clustered_stderr,
+    figures,
+    parse_measures,
+    values_by_rank,
+)
+from tron_cli.evaluation.predict import predict
+
+CONFIDENCE = 0.95
+INTERVALS = (
+    "paired by event, clustered by session, Student's t with sessions - 1 degrees of freedom; "
+    "each holds by itself: not adjusted for the number of models and measures"
+)
+# In simulations 95 % intervals hold the truth in 92 to 93 % of cases with 20 to 50 sessions of very
+# unequal lengths, and in 94 to 95 % from 100 on.
+FEW_SESSIONS = 50
+
+log = logging.getLogger("tron")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean over events of a model's value less the reference's, with its confidence interval.
+
+    stderr, low and high are None where one session alone says nothing about others. within_noise:
+    the interval contains 0 (None where there is no interval).
+    """
+
+    value: float
+    stderr: float | None
+    low: float | None
+    high: float | None
+    within_noise: bool | None
+
+
+def paired_difference(
+    values_E: np.ndarray, reference_E: np.ndarray, session_E: np.ndarray
+) -> Difference:
+    """Difference of two models' values (float [E]) of the same events, entry by entry.
+
+    session_E: int [E], session of each event. With G sessions the interval is the mean plus and
+    minus the standard error (clustered by session, as metrics.score gives it) times the quantile of
+    Student's t with G - 1 degrees of freedom: the standard error rests on G independent totals, and
+    normal quantiles, which t approaches as G grows, would make the intervals of few sessions too
+    narrow (Cameron and Miller, 2015, "A Practitioner's Guide to Cluster-Robust Inference").
+    """
+    difference_E = values_E - reference_E
+    mean = float(difference_E.mean())
+    stderr = clustered_stderr(difference_E, session_E, mean)
+    if stderr is None:
+        return Difference(mean, None, None, None, None)
+    num_sessions = np.count_nonzero(np.bincount(session_E))
+    half_width = float(stdtrit(num_sessions - 1, (1 + CONFIDENCE) / 2)) * stderr
+    low, high = mean - half_width, mean + half_width
+    return Difference(mean, stderr, low, high, low <= 0 <= high)
+
+
+def compare(
+    checkpoints: Sequence[Checkpoint],
+    dataset: Dataset,
+    options: EvaluationOptions,
+    device: torch.device,
+    *,
+    reference: int = 0,
+    cutoff: int | None = None,
+) -> dict[str, Any]:
+    """Evaluate all checkpoints on the same events; the report that `tron compare --json` prints.
+
+    reference: place of the checkpoint that the others are compared with, from 0; measures and
+    cutoff default to its own. cutoff: length of the lists that the beyond-accuracy figures look at;
+    0 leaves these out and saves making the lists. Models are loaded one after the other, and of
+    their predictions only those of the reference are kept.
+    Raises InputError where the checkpoints cannot be compared on this dataset.
+    """
+    config = checkpoints[reference].config
+    protocol = options.protocol or dataset.protocol
+    if cutoff is not None:
+        check_cutoff(cutoff)
+    depth = min(config.recommendation_limit if cutoff is None else cutoff, dataset.num_items)
+    if depth > MAX_CUTOFF:
+        raise InputError(
+            f"{checkpoints[reference].path} has recommendation_limit={config.recommendation_limit}"
+            f": pass --cutoff, from 0 to {MAX_CUTOFF}, for shorter lists"
+        )
+    numbers = [_numbers(checkpoint, checkpoints[reference]) for checkpoint in checkpoints]
+    # Each under the item numbers of its checkpoint; the report and its lists are the reference's.
+    datasets = [fitted(checkpoint, dataset, protocol, options) for checkpoint in checkpoints]
+    dataset = datasets[reference]
+    sessions, _ = chosen_sessions(dataset, options)
+    _check_same_events(checkpoints, reference, sessions, protocol, options.full_sessions)
+    measures = parse_measures(config.metrics if options.metrics is None else options.metrics)
+    filter_rated = _filter_rated(checkpoints, options)
+    labels = short_labels([checkpoint.path for checkpoint in checkpoints])
+    counts = None
+    if depth:
+        counts = count_items(
+            dataset.checked_split("train"), dataset.num_items, progress="popularity"
+        )
+    values_of = values_by_rank(measures)
+
+    models: dict[str, dict[str, Any]] = {label: {} for label in labels}
+    of_reference: Predictions | None = None
+    others = [place for place in range(len(checkpoints)) if place != reference]
+    for place in [reference, *others]:
+        checkpoint, number_I = checkpoints[place], numbers[place]
+        predictions = predict(
+            checkpoint.build_model(device),
+            chosen_sessions(datasets[place], options)[0],
+            protocol=protocol,
+            filter_rated=filter_rated,
+            full_sessions=options.full_sessions,
+            top_items=depth,
+            batch_size=checkpoint.config.eval_batch_size,
+            progress=labels[place],
+        )
+        if number_I is not None:
+            top_EK = predictions.top_EK
+            predictions = replace(
+                predictions,
+                target_E=number_I[predictions.target_E],
+                top_EK=None if top_EK is None else number_I[top_EK],
+            )
+        metrics = figures(values_of, predictions.rank_E, predictions.session_E)
+        found = models[labels[place]]
+        found["checkpoint"] = str(checkpoint.path)
+        found["metrics"] = {name: asdict(figure) for name, figure in metrics.items()}
+        if of_reference is not None:
+            found["differences"] = _differences(predictions, of_reference, values_of)
+        if counts is not None:
+            assert predictions.top_EK is not None
+            reference_EK = None if of_reference is None else of_reference.top_EK
+            found["beyond_accuracy"] = asdict(
+                beyond_accuracy(predictions.top_EK, predictions.target_E, counts, reference_EK)
+            )
+        if of_reference is None:
+            of_reference = predictions
+        del predictions  # before the next model's come
+    assert of_reference is not None
+    events = len(of_reference.rank_E)
+    num_sessions = int(np.count_nonzero(np.bincount(of_reference.session_E)))
+    if num_sessions < FEW_SESSIONS:
+        log.warning(
+            "only %d sessions: the intervals are too narrow where these differ much in length",
+            num_sessions,
+        )
+    report = {
+        "models": models,
+        "reference": labels[reference],
+        "confidence": CONFIDENCE,
+        "intervals": INTERVALS,
+        "cutoff": depth,
+        "protocol": protocol,
+        "split": options.split,
+        "dataset": dataset.name,
+        "events": events,
+        "sessions": num_sessions,
+        "items": dataset.num_items,
+        "tie_rule": TIE_RULE,
+        "filter_rated": filter_rated,
+        "missed_because_filtered": int((of_reference.rank_E == 0).sum()),
+        "left_out": left_out(dataset, options.split, protocol, sessions, events),
+    }
+    if isinstance(dataset, RenumberedDataset):
+        report["catalogue"] = catalogue_entry(dataset)
+    if options.sample_sessions is not None:
+        report["sample"] = sample_of(dataset, options)
+    return report
+
+
+def _numbers(checkpoint: Checkpoint, reference: Checkpoint) -> np.ndarray | None:
+    """The reference's number of each item of a checkpoint: int32 [I + 1]; None where all agree.
+
+    Raises InputError where they have not the same items.
+    """
+    if len({each.dataset["catalogue_fingerprint"] for each in (checkpoint, reference)}) == 1:
+        return None
+    known = reference.decoded_item_ids()
+    numbers = numbers_among(known, checkpoint.decoded_item_ids())
+    shared = int(np.count_nonzero(numbers))
+    alone = len(known) + len(numbers) - 2 * shared
+    if alone:
+        raise InputError(
+            f"{checkpoint.path} and {reference.path} rank different catalogues: {alone:,} items "
+            "are in one of them only; compare models of the same items"
+        )
+    return np.append(np.int32(0), numbers)
+
+
+def check_choice(checkpoints: int, reference: int) -> None:
+    """Raise InputError where there is nothing to compare, or not with this one (from 1)."""
+    if checkpoints < 2:
+        raise InputError(f"expected two checkpoints or more to compare, got {checkpoints}")
+    if not 1 <= reference <= checkpoints:
+        raise InputError(
+            f"--reference is the place of a checkpoint, from 1 to {checkpoints}, got {reference}"
+        )
+
+
+def short_labels(paths: Sequence[Path]) -> list[str]:
+    """A short name for each checkpoint, unlike the others.
+
+    From the name of the run's folder, or of the file where that is no run's folder; after the first
+    one, words between dashes that all names share are left out. Equal names get their folders'.
+    """
+    above = 0
+    names = [_name(path, above) for path in paths]
+    while len(set(names)) < len(names) and above < max(len(path.parts) for path in paths):
+        above += 1
+        names = [_name(path, above) for path in paths]
+    words = [re.split("[-/]", name) for name in names]
+    shared = set.intersection(*map(set, words))
+    short = ["-".join([row[0], *(word for word in row[1:] if word not in shared)]) for row in words]
+    labels = short if len(set(short)) == len(short) else names
+    if len(set(labels)) < len(labels):  # the same file twice
+        labels = [f"{place}:{label}" for place, label in enumerate(labels, start=1)]
+    return labels
+
+
+def _name(path: Path, above: int) -> str:
+    """Name of a checkpoint's run or file, behind those of `above` folders above it."""
+    named = path.parent if (path.parent / "config.json").exists() else path.with_suffix("")
+    return "/".join(named.absolute().parts[1:][-1 - above :])
+
+
+def _check_same_events(
+    checkpoints: Sequence[Checkpoint],
+    reference: int,
+    sessions: Sessions,
+    protocol: str,
+    full_sessions: bool,
+) -> None:
+    if protocol == "last-item" or full_sessions:
+        return
+    most = int(sessions.lengths.max()) - 1
+    base = checkpoints[reference]
+    for checkpoint in checkpoints:
+        window, expected = checkpoint.config.sequence_length, base.config.sequence_length
+        if min(window, most) != min(expected, most):
+            raise InputError(
+                f"{checkpoint.path} predicts the last {window} events of a session "
+                f"(its sequence_length), {base.path} the last {expected}: these are not the same "
+                "events; add --full-sessions, so that all of them predict every event"
+            )
+
+
+def _filter_rated(checkpoints: Sequence[Checkpoint], options: EvaluationOptions) -> bool:
+    if options.filter_rated is not None:
+        return options.filter_rated
+    first = checkpoints[0]
+    for checkpoint in checkpoints:
+        if checkpoint.config.filter_rated != first.config.filter_rated:
+            raise InputError(
+                f"{first.path} has filter_rated={first.config.filter_rated}, {checkpoint.path} "
+                f"filter_rated={checkpoint.config.filter_rated}; say --filter-rated or "
+                "--no-filter-rated for all of them"
+            )
+    return first.config.filter_rated
+
+
+def _differences(
+    predictions: Predictions, of_reference: Predictions, values_of: dict[str, np.ndarray]
+) -> dict[str, dict[str, Any]]:
+    """Paired difference of each measure, from its values by rank; ranks beyond them are misses."""
+    # Pairs are by place: it must be the same event.
+    assert np.array_equal(predictions.session_E, of_reference.session_E)
+    assert np.array_equal(predictions.event_E, of_reference.event_E)
+    differences = {}
+    for name, value_of in values_of.items():
+        depth = len(value_of) - 1
+        values_E, reference_E = (
+            value_of[np.where(rank_E > depth, 0, rank_E)]
+            for rank_E in (predictions.rank_E, of_reference.rank_E)
+        )
+        differences[name] = asdict(paired_difference(values_E, reference_E, predictions.session_E))
+    return differences

@@ -1,0 +1,361 @@
+"""Checkpoint + prepared dataset -> an evaluation report: figures, and everything they rest on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tron_cli.checkpoint import Checkpoint
+from tron_cli.config import ExperimentConfig
+from tron_cli.data.catalogue import RenumberedDataset
+from tron_cli.data.dataset import Dataset, Sessions
+from tron_cli.data.histories import Predictions, ranges
+from tron_cli.errors import InputError
+from tron_cli.evaluation.beyond_accuracy import beyond_accuracy, check_cutoff, count_items
+from tron_cli.evaluation.metrics import figures, parse_measures, values_by_rank
+from tron_cli.evaluation.predict import predict
+from tron_cli.evaluation.slices import KINDS, sliced_figures
+from tron_cli.evaluation.trec import Ids, write_qrels, write_run
+from tron_cli.files import check_writable
+from tron_cli.registry import REGISTERED, settings_of
+
+SAMPLE_SEED = 42
+TABLE_SUFFIXES = (".parquet", ".csv")
+TIE_RULE = "items that score the same as the target count as ranked above it"
+
+log = logging.getLogger("tron")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Options of `tron evaluate`; None means the checkpoint's or the dataset's own."""
+
+    split: str = "test"
+    protocol: str | None = None
+    metrics: str | None = None
+    filter_rated: bool | None = None
+    full_sessions: bool = False
+    one_pass: bool = False
+    limit_sessions: int | None = None
+    sample_sessions: int | None = None
+    seed: int | None = None  # of the sample; None: SAMPLE_SEED
+    run: Path | None = None
+    qrels: Path | None = None
+    per_event: Path | None = None
+    by: tuple[str, ...] = ()  # of slices.KINDS
+    cutoff: int = 0  # length of the lists of the beyond-accuracy figures; 0: none of these
+    drop_unknown: bool = False  # leave out events on items that the checkpoint does not know
+
+
+def assess(
+    checkpoint: Checkpoint, dataset: Dataset, options: EvaluationOptions, device: torch.device
+) -> dict[str, Any]:
+    """Evaluate and return the report that `tron evaluate --json` prints.
+
+    Raises InputError where checkpoint, dataset and options do not fit together.
+    """
+    config = checkpoint.config
+    protocol = options.protocol or dataset.protocol
+    dataset = fitted(checkpoint, dataset, protocol, options)
+    _check(options, checkpoint)
+    measures = parse_measures(config.metrics if options.metrics is None else options.metrics)
+    filter_rated = config.filter_rated if options.filter_rated is None else options.filter_rated
+    sessions, number_S = chosen_sessions(dataset, options)
+    for path in (options.run, options.qrels, options.per_event):
+        if path:
+            check_writable(path)
+    depth = max(config.recommendation_limit, *(measure["cutoff"] for measure in measures))
+    model = checkpoint.build_model(device)
+    if options.one_pass and model.mask_item is not None:
+        raise InputError(
+            f"--one-pass is not for model={config.model}, which predicts from a mask behind each "
+            "history, so that one pass predicts one event; leave it out"
+        )
+    # All that is read of the dataset, before hours of ranking, in which it may be prepared again.
+    names = dataset.session_ids(options.split), dataset.user_ids(options.split)
+    lost = dataset.lost_of_sessions(options.split)
+    train_counts = None
+    if options.cutoff or "popularity" in options.by:
+        train_counts = count_items(
+            dataset.checked_split("train"), dataset.num_items, progress="popularity"
+        )
+    predictions = predict(
+        model,
+        sessions,
+        protocol=protocol,
+        filter_rated=filter_rated,
+        full_sessions=options.full_sessions,
+        one_pass=options.one_pass,
+        top_items=max(depth if options.run else 0, options.cutoff),
+        batch_size=config.eval_batch_size,
+        progress=f"{options.split} split",
+    )
+    _write_files(options, dataset, predictions, number_S, names, depth)
+    value_of = values_by_rank(measures)
+    found = figures(value_of, predictions.rank_E, predictions.session_E)
+    events = len(predictions.rank_E)
+    absent = left_out(dataset, options.split, protocol, sessions, events)
+    metrics: dict[str, dict[str, float | None]] = {
+        name: asdict(figure) for name, figure in found.items()
+    }
+    if absent["lost_predictions"] and not absent["earlier_events"]:
+        _add_lost(metrics, value_of, predictions, lost, absent["lost_predictions"])
+    report: dict[str, Any] = {
+        "metrics": metrics,
+        "protocol": protocol,
+        "split": options.split,
+        "events": events,
+        "sessions": int(np.count_nonzero(np.bincount(predictions.session_E))),
+        "items": dataset.num_items,
+        "checkpoint": str(checkpoint.path),
+        "dataset": dataset.name,
+        "positions": _positions(config, options.one_pass),
+        "tie_rule": TIE_RULE,
+        "filter_rated": filter_rated,
+        "left_out": absent,
+        "missed_because_filtered": int((predictions.rank_E == 0).sum()),
+    }
+    if isinstance(dataset, RenumberedDataset):
+        report["catalogue"] = catalogue_entry(dataset)
+    if options.sample_sessions is not None:
+        report["sample"] = sample_of(dataset, options)
+    if options.by:
+        events_I = None if train_counts is None else train_counts.events_I
+        report["slices"] = {
+            kind: {
+                "definition": KINDS[kind],
+                "slices": sliced_figures(kind, value_of, predictions, sessions, events_I),
+            }
+            for kind in options.by
+        }
+    if options.cutoff:
+        assert train_counts is not None
+        assert predictions.top_EK is not None
+        top_EK = predictions.top_EK[:, : options.cutoff]
+        beyond = asdict(beyond_accuracy(top_EK, predictions.target_E, train_counts))
+        del beyond["intersection"]  # there is no other model
+        report["cutoff"] = top_EK.shape[1]
+        report["beyond_accuracy"] = beyond
+    references = dataset.info.get("references", {}).get(options.split)
+    whole_split = absent["sessions_beyond_limit"] == 0
+    is_same = whole_split and not any(report.get("catalogue", {}).values())
+    if references and protocol == "every-step" and not filter_rated and is_same:
+        report["references"] = references
+    return report
+
+
+def fitted(
+    checkpoint: Checkpoint, dataset: Dataset, protocol: str, options: EvaluationOptions
+) -> Dataset:
+    """Return the dataset under the item numbers of the checkpoint, by their original ids.
+
+    Raises InputError where the checkpoint cannot be evaluated on the dataset under the protocol, or
+    lacks items of the split, unless `drop_unknown`; other training sessions are a warning.
+    """
+    if protocol == "every-step" and dataset.protocol == "last-item":
+        raise InputError(
+            f"{dataset.name} is leave-one-out data: the earlier events of its histories are "
+            "training data, so every-step would score what the model was trained on; use "
+            "--protocol last-item"
+        )
+    trained_on = checkpoint.dataset
+    if trained_on["catalogue_fingerprint"] != dataset.catalogue_fingerprint:
+        return _renumbered(checkpoint, dataset, protocol, options)
+    if trained_on["train_fingerprint"] != dataset.split_info("train")["fingerprint"]:
+        log.warning(
+            "%s was trained on other sessions than the training split of %s",
+            checkpoint.path,
+            dataset.path,
+        )
+    return dataset
+
+
+def _renumbered(
+    checkpoint: Checkpoint, dataset: Dataset, protocol: str, options: EvaluationOptions
+) -> RenumberedDataset:
+    split = options.split
+    found = RenumberedDataset(
+        dataset, checkpoint.decoded_item_ids(), split=split, protocol=protocol
+    )
+    events = dataset.split_info(split)["events"]
+    lacks = (
+        f"{checkpoint.path} ({found.num_items:,} items, trained on {checkpoint.dataset['name']}) "
+        f"lacks {found.unknown_items:,} items of the {split} split of {dataset.path}, "
+        f"{found.unknown_events:,} of its {events:,} events"
+    )
+    if found.unknown_events and not found.predictions:
+        raise InputError(f"{lacks}, and nothing is left to predict; name data of the same item ids")
+    if found.unknown_events and not options.drop_unknown:
+        raise InputError(
+            f"{lacks}; pass --drop-unknown to leave these out and count them as lost, or prepare "
+            "the data with --catalogue"
+        )
+    if found.unknown_events:
+        log.warning("%s: these are left out", lacks)
+    return found
+
+
+def catalogue_entry(dataset: RenumberedDataset) -> dict[str, int]:
+    """Return the report's entry about a dataset whose catalogue is not that of the checkpoint.
+
+    Items that only one of them has, and events of the split that are left out for it.
+    """
+    shared = int(np.count_nonzero(dataset.number_I))
+    return {
+        "only_in_checkpoint": dataset.num_items - shared,
+        "only_in_dataset": len(dataset.number_I) - 1 - shared,
+        "events_on_unknown_items": dataset.unknown_events,
+    }
+
+
+def chosen_sessions(dataset: Dataset, options: EvaluationOptions) -> tuple[Sessions, np.ndarray]:
+    """Sessions of the split that are evaluated, and int64 [S], the number of each in the split.
+
+    All, the first limit_sessions, or a sample of sample_sessions without replacement, in the order
+    of the split. Raises InputError where there are none, or where both are asked for.
+    """
+    if options.limit_sessions is not None and options.sample_sessions is not None:
+        raise InputError(
+            "--limit-sessions takes the first sessions, --sample-sessions a random sample; leave "
+            "one of them out"
+        )
+    if options.seed is not None and options.sample_sessions is None:
+        raise InputError("--seed is that of --sample-sessions; give both, or neither")
+    sessions = dataset.checked_split(options.split)
+    if not len(sessions):
+        raise InputError(
+            f"the {options.split} split of {dataset.path} is empty; prepare it with one, or "
+            "choose another --split"
+        )
+    if options.sample_sessions is None:
+        number_S = np.arange(len(sessions))[: options.limit_sessions]
+        return Sessions(sessions.items, sessions.offsets[: len(number_S) + 1]), number_S
+    count, seed = options.sample_sessions, SAMPLE_SEED if options.seed is None else options.seed
+    if count >= len(sessions):
+        return sessions, np.arange(len(sessions))
+    number_S = np.sort(np.random.default_rng(seed).choice(len(sessions), count, replace=False))
+    begin_S, end_S = sessions.offsets[number_S], sessions.offsets[number_S + 1]
+    _, place_N = ranges(begin_S, end_S)
+    offsets = np.concatenate([[0], np.cumsum(end_S - begin_S)])
+    return Sessions(sessions.items[place_N], offsets), number_S
+
+
+def sample_of(dataset: Dataset, options: EvaluationOptions) -> dict[str, int]:
+    """The report's entry about a sample: its sessions, those it is drawn from, and its seed."""
+    assert options.sample_sessions is not None
+    population = dataset.split_info(options.split)["sessions"]
+    return {
+        "sessions": min(options.sample_sessions, population),
+        "of": population,
+        "seed": SAMPLE_SEED if options.seed is None else options.seed,
+    }
+
+
+def left_out(
+    dataset: Dataset, split: str, protocol: str, sessions: Sessions, events: int
+) -> dict[str, int]:
+    """Count what `events` predicted events of the chosen sessions do not cover, by reason."""
+    possible = int((sessions.lengths - 1).clip(min=0).sum())
+    beyond_limit = len(dataset.split(split)) - len(sessions)
+    # Counted for the dataset's own protocol, over the whole sessions of the whole split.
+    lost = 0
+    if beyond_limit == 0 and protocol == dataset.protocol:
+        lost = dataset.split_info(split)["lost_predictions"]
+    return {
+        "earlier_events": possible - events if protocol == "every-step" else 0,
+        "sessions_beyond_limit": beyond_limit,
+        "lost_predictions": lost,
+    }
+
+
+def _check(options: EvaluationOptions, checkpoint: Checkpoint) -> None:
+    files: dict[Path, str] = {checkpoint.path.resolve(): "the checkpoint"}
+    for name in ("run", "qrels", "per_event"):
+        path = getattr(options, name)
+        if path is None:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        other = files.setdefault(path.resolve(), option)
+        if other != option:
+            raise InputError(f"{other} and {option} both name {path}; give each its own file")
+    if options.per_event and options.per_event.suffix.lower() not in TABLE_SUFFIXES:
+        raise InputError(
+            f"--per-event writes Parquet or CSV by the name of the file: expected one that ends in "
+            f"{' or '.join(TABLE_SUFFIXES)}, got {options.per_event}"
+        )
+    unknown = [kind for kind in options.by if kind not in KINDS]
+    if unknown:
+        raise InputError(f"--by must be one of {', '.join(KINDS)}, got {unknown[0]!r}")
+    check_cutoff(options.cutoff)
+    if options.one_pass and options.full_sessions:
+        raise InputError(
+            "--one-pass covers the last sequence_length events of a session only; leave out "
+            "--full-sessions"
+        )
+
+
+def _write_files(
+    options: EvaluationOptions,
+    dataset: Dataset,
+    predictions: Predictions,
+    number_S: np.ndarray,
+    names: tuple[Ids, Ids],
+    depth: int,
+) -> None:
+    """Write the files asked for, with lists of up to depth.
+
+    number_S: int64 [S], of the evaluated sessions in the split; names: the original ids of all
+    sessions of the split, and of their users.
+    """
+    top_EK = predictions.top_EK
+    predictions = replace(
+        predictions,
+        session_E=number_S[predictions.session_E],
+        top_EK=None if top_EK is None else top_EK[:, :depth],
+    )
+    if isinstance(dataset, RenumberedDataset):
+        predictions = dataset.at_original_places(predictions)
+    item_ids, (session_ids, user_ids) = dataset.item_ids, names
+    named_by = user_ids if session_ids is None else session_ids
+    if options.qrels:
+        write_qrels(options.qrels, predictions, item_ids, named_by)
+    if options.run:
+        write_run(options.run, predictions, item_ids, named_by)
+    if options.per_event:
+        from tron_cli.evaluation.event_table import write_event_table  # loads polars
+
+        write_event_table(options.per_event, predictions, item_ids, session_ids, user_ids)
+
+
+def _add_lost(
+    metrics: dict[str, dict[str, float | None]],
+    value_of: dict[str, np.ndarray],
+    predictions: Predictions,
+    lost: np.ndarray | None,
+    total: int,
+) -> None:
+    """Add figures that count predictions lost in preparation as misses, of the whole split.
+
+    lost: as `Dataset.lost_of_sessions` returns it, `total` in all. The standard error, clustered by
+    session, is None where the dataset does not say which sessions lost them.
+    """
+    known = lost is not None
+    if lost is None:  # in whichever session they are, the mean is the same
+        lost = np.array([total])
+    found = figures(value_of, predictions.rank_E, predictions.session_E, lost)
+    for name, figure in found.items():
+        metrics[name]["value_with_lost_as_misses"] = figure.value
+        metrics[name]["stderr_with_lost_as_misses"] = figure.stderr if known else None
+
+
+def _positions(config: ExperimentConfig, one_pass: bool) -> str:
+    settings = settings_of(REGISTERED["model"][config.model], config, num_items=0)
+    positions = settings.get("positions", "none")
+    if one_pass:
+        return f"{positions}, one pass over the whole session"
+    return f"{positions}, each event from its own history"

@@ -1,0 +1,247 @@
+"""Model + sessions -> exact ranks of the items that followed.
+
+Shapes: R rows (histories given to the model), E predicted events, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tron_cli.baselines.base import Baseline
+from tron_cli.baselines.predict import predict_baseline
+from tron_cli.data.batches import pack
+from tron_cli.data.dataset import Sessions
+from tron_cli.data.histories import (
+    Histories,
+    Predictions,
+    collect,
+    count_predicted,
+    predicted_events,
+    ranges,
+)
+from tron_cli.errors import RunError
+from tron_cli.evaluation.ranking import Catalogue, SeenItems
+from tron_cli.models.base import Model
+
+_SESSIONS_AT_ONCE = 1 << 14
+_EVENTS_AT_ONCE = 1 << 12  # ranked together: the more, the less often the table is read
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Histories given to the model: items[start : start + length].
+
+    The last count_R events of a row predict the events first_R, first_R + 1, ... of a block.
+    """
+
+    start_R: np.ndarray
+    length_R: np.ndarray
+    first_R: np.ndarray
+    count_R: np.ndarray
+
+    def __getitem__(self, index: np.ndarray) -> _Rows:
+        return _Rows(
+            self.start_R[index], self.length_R[index], self.first_R[index], self.count_R[index]
+        )
+
+
+@torch.inference_mode()
+def predict(
+    model: Model | Baseline,
+    sessions: Sessions,
+    *,
+    protocol: str,
+    filter_rated: bool = False,
+    full_sessions: bool = False,
+    one_pass: bool = False,
+    top_items: int = 0,
+    batch_size: int = 512,
+    progress: str | None = None,
+) -> Predictions:
+    """Rank the targets of `sessions` among the whole catalogue, in float32 throughout.
+
+    protocol: every-step predicts each event of a session but the first, last-item the last one.
+    Each is predicted from its own history of up to sequence_length events, exactly as in serving.
+    every-step predicts the last sequence_length events of a session, with full_sessions all.
+    one_pass: TRON's way instead: one pass over the last sequence_length + 1 events of a session.
+    filter_rated: items of the whole history before the target cannot be recommended; a target
+    among them is a miss. top_items: also return that many best items of each event, or the whole
+    catalogue where it has fewer.
+    Sessions of fewer than two events predict nothing. Raises RunError where scores are not finite.
+    """
+    top_items = min(top_items, model.num_items)
+    if isinstance(model, Baseline):
+        return predict_baseline(
+            model,
+            sessions,
+            protocol=protocol,
+            filter_rated=filter_rated,
+            full_sessions=full_sessions,
+            one_pass=one_pass,
+            top_items=top_items,
+            progress=progress,
+        )
+    # The smallest and the largest value are NaN where any is.
+    if not all(
+        bool(torch.isfinite(torch.stack(parameter.aminmax())).all())
+        for parameter in model.parameters()
+    ):
+        # Not left to the scores: fused attention can turn NaN into zeros.
+        raise RunError(
+            "the model's weights hold NaN or infinite values; no rank can be given; train again "
+            "with a lower lr or with clip_norm"
+        )
+    was_training = model.training
+    model.eval()
+    window = model.sequence_length
+    with _float32_arithmetic(model.item_table.device):
+        catalogue = Catalogue(model.item_table[: model.num_items + 1])
+
+        def ranked() -> Iterator[tuple[Histories, np.ndarray, np.ndarray | None]]:
+            for low in range(0, len(sessions), _SESSIONS_AT_ONCE):
+                block = predicted_events(
+                    sessions,
+                    window=window,
+                    protocol=protocol,
+                    full_sessions=full_sessions,
+                    one_pass=one_pass,
+                    first=low,
+                    last=low + _SESSIONS_AT_ONCE,
+                )
+                rows = _rows(block, shared=one_pass or model.one_row_serves_all)
+                for index_E, hidden_ED in _gathered(_hidden(model, block, rows, batch_size)):
+                    histories = block[index_E]
+                    yield (
+                        histories,
+                        *_rank(catalogue, histories, hidden_ED, filter_rated, top_items),
+                    )
+
+        expected = count_predicted(
+            sessions, window=window, protocol=protocol, full_sessions=full_sessions
+        )
+        found = collect(ranked(), expected=expected, top_items=top_items, progress=progress)
+    model.train(was_training)
+    return found
+
+
+def _rows(block: Histories, *, shared: bool) -> _Rows:
+    """A row for each history, or where they are shared for all that begin at the same place."""
+    begins = np.ones(len(block), dtype=bool)
+    if shared:
+        begins[1:] = block.start_E[1:] != block.start_E[:-1]
+    first_R = np.flatnonzero(begins)
+    count_R = np.diff(first_R, append=len(block))
+    start_R = block.start_E[first_R]
+    return _Rows(start_R, block.position_E[first_R + count_R - 1] - start_R, first_R, count_R)
+
+
+def _hidden(
+    model: Model, block: Histories, rows: _Rows, batch_size: int
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Events of a block and what predicts each, from batches of rows of like lengths."""
+    device = model.item_table.device
+    order = np.argsort(rows.length_R, kind="stable")
+    for low in range(0, len(order), batch_size):
+        some = rows[order[low : low + batch_size]]
+        batch = pack(
+            block.items,
+            some.start_R,
+            some.length_R,
+            with_targets=False,
+            appended_item=model.mask_item,
+        )
+        end_R = np.cumsum(batch.lengths_B.numpy())
+        _, index_E = ranges(some.first_R, some.first_R + some.count_R)
+        _, chosen_E = ranges(end_R - some.count_R, end_R)
+        yield index_E, model(batch.to(device))[torch.from_numpy(chosen_E).to(device)]
+
+
+def _gathered(
+    batches: Iterable[tuple[np.ndarray, torch.Tensor]],
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """The same events, _EVENTS_AT_ONCE or a batch more at a time."""
+    indices: list[np.ndarray] = []
+    states: list[torch.Tensor] = []
+    for index_E, hidden_ED in batches:
+        indices.append(index_E)
+        states.append(hidden_ED)
+        if sum(map(len, indices)) >= _EVENTS_AT_ONCE:
+            yield np.concatenate(indices), torch.cat(states)
+            indices, states = [], []
+    if indices:
+        yield np.concatenate(indices), torch.cat(states)
+
+
+def _rank(
+    catalogue: Catalogue,
+    histories: Histories,
+    hidden_ED: torch.Tensor,
+    filter_rated: bool,
+    top_items: int,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Rank and, if asked for, the best items of each event."""
+    device = hidden_ED.device
+    target_E = histories.target_E
+    targets = torch.from_numpy(target_E).to(device)
+    seen, missed_E = None, np.zeros(len(target_E), dtype=bool)
+    if filter_rated:
+        event_P, item_P = histories.seen()
+        is_target = item_P == target_E[event_P]
+        missed_E[event_P[is_target]] = True
+        seen = SeenItems(
+            torch.from_numpy(event_P[~is_target]).to(device),
+            torch.from_numpy(item_P[~is_target]).to(device),
+        )
+    rank_E = catalogue.ranks(hidden_ED, targets, seen).cpu().numpy()
+    rank_E[missed_E] = 0
+    if not top_items:
+        return rank_E, None
+    if seen is not None and missed_E.any():
+        # A filtered target may not come up in the list either.
+        missed = torch.from_numpy(np.flatnonzero(missed_E)).to(device)
+        seen = SeenItems(
+            torch.cat([seen.event_P, missed]), torch.cat([seen.item_P, targets[missed]])
+        )
+    return rank_E, catalogue.top_items(hidden_ED, targets, top_items, seen).int().cpu().numpy()
+
+
+@contextmanager
+def _float32_arithmetic(device: torch.device) -> Iterator[None]:
+    """Turn off autocast, and the shorter formats in which torch may multiply float32 numbers.
+
+    cuDNN's recurrent layers round to TF32 unless told otherwise, whatever matrix products do.
+    """
+    with _without_tf32(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    backends: Any = torch.backends
+    if not hasattr(backends, "fp32_precision"):  # before torch 2.9
+        before = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before[0])
+            backends.cudnn.allow_tf32 = before[1]
+        return
+    # One by one: torch refuses to read the flags above where operations differ.
+    operations = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    operations += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    modes = [operation.fp32_precision for operation in operations]
+    for operation in operations:
+        operation.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for operation, mode in zip(operations, modes, strict=True):
+            operation.fp32_precision = mode

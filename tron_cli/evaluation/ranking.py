@@ -1,0 +1,354 @@
+"""Exact full-catalogue ranks without a score matrix.
+
+rank = 1 + the number of other eligible items that score at least as high as the target, in exact
+arithmetic on the float32 hidden states and embeddings. Three stages, each exact about what it
+decides: a product in low precision decides all items outside its proved rounding bound around the
+target's score; float64 decides the few inside it, but for those within its own bound; a correctly
+rounded sum decides these. The result therefore does not depend on the platform, the threads, or
+how the work is cut.
+
+The first stage is a float32 matrix product, in chunks that the cache holds. On CUDA with Triton it
+is one kernel (`rank_kernel`), and the chunks remain for what that kernel leaves open.
+
+Shapes: E events, D width of the table, I items, C items of a chunk, P (event, item) pairs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from tron_cli.errors import RunError
+from tron_cli.ops import rank_kernel
+from tron_cli.ops.products import rounded_up, row_products
+
+_EVENTS_AT_ONCE = 1 << 12
+_CHUNK_ELEMENTS = 1 << 20  # scores held at once: 4 MB, so that comparing finds them in the cache
+_CHUNK_ELEMENTS_CUDA = 1 << 26
+_LIST_ELEMENTS = 1 << 24  # scores held at once for lists of the best items, of whole rows
+_PAIRS_AT_ONCE = 1 << 10
+_ROWS_AT_ONCE = 1 << 12
+_SPARE_CANDIDATES = 32  # beyond the last place asked for, in case rounding swapped some
+_T = TypeVar("_T")
+_NO_RANKS = "no rank can be given; train again with a lower lr or with clip_norm"
+
+
+@dataclass(frozen=True)
+class SeenItems:
+    """Items that may not be recommended: item_P of event_P, each pair once, never the target."""
+
+    event_P: torch.Tensor
+    item_P: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Events:
+    """Events to rank. score_E: float64, of the targets; largest_E: float64, no score is larger."""
+
+    hidden_ED: torch.Tensor
+    target_E: torch.Tensor
+    score_E: torch.Tensor
+    largest_E: torch.Tensor
+
+    def __getitem__(self, index: torch.Tensor | slice) -> _Events:
+        return _Events(
+            self.hidden_ED[index], self.target_E[index], self.score_E[index], self.largest_E[index]
+        )
+
+
+class Catalogue:
+    """The item embeddings that events are ranked against.
+
+    table: float32 [I + 1, D], row i for item i; row 0 is no item. Raises RunError where it is not
+    finite: a rank among NaNs would mean nothing.
+    """
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self.table = table.detach().float().contiguous()
+        self.num_items = len(table) - 1
+        # In float64 the squares of finite numbers neither overflow nor underflow, and those of
+        # others are not finite; in pieces the copy stays in the cache.
+        norm_I = torch.cat([rows.double().norm(dim=1) for rows in self.table.split(_ROWS_AT_ONCE)])
+        if not bool(torch.isfinite(norm_I).all()):
+            raise RunError(f"the item embeddings hold NaN or infinite values; {_NO_RANKS}")
+        self._largest_norm = norm_I.max()
+        self._kernel = (
+            rank_kernel.CoarseTable(self.table)
+            if rank_kernel.usable(self.table.device) and self.num_items
+            else None
+        )
+
+    def score(
+        self, hidden_ED: torch.Tensor, event_P: torch.Tensor, item_P: torch.Tensor
+    ) -> torch.Tensor:
+        """float64 [P]: scores of items at events, within `_relative_bound` of float64."""
+        by_kernel = self._by_kernel(lambda kernel: kernel.pair_scores(hidden_ED, event_P, item_P))
+        if by_kernel is not None:
+            return by_kernel
+        scores = [
+            (hidden_ED[event].double() * self.table[item].double()).sum(dim=1)
+            for event, item in zip(
+                event_P.split(_PAIRS_AT_ONCE), item_P.split(_PAIRS_AT_ONCE), strict=True
+            )
+        ]
+        return torch.cat(scores) if scores else hidden_ED.new_zeros(0, dtype=torch.float64)
+
+    def _by_kernel(self, compute: Callable[[rank_kernel.CoarseTable], _T]) -> _T | None:
+        """What the kernel computes; None without one, or where it turns out not to run here.
+
+        Triton compiles a kernel when it is first called, for which it needs a C compiler, a folder
+        to write to, and a card that it knows.
+        """
+        if self._kernel is None:
+            return None
+        try:
+            with torch.cuda.device_of(self.table):
+                return compute(self._kernel)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self._kernel = None
+            rank_kernel.give_up(error)
+            return None
+
+    def _relative_bound(self, dtype: torch.dtype) -> float:
+        """g such that a dot product computed in `dtype` errs by at most g * |h| * |e|.
+
+        In whatever order it is summed, and with or without fused operations, g = n u / (1 - n u)
+        with u half the spacing of numbers at 1 (Higham, Accuracy and Stability of Numerical
+        Algorithms, 3.1). n is D, and four more for the roundings of thresholds and norms.
+        """
+        roundings = (self.table.shape[1] + 4) * torch.finfo(dtype).eps / 2
+        return roundings / (1 - roundings) * (1 + 1e-6)
+
+    def _largest_scores(self, hidden_ED: torch.Tensor) -> torch.Tensor:
+        """float64 [E]: |h| * |e| for the longest embedding, which no score exceeds."""
+        norm_E = hidden_ED.double().norm(dim=1)
+        if not bool(torch.isfinite(norm_E).all()):
+            raise RunError(f"the model's hidden states hold NaN or infinite values; {_NO_RANKS}")
+        largest_E = norm_E * self._largest_norm
+        if bool((largest_E >= torch.finfo(torch.float32).max / 2).any()):
+            raise RunError(f"the scores exceed the range of float32; {_NO_RANKS}")
+        return largest_E
+
+    def _float32_bound(self, largest_E: torch.Tensor) -> torch.Tensor:
+        """float64 [E]: how far a float32 score can be from the exact one."""
+        # Products may underflow to zero, which loses less than the smallest normal number each.
+        underflow = torch.finfo(torch.float32).tiny * self.table.shape[1]
+        return largest_E * self._relative_bound(torch.float32) + underflow
+
+    def ranks(
+        self, hidden_ED: torch.Tensor, target_E: torch.Tensor, seen: SeenItems | None = None
+    ) -> torch.Tensor:
+        """int64 [E]: rank of each target, 1 the best, among all items that are not `seen`.
+
+        hidden_ED: float32; target_E: int64 item ids. Ties count against the target. Raises
+        RunError where hidden states are not finite or scores leave the range of float32.
+        """
+        hidden_ED = hidden_ED.float().contiguous()
+        largest_E = self._largest_scores(hidden_ED)
+        event_E = torch.arange(len(target_E), device=target_E.device)
+        score_E = self.score(hidden_ED, event_E, target_E)
+        events = _Events(hidden_ED, target_E, score_E, largest_E)
+        ahead_E, event_P, item_P = self._compare(events)
+        other = item_P != target_E[event_P]
+        event_P, item_P = event_P[other], item_P[other]
+        rank_E = 1 + ahead_E
+        rank_E.index_add_(0, event_P, self._at_least(events, event_P, item_P).long())
+        if seen is not None:
+            is_ahead = self._at_least(events, seen.event_P, seen.item_P)
+            rank_E.index_add_(0, seen.event_P, -is_ahead.long())
+        return rank_E
+
+    def _compare(self, events: _Events) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """int64 [E]: how many items certainly score higher; event and item of all pairs in doubt.
+
+        The target is in doubt with itself.
+        """
+        pieces = max(1, math.ceil(len(events.target_E) / _EVENTS_AT_ONCE))
+        size = max(1, math.ceil(len(events.target_E) / pieces))
+        ahead, event, item = [], [], []
+        for low in range(0, size * pieces, size):
+            ahead_e, event_P, item_P = self._compare_in_kernel(events[low : low + size])
+            ahead.append(ahead_e)
+            event.append(event_P + low)
+            item.append(item_P)
+        return torch.cat(ahead), torch.cat(event), torch.cat(item)
+
+    def _compare_in_kernel(
+        self, events: _Events
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `_compare_in_chunks`, which takes the events that have too many items in doubt, and
+        all events where there is no kernel."""
+        compared = self._by_kernel(lambda kernel: kernel.compare(events.hidden_ED, events.score_E))
+        if compared is None:
+            return self._compare_in_chunks(events)
+        ahead_E, near_count_E, near_item_EN = compared
+        open_E = near_count_E > near_item_EN.shape[1]
+        near_count_E = near_count_E.masked_fill(open_E, 0)
+        event_P = torch.repeat_interleave(near_count_E)
+        first_E = near_count_E.cumsum(0) - near_count_E
+        place_P = torch.arange(len(event_P), device=event_P.device) - first_E[event_P]
+        item_P = near_item_EN[event_P, place_P].long()
+        open_event = open_E.nonzero()[:, 0]
+        if len(open_event):
+            ahead_E[open_event], event, item = self._compare_in_chunks(events[open_event])
+            event_P = torch.cat([event_P, open_event[event]])
+            item_P = torch.cat([item_P, item])
+        return ahead_E, event_P, item_P
+
+    def _compare_in_chunks(
+        self, events: _Events
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Float32 scores of a few items at a time."""
+        num_events, hidden_ED = len(events.hidden_ED), rounded_up(events.hidden_ED)
+        bound_E = self._float32_bound(events.largest_E)
+        above_E1 = (events.score_E + bound_E).float()[:, None]
+        below_E1 = (events.score_E - bound_E).float()[:, None]
+        elements = _CHUNK_ELEMENTS if hidden_ED.device.type == "cpu" else _CHUNK_ELEMENTS_CUDA
+        columns = min(max(1, elements // max(1, num_events)), max(1, self.num_items))
+        # Comparing into float32 and adding that up is several times as fast as with booleans.
+        is_so_EC = hidden_ED.new_empty(num_events, columns)
+        ahead_E = torch.zeros_like(events.target_E)
+        in_doubt: list[torch.Tensor] = []
+        for low in range(1, self.num_items + 1, columns):
+            score_EC = row_products(hidden_ED, self.table[low : low + columns])[:num_events]
+            out_EC = is_so_EC[:, : score_EC.shape[1]]
+            higher_E = torch.gt(score_EC, above_E1, out=out_EC).sum(dim=1)
+            not_lower_E = torch.ge(score_EC, below_E1, out=out_EC).sum(dim=1)
+            ahead_E += higher_E.long()
+            row = (higher_E != not_lower_E).nonzero()[:, 0]
+            score_RC = score_EC[row]
+            near = ((score_RC >= below_E1[row]) & (score_RC <= above_E1[row])).nonzero()
+            in_doubt.append(torch.stack([row[near[:, 0]], near[:, 1] + low]))
+        event_P, item_P = torch.cat(in_doubt, dim=1)
+        return ahead_E, event_P, item_P
+
+    def _at_least(
+        self, events: _Events, event_P: torch.Tensor, item_P: torch.Tensor
+    ) -> torch.Tensor:
+        """bool [P]: whether the item scores at least as high as the target of the event."""
+        lead_P = self.score(events.hidden_ED, event_P, item_P) - events.score_E[event_P]
+        at_least_P = lead_P >= 0
+        # A bound of zero is that of a hidden state of zeros: everything ties.
+        bound_E = 2 * self._relative_bound(torch.float64) * events.largest_E
+        open_P = ((lead_P.abs() <= bound_E[event_P]) & (bound_E[event_P] > 0)).nonzero()[:, 0]
+        for pairs in open_P.split(_PAIRS_AT_ONCE):
+            event, item = event_P[pairs], item_P[pairs]
+            row, target_row = self.table[item], self.table[events.target_E[event]]
+            at_least_P[pairs] = True  # equal embeddings tie
+            for number in (row != target_row).any(dim=1).nonzero()[:, 0].tolist():
+                sign = _sign_of_difference(
+                    events.hidden_ED[event[number]], row[number], target_row[number]
+                )
+                at_least_P[pairs[number]] = sign >= 0
+        return at_least_P
+
+    def top_items(
+        self,
+        hidden_ED: torch.Tensor,
+        target_E: torch.Tensor,
+        limit: int,
+        seen: SeenItems | None = None,
+    ) -> torch.Tensor:
+        """int64 [E, limit]: the items in the order that `ranks` implies; 0 where there are no more.
+
+        Equal scores are ordered by item id, but the target comes last among its equals.
+        """
+        hidden_ED = hidden_ED.float().contiguous()
+        largest_E = self._largest_scores(hidden_ED)
+        bound_E = self._float32_bound(largest_E)
+        close_E = 2 * self._relative_bound(torch.float64) * largest_E
+        limit_here = min(limit, self.num_items)
+        kept = min(limit_here + _SPARE_CANDIDATES, self.num_items)
+        top = torch.zeros(len(target_E), limit, dtype=torch.int64, device=target_E.device)
+        events = max(1, _LIST_ELEMENTS // max(1, self.num_items))
+        for low in range(0, len(target_E), events):
+            part = slice(low, low + events)
+            score_eI = row_products(hidden_ED[part], self.table[1:])
+            if seen is not None:
+                here = (seen.event_P >= low) & (seen.event_P < low + events)
+                score_eI[seen.event_P[here] - low, seen.item_P[here] - 1] = -torch.inf
+            score_ek, index_ek = score_eI.topk(kept, dim=1)
+            # In exact arithmetic an item this far below the last place cannot reach it.
+            hopeless_e = score_ek[:, limit_here - 1].double() - 2 * bound_E[part]
+            item_ek = (index_ek + 1).masked_fill(score_ek == -torch.inf, 0)
+            best_ek, told_ek = self._ordered_by_float64(
+                hidden_ED[part], item_ek, target_E[part], close_E[part]
+            )
+            top[part, :limit_here] = best_ek[:, :limit_here]
+            open_e = ~told_ek[:, :limit_here].all(dim=1)
+            if kept < self.num_items:
+                open_e |= score_ek[:, -1] >= hopeless_e
+            for event in open_e.nonzero()[:, 0].tolist():
+                possible = (score_eI[event] >= hopeless_e[event]) & score_eI[event].isfinite()
+                best = self._ordered(
+                    hidden_ED[low + event],
+                    possible.nonzero()[:, 0] + 1,
+                    target_E[low + event],
+                    close_E[low + event],
+                )[:limit_here]
+                top[low + event, : len(best)] = best
+        return top
+
+    def _ordered_by_float64(
+        self,
+        hidden_eD: torch.Tensor,
+        item_ek: torch.Tensor,
+        target_e: torch.Tensor,
+        close_e: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Items of each event as `_ordered` has them, and whether float64 tells each from the next.
+
+        Item 0 is none, and comes last.
+        """
+        rank_ek = item_ek.masked_fill(item_ek == target_e[:, None], self.num_items + 1)
+        item_ek = item_ek.gather(1, rank_ek.argsort(dim=1))
+        event_P = torch.arange(len(item_ek), device=item_ek.device).repeat_interleave(
+            item_ek.shape[1]
+        )
+        score_ek = self.score(hidden_eD, event_P, item_ek.flatten()).view(item_ek.shape)
+        score_ek, order_ek = score_ek.masked_fill(item_ek == 0, -torch.inf).sort(
+            dim=1, descending=True, stable=True
+        )
+        # Differences to and among those of item 0 are infinite or NaN: neither is close.
+        near_ek = (score_ek[:, :-1] - score_ek[:, 1:] <= close_e[:, None]) & (close_e > 0)[:, None]
+        last_e1 = torch.zeros_like(item_ek[:, :1], dtype=torch.bool)
+        return item_ek.gather(1, order_ek), ~torch.cat([near_ek, last_e1], dim=1)
+
+    def _ordered(
+        self,
+        hidden_D: torch.Tensor,
+        item_C: torch.Tensor,
+        target: torch.Tensor,
+        close: torch.Tensor,
+    ) -> torch.Tensor:
+        """Items (ascending ids) by exact score; the target last among its equals.
+
+        close: float64, the largest distance of scores whose order float64 does not tell.
+        """
+        item_C = item_C[torch.argsort((item_C == target).long(), stable=True)]
+        score_C = (self.table[item_C].double() * hidden_D.double()).sum(dim=1)
+        order = torch.argsort(score_C, descending=True, stable=True)
+        if not bool(((score_C[order].diff().abs() <= close) & (close > 0)).any()):
+            return item_C[order]
+        row_CD = self.table[item_C]
+
+        def compare(a: int, b: int) -> int:
+            return _sign_of_difference(hidden_D, row_CD[b], row_CD[a])
+
+        ranked = sorted(range(len(item_C)), key=functools.cmp_to_key(compare))
+        return item_C[torch.tensor(ranked, dtype=torch.int64, device=item_C.device)]
+
+
+def _sign_of_difference(hidden_D: torch.Tensor, row_D: torch.Tensor, other_D: torch.Tensor) -> int:
+    """-1, 0 or 1: how the score of one row compares with another's, without rounding."""
+    # Products of float32 numbers are exact in float64, and fsum rounds the exact sum.
+    terms = torch.cat([row_D, -other_D]).double() * hidden_D.double().repeat(2)
+    difference = math.fsum(terms.tolist())
+    return (difference > 0) - (difference < 0)

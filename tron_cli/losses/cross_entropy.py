@@ -1,0 +1,117 @@
+"""Cross-entropy over the whole catalogue, without the matrix of all logits.
+
+Shapes: N positions, D width of the table, V its rows, I items (rows 1..I of the table), C items of
+a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from tron_cli.ops.products import row_products
+
+# Logits held at once: on a CPU few enough for its cache.
+_LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+# The narrowest block: for very many positions a block is more than a cache holds.
+_ITEMS = 64
+
+
+def ce(
+    hidden_ND: torch.Tensor,
+    table_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    num_items: int,
+) -> torch.Tensor:
+    """-log softmax of each position's target among all items: [N], float32 at least.
+
+    hidden_ND [N, D] and table_VD [V, D] are floating point, V > num_items; targets_N is int64 [N].
+    Row 0 of the table and the rows after num_items are no items: they are not compared with and
+    have a gradient of zero. A position whose target is no item, as padding has, gets the logarithm
+    of the sum of all items' exponentials: finite, and for the caller to leave out.
+
+    Logits exist in blocks of items, N by C, which the backward pass computes again: four matrix
+    products where the full matrix takes three, and the memory of one block. Under autocast products
+    are in its dtype, logarithms and sums in float32; float64 stays float64.
+    `torch.nn.functional.linear_cross_entropy` (torch 2.13) has the same products in parts of
+    positions, of which each goes through the whole table; see benchmarks/LOG.md.
+    """
+    hidden_ND = hidden_ND.to(table_VD.dtype)  # under autocast a layer may return less
+    dtype = product_dtype(table_VD)
+    with torch.autocast(table_VD.device.type, enabled=False):
+        return _CrossEntropy.apply(hidden_ND, table_VD, targets_N, num_items, dtype)
+
+
+def product_dtype(table_VD: torch.Tensor) -> torch.dtype:
+    """What a matrix product with the table is computed in: autocast's dtype, as of layers."""
+    device = table_VD.device.type
+    if table_VD.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return table_VD.dtype
+
+
+def blocks_of_items(num_rows: int, num_items: int, device: torch.device) -> Iterator[slice]:
+    """Items 1..num_items as slices of the table, whose products with num_rows rows fit a cache.
+
+    Widths are powers of two, so that batches of nearly equal size have equal blocks.
+    """
+    width = _ITEMS
+    while 2 * width * num_rows <= _LOGITS_AT_ONCE[device.type] and width < num_items:
+        width *= 2
+    return (slice(low, min(low + width, num_items + 1)) for low in range(1, num_items + 1, width))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        table_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        num_items: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        factors_ND = hidden_ND.to(dtype)
+        log_sum_N = hidden_ND.new_full((len(hidden_ND),), -torch.inf)
+        target_N1 = hidden_ND.new_zeros(len(hidden_ND), 1)
+        for block in blocks_of_items(len(hidden_ND), num_items, hidden_ND.device):
+            logits_NC = row_products(factors_ND, table_VD[block].to(dtype)).to(hidden_ND.dtype)
+            column_N1, inside_N1 = _columns(targets_N, block)
+            target_N1 = target_N1.where(~inside_N1, logits_NC.gather(1, column_N1))
+            log_sum_N = torch.logaddexp(log_sum_N, logits_NC.logsumexp(dim=1))
+        ctx.save_for_backward(hidden_ND, table_VD, targets_N, log_sum_N)
+        ctx.num_items, ctx.dtype = num_items, dtype
+        return log_sum_N - target_N1[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_ND, table_VD, targets_N, log_sum_N = ctx.saved_tensors
+        num_items, dtype = ctx.num_items, ctx.dtype
+        grad_N1 = grads[0][:, None]
+        factors_ND = hidden_ND.to(dtype)
+        grad_hidden_ND = torch.zeros_like(hidden_ND)
+        grad_table_VD = torch.empty_like(table_VD)
+        grad_table_VD[0] = 0.0
+        grad_table_VD[num_items + 1 :] = 0.0
+        for block in blocks_of_items(len(hidden_ND), num_items, hidden_ND.device):
+            rows_CD = table_VD[block].to(dtype)
+            grad_NC = row_products(factors_ND, rows_CD).to(hidden_ND.dtype)
+            # softmax minus one at the target, times what comes from above
+            grad_NC.sub_(log_sum_N[:, None]).exp_()
+            column_N1, inside_N1 = _columns(targets_N, block)
+            grad_NC.scatter_add_(1, column_N1, -inside_N1.to(grad_NC.dtype))
+            factors_NC = grad_NC.mul_(grad_N1).to(dtype)
+            grad_hidden_ND += row_products(factors_NC, rows_CD.T)
+            grad_table_VD[block] = row_products(factors_NC.T, factors_ND.T)
+        return grad_hidden_ND, grad_table_VD, None, None, None
+
+
+def _columns(targets_N: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, 1]: the column of each target in a block, and whether it is in the block at all."""
+    column_N = targets_N - block.start
+    last = block.stop - block.start - 1
+    inside_N = (column_N >= 0) & (column_N <= last)
+    return column_N.clamp(0, last)[:, None], inside_N[:, None]

@@ -1,0 +1,52 @@
+"""Networks: packed batch -> hidden states, one file per network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from tron_cli.registry import MODELS, load, settings_of
+
+if TYPE_CHECKING:
+    from tron_cli.config import ExperimentConfig
+    from tron_cli.data.batches import Batch
+
+
+class Model(nn.Module):
+    """What training and evaluation need of a network.
+
+    sequence_length: events of a history that it sees. item_embedding: table of the inputs, row i
+    for item i. one_row_serves_all: the hidden state of an event depends neither on what follows it
+    nor on how much does, so that one pass over a session predicts all of it as serving would.
+    mask_item: an item id that evaluation puts behind every history, whose hidden state then
+    predicts; None: that of the last event does. fixed_shapes: batches may be padded, so that steps
+    can be recorded as CUDA graphs.
+    """
+
+    sequence_length: int
+    num_items: int
+    item_embedding: nn.Embedding
+    one_row_serves_all: bool
+    mask_item: int | None = None
+    fixed_shapes: bool = False
+
+    def forward(self, batch: Batch, rows_UD: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [N, D] of a batch's events, to be multiplied with rows of item_table.
+
+        rows_UD: rows of item_embedding that the batch's inputs are places in; None: all.
+        """
+        raise NotImplementedError
+
+    @property
+    def item_table(self) -> torch.Tensor:
+        """[num_items + 1 or more, D]: row i scores item i, 1..num_items; the rest is no item."""
+        raise NotImplementedError
+
+
+def build_model(config: ExperimentConfig, num_items: int) -> Model:
+    """The network that `config.model` names, initialized from torch's random state."""
+    entry = MODELS[config.model]
+    more = {"num_items": num_items, "reuse_item_embeddings": config.shares_table}
+    return load(entry)(**settings_of(entry, config, **more))

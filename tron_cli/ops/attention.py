@@ -1,0 +1,146 @@
+"""Attention over packed rows, which are padded inside it only, among rows of like length.
+
+Shapes: N packed events, B rows, D width of the hidden states, R rows of a group, W their padded
+width, H heads, d = D / H, V keys of a row: W, or one more where padding is attended.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from tron_cli.ops.dropout import drop
+
+if TYPE_CHECKING:
+    from tron_cli.data.batches import AttentionGroup
+
+
+class Padding(NamedTuple):
+    """Places in front of the rows that their events attend to, all with the same key and value.
+
+    query_key_value_13D: as of an event. count_B: int64, number of such places of each row.
+    """
+
+    query_key_value_13D: torch.Tensor
+    count_B: torch.Tensor
+
+
+def packed_attention(
+    query_key_value_N3D: torch.Tensor,
+    groups: tuple[AttentionGroup, ...],
+    *,
+    num_heads: int,
+    dropout_rate: float,
+    causal: bool = True,
+    padding: Padding | None = None,
+) -> torch.Tensor:
+    """[N, 3D] -> [N, D]: each event attends to events of its own row, head by head.
+
+    query_key_value_N3D: queries, keys and values side by side. dropout_rate: of the attention
+    weights; 0 outside of training. causal: an event attends to itself and to earlier events; else
+    to all events of its row. padding: attended to by all events of a row, as often as it says;
+    dropout takes all of a row's padding at once.
+    """
+    attended = []
+    first_row = 0
+    for group in groups:
+        rows, width = group.gather_RW.shape
+        if group.keep is None:
+            qkv = query_key_value_N3D[group.start : group.end]
+        else:
+            qkv = _Padded.apply(query_key_value_N3D, group.gather_RW.flatten(), group.keep)
+        q_RHWd, k_RHVd, v_RHVd = qkv.view(rows, width, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+        bias = None
+        if not causal and group.keep is not None:
+            bias = _hidden_padding(qkv, group.keep, rows, width)
+        if padding is not None:
+            count_R = padding.count_B[first_row : first_row + rows]
+            k_RHVd, v_RHVd, bias = _with_padding(padding, count_R, k_RHVd, v_RHVd, bias, causal)
+        first_row += rows
+        out_RHWd = attention(q_RHWd, k_RHVd, v_RHVd, dropout_rate, causal=causal, bias=bias)
+        out_ND = out_RHWd.transpose(1, 2).reshape(rows * width, -1)
+        attended.append(out_ND if group.keep is None else out_ND.index_select(0, group.keep))
+    return torch.cat(attended)
+
+
+def attention(
+    q_RHWd: torch.Tensor,
+    k_RHVd: torch.Tensor,
+    v_RHVd: torch.Tensor,
+    dropout_rate: float,
+    *,
+    causal: bool = True,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """F.scaled_dot_product_attention, which has no fast way for dropout on the CPU.
+
+    causal: without a bias, place w sees the keys up to w. bias: added to the scores [R, H, W, V],
+    to whose shape it is broadcast; -inf hides a key.
+    """
+    causal = causal and bias is None
+    if not dropout_rate or q_RHWd.is_cuda:
+        return F.scaled_dot_product_attention(
+            q_RHWd, k_RHVd, v_RHVd, attn_mask=bias, dropout_p=dropout_rate, is_causal=causal
+        )
+    scores_RHWV = q_RHWd @ (k_RHVd / math.sqrt(q_RHWd.shape[3])).transpose(2, 3)
+    if causal:
+        bias = _hidden_future(q_RHWd)
+    if bias is not None:
+        scores_RHWV = scores_RHWV + bias
+    return drop(scores_RHWV.softmax(dim=3), dropout_rate) @ v_RHVd
+
+
+def _with_padding(
+    padding: Padding,
+    count_R: torch.Tensor,
+    k_RHWd: torch.Tensor,
+    v_RHWd: torch.Tensor,
+    bias: torch.Tensor | None,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values behind one more that stands for all padding of a row, and their bias.
+
+    n equal scores weigh as much as one that is higher by log n.
+    """
+    rows, heads, width, dim = k_RHWd.shape
+    key_value_2H1d = padding.query_key_value_13D.view(3, heads, 1, dim)[1:]
+    k_RH1d, v_RH1d = key_value_2H1d.unsqueeze(1).expand(2, rows, heads, 1, dim)
+    if bias is None:
+        bias = _hidden_future(k_RHWd) if causal else k_RHWd.new_zeros(())
+    log_count_R1W1 = count_R.to(k_RHWd.dtype).log().view(rows, 1, 1, 1).expand(-1, 1, width, 1)
+    bias_R1WV = torch.cat([log_count_R1W1, bias.expand(rows, 1, width, width)], dim=3)
+    return torch.cat([k_RH1d, k_RHWd], dim=2), torch.cat([v_RH1d, v_RHWd], dim=2), bias_R1WV
+
+
+def _hidden_future(like_RHWd: torch.Tensor) -> torch.Tensor:
+    """[W, W]: hides from each place those after it."""
+    width = like_RHWd.shape[2]
+    return like_RHWd.new_full((width, width), -torch.inf).triu_(1)
+
+
+def _hidden_padding(like: torch.Tensor, keep: torch.Tensor, rows: int, width: int) -> torch.Tensor:
+    """[R, 1, 1, W]: hides the places past the end of each row."""
+    bias = like.new_full((rows * width,), -torch.inf).index_fill_(0, keep, 0.0)
+    return bias.view(rows, 1, 1, width)
+
+
+class _Padded(torch.autograd.Function):
+    """Events at the places of padded rows. What attention computes at padding is dropped, and no
+    event attends to it, so only the events themselves have gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: torch.Tensor, gather: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(gather[keep], keep)
+        ctx.num_events = len(x_ND)
+        return x_ND.index_select(0, gather)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        event, keep = ctx.saved_tensors
+        grad_ND = grads[0].new_zeros(ctx.num_events, grads[0].shape[1])
+        return grad_ND.index_copy_(0, event, grads[0].index_select(0, keep)), None, None

@@ -1,0 +1,1 @@
+"""The public sources: find, fetch, unpack."""

@@ -1,0 +1,272 @@
+"""Columns -> events -> sessions in time order. Nothing here is done event by event in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from tron_cli.data.dataset import Sessions
+from tron_cli.errors import InputError
+from tron_cli.prepare.reading.columns import BadLines, Columns
+
+
+@dataclass(frozen=True)
+class Events:
+    """A log of events, in any order.
+
+    sessions: int64 [E], any number that names the session; items: int32 [E], positions in item_ids;
+    times: int64 [E], milliseconds since 1970 UTC; item_ids: the original ids, int64 [I] or str [I];
+    users: int64 [E], any number that names the user, or None. latest: the latest time, and the
+    file and line of it.
+    """
+
+    sessions: np.ndarray
+    items: np.ndarray
+    times: np.ndarray
+    item_ids: np.ndarray
+    users: np.ndarray | None = None
+    latest: tuple[int, str] = (0, "")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+class ItemIndex:
+    """Gives every distinct id a position, in order of first appearance; ids come in blocks."""
+
+    def __init__(self) -> None:
+        self._positions: dict[int | str, int] = {}
+
+    def positions(self, ids: pl.Series) -> np.ndarray:
+        """int32 [n]: the position of each id; ids not seen before get the next free ones."""
+        distinct = ids.unique(maintain_order=True)
+        known = self._positions
+        codes = [known.setdefault(item, len(known)) for item in distinct.to_list()]
+        return (
+            ids.replace_strict(distinct, codes, return_dtype=pl.Int32).to_numpy()
+            if len(distinct)
+            else np.zeros(0, np.int32)
+        )
+
+    def ids(self) -> np.ndarray:
+        """The distinct ids by position: int64 where every one is an integer's plain spelling."""
+        ids = list(self._positions)
+        if not ids or not isinstance(ids[0], str):
+            return np.array(ids, np.int64)
+        spelled = plain_integers(pl.Series(ids, dtype=pl.String))
+        return spelled.to_numpy() if spelled.dtype == pl.Int64 else np.array(ids, dtype=object)
+
+
+class IdKeys:
+    """Gives int64 keys to the ids of sessions or users, which come in blocks, and takes them back.
+
+    An integer is its own key. The key of a text is its 64-bit hash: what is kept in memory is each
+    distinct text once, whatever the number of events.
+    """
+
+    def __init__(self) -> None:
+        self._texts = pl.DataFrame(schema={"key": pl.Int64, "text": pl.String})
+        self._new: list[pl.DataFrame] = []
+
+    def keys(self, ids: pl.Series, users: pl.Series | None = None) -> np.ndarray:
+        """int64 [n]: the key of each id; with users, ids are told apart by their user as well."""
+        if users is not None:
+            keys = pl.DataFrame([ids.alias("id"), users.alias("user")]).hash_rows()
+        elif ids.dtype == pl.Int64:
+            return ids.to_numpy()
+        else:
+            keys = ids.hash()
+        keys = keys.reinterpret(signed=True)
+        texts = pl.DataFrame({"key": keys, "text": ids.cast(pl.String)})
+        self._new.append(texts.unique("key"))
+        if sum(map(len, self._new)) > max(len(self._texts), 1 << 20):
+            self._gather()
+        return keys.to_numpy()
+
+    def _gather(self) -> None:
+        self._texts = pl.concat([self._texts, *self._new]).unique("key").sort("key")
+        self._new = []
+
+    @cached_property
+    def _distinct(self) -> pl.Series:
+        """The ids in ascending order of their keys, when all blocks have come."""
+        self._gather()
+        return plain_integers(self._texts["text"])
+
+    def ids(self, keys: np.ndarray) -> np.ndarray:
+        """Original id of each key: int64 where all ids are integers' plain spelling, else str."""
+        if not len(self._distinct):
+            return keys
+        places = self._texts["key"].search_sorted(pl.Series(keys, dtype=pl.Int64))
+        ids = self._distinct.gather(places)
+        return ids.to_numpy() if ids.dtype == pl.Int64 else np.array(ids.to_list(), object)
+
+
+def plain_integers(texts: pl.Series) -> pl.Series:
+    """The texts as Int64 where every one is an integer's plain spelling, else as they are."""
+    numbers = texts.cast(pl.Int64, strict=False)
+    return numbers if (numbers.cast(pl.String) == texts).fill_null(False).all() else texts
+
+
+def collect_events(
+    file: Path, blocks: Iterable[Columns], bad: BadLines, index: ItemIndex | None = None
+) -> Events:
+    """One log of all blocks: int64 columns session, time and perhaps user; item of any ids.
+
+    index: of logs that share their items; item_ids are those of the logs so far.
+    """
+    index = index or ItemIndex()
+    sessions, items, times, users = [], [], [], []
+    latest: tuple[int, str] | None = None
+    for block in blocks:
+        at = block.frame["time"].arg_max()
+        if at is not None and (latest is None or block.frame["time"][at] > latest[0]):
+            latest = block.frame["time"][at], f"{block.file}, {block.unit} {block.lines[at]}"
+        if "user" in block.frame.columns:
+            users.append(block.frame["user"].to_numpy())
+        sessions.append(block.frame["session"].to_numpy())
+        items.append(index.positions(block.frame["item"]))
+        times.append(block.frame["time"].to_numpy())
+    if latest is None:
+        raise InputError(f"{file} holds no readable event ({bad.count:,} bad lines: {bad.first})")
+    return Events(
+        np.concatenate(sessions),
+        np.concatenate(items),
+        np.concatenate(times),
+        index.ids(),
+        np.concatenate(users) if users else None,
+        latest,
+    )
+
+
+def to_sessions(events: Events) -> Sessions:
+    """Group events into sessions, in the order in which the file first shows them.
+
+    The events of each are stably sorted by time: of equal times the file's first comes first. The
+    items stay positions in item_ids; session_ids and user_ids are the numbers of the events.
+    """
+    codes, ids = _by_appearance(events.sessions)
+    users = None
+    if events.users is not None:
+        users = np.empty(len(ids), np.int64)
+        users[codes] = events.users
+    items, times = events.items, events.times
+    same = codes[1:] == codes[:-1]
+    if not ((codes[1:] > codes[:-1]) | (same & (times[1:] >= times[:-1]))).all():
+        order = np.lexsort((times, codes))
+        items, times = items[order], times[order]
+    return Sessions(items, _offsets(np.bincount(codes, minlength=len(ids))), times, ids, users)
+
+
+def joined(parts: list[Sessions]) -> Sessions:
+    """The sessions of all parts, one after the other; what one of them lacks, all lose."""
+
+    def whole(arrays: list[np.ndarray | None]) -> np.ndarray | None:
+        held = [array for array in arrays if array is not None]
+        return np.concatenate(held) if len(held) == len(arrays) else None
+
+    return Sessions(
+        np.concatenate([part.items for part in parts]),
+        _offsets(np.concatenate([part.lengths for part in parts])),
+        whole([part.times for part in parts]),
+        whole([part.session_ids for part in parts]),
+        whole([part.user_ids for part in parts]),
+    )
+
+
+def by_first_event(sessions: Sessions) -> Sessions:
+    """Sessions (none empty) stably sorted by when they start; as they are where times lack."""
+    return take(sessions, order_by_first_event(sessions))
+
+
+def order_by_first_event(sessions: Sessions) -> np.ndarray:
+    """int64 [S]: the rows that `by_first_event` takes."""
+    if sessions.times is None:
+        return np.arange(len(sessions))
+    return np.argsort(first_times(sessions), kind="stable")
+
+
+def split_at_gaps(users: np.ndarray, times: np.ndarray, gap: int) -> np.ndarray:
+    """int64 [E], session numbers: one ends where the user's next event is over `gap` ms away."""
+    order = np.lexsort((times, users))
+    users, times = users[order], times[order]
+    starts = np.ones(len(order), bool)
+    starts[1:] = (users[1:] != users[:-1]) | (times[1:] - times[:-1] > gap)
+    sessions = np.empty(len(order), np.int64)
+    sessions[order] = np.cumsum(starts)
+    return sessions
+
+
+def take(sessions: Sessions, rows: np.ndarray) -> Sessions:
+    """The sessions of `rows` (int64, in that order), packed."""
+    if np.array_equal(rows, np.arange(len(sessions))):
+        return sessions
+    lengths = sessions.lengths[rows]
+    offsets = _offsets(lengths)
+    events = np.arange(offsets[-1]) + np.repeat(sessions.offsets[rows] - offsets[:-1], lengths)
+    times = None if sessions.times is None else sessions.times[events]
+    return Sessions(sessions.items[events], offsets, times, *_ids_at(sessions, rows))
+
+
+def take_where(sessions: Sessions, keep: np.ndarray) -> Sessions:
+    """The sessions where `keep` (bool [S]) holds."""
+    if keep.all():
+        return sessions
+    kept = drop_events(sessions, np.repeat(keep, sessions.lengths))
+    ids = _ids_at(sessions, keep)
+    return Sessions(kept.items, _offsets(sessions.lengths[keep]), kept.times, *ids)
+
+
+def drop_events(sessions: Sessions, keep: np.ndarray) -> Sessions:
+    """Keep the events where `keep` (bool [E]) holds; sessions may be left short, or empty."""
+    if keep.all():
+        return sessions
+    kept_before = np.zeros(len(keep) + 1, np.int64)
+    np.cumsum(keep, out=kept_before[1:])
+    times = None if sessions.times is None else sessions.times[keep]
+    return replace(
+        sessions, items=sessions.items[keep], offsets=kept_before[sessions.offsets], times=times
+    )
+
+
+def _ids_at(sessions: Sessions, rows: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The session and user ids of some rows (int64, or bool [S])."""
+    session_ids, user_ids = sessions.session_ids, sessions.user_ids
+    return (
+        None if session_ids is None else session_ids[rows],
+        None if user_ids is None else user_ids[rows],
+    )
+
+
+def first_times(sessions: Sessions) -> np.ndarray:
+    """int64 [S] ms: when each session (none empty) starts."""
+    assert sessions.times is not None
+    return sessions.times[sessions.offsets[:-1]]
+
+
+def last_times(sessions: Sessions) -> np.ndarray:
+    """int64 [S] ms: when each session (none empty) ends."""
+    assert sessions.times is not None
+    return sessions.times[sessions.offsets[1:] - 1]
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _by_appearance(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [E] with the distinct keys numbered in order of first appearance, these keys)."""
+    # Logs mostly hold a session's events together, so only the runs of equal keys are sorted.
+    starts = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
+    distinct, first, inverse = np.unique(keys[starts], return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")
+    number = np.empty(len(distinct), np.int64)
+    number[order] = np.arange(len(distinct))
+    return np.repeat(number[inverse], np.diff(np.append(starts, len(keys)))), distinct[order]

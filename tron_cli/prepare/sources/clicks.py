@@ -1,0 +1,89 @@
+"""TRON's way from a log of clicks to a split by time, shared by Yoochoose and Diginetica."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tron_cli.data.dataset import Dataset, DatasetWriter
+from tron_cli.prepare.earlier import earlier_catalogue
+from tron_cli.prepare.fetching.raw import locate
+from tron_cli.prepare.filters import Steps, apply_filters
+from tron_cli.prepare.reading.columns import BadLines, Columns
+from tron_cli.prepare.sessions import collect_events, to_sessions
+from tron_cli.prepare.split import Rule, split_by_time
+from tron_cli.prepare.write import dataset_path, in_order_of_appearance, write_splits
+
+MIN_SESSION_LENGTH = 2
+MIN_ITEM_COUNT = 5
+
+
+def prepare_clicks(
+    source: str,
+    read: Callable[[Path, BadLines], Iterator[Columns]],
+    rule: Rule,
+    *,
+    raw_file: str,
+    raw: Path | None,
+    data_dir: Path,
+    name: str,
+    test_days: float,
+    val_days: float,
+    max_val_sessions: int,
+    seed: int,
+    force: bool,
+    skip_bad_lines: bool,
+    catalogue: str | None,
+) -> Dataset:
+    """Filter and split as TRON does, in UTC.
+
+    read: raw file -> blocks with the int64 columns session, item and time (ms since 1970 UTC).
+    """
+    with DatasetWriter(dataset_path(data_dir, name, raw), force=force) as writer:
+        earlier = earlier_catalogue(catalogue, data_dir)
+        file = locate(source, raw, data_dir)[raw_file]
+        bad = BadLines(skip=skip_bad_lines)
+        events = collect_events(file, read(file, bad), bad)
+        steps = Steps()
+        sessions = to_sessions(events)
+        steps.record("read", [sessions], "")
+        (sessions,) = apply_filters(
+            [sessions],
+            steps,
+            min_session_length=MIN_SESSION_LENGTH,
+            min_item_count=MIN_ITEM_COUNT,
+        )
+        splits = split_by_time(
+            sessions,
+            rule,
+            steps,
+            test_days=test_days,
+            val_days=val_days,
+            max_val_sessions=max_val_sessions,
+            seed=seed,
+            latest=events.latest,
+        )
+        return write_splits(
+            writer,
+            splits,
+            item_ids=events.item_ids,
+            catalogue=in_order_of_appearance(splits.period),
+            name=name,
+            protocol="every-step",
+            source=source,
+            options={
+                "raw": str(raw) if raw else None,
+                "min_session_length": MIN_SESSION_LENGTH,
+                "min_item_count": MIN_ITEM_COUNT,
+                "test_days": test_days,
+                "val_days": val_days,
+                "max_val_sessions": max_val_sessions,
+                "seed": seed,
+                "skip_bad_lines": skip_bad_lines,
+                "catalogue": catalogue,
+            },
+            files=[file],
+            steps=steps,
+            bad=bad,
+            earlier=earlier,
+        )

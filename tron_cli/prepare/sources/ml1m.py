@@ -1,0 +1,93 @@
+"""MovieLens-1M in Kang's version (`user item` a line, in time order per user), leave-one-out.
+
+gSASRec's split exactly: every user is tested on the last item, 512 drawn users validate on the
+second last one and train on all but their last three; the others train on all but the last two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from tron_cli.data.dataset import Dataset, DatasetWriter, Sessions
+from tron_cli.errors import InputError
+from tron_cli.prepare.earlier import earlier_catalogue
+from tron_cli.prepare.fetching.raw import locate
+from tron_cli.prepare.filters import Steps, drop_short
+from tron_cli.prepare.reading.columns import BadLines
+from tron_cli.prepare.reading.integers import read_integer_lines
+from tron_cli.prepare.sessions import Events, to_sessions
+from tron_cli.prepare.split import split_last_items
+from tron_cli.prepare.write import dataset_path, write_splits
+
+USERS = 6040
+VAL_USERS = 512
+SPLIT_SEED = 42
+MIN_EVENTS = 3
+
+
+def prepare_ml1m(
+    raw: Path | None,
+    data_dir: Path,
+    name: str = "ml1m",
+    *,
+    force: bool = False,
+    skip_bad_lines: bool = False,
+    catalogue: str | None = None,
+) -> Dataset:
+    """Prepare MovieLens-1M; items are numbered in the order of their ids, so 1..3416 stay."""
+    with DatasetWriter(dataset_path(data_dir, name, raw), force=force) as writer:
+        earlier = earlier_catalogue(catalogue, data_dir)
+        file = locate("ml1m", raw, data_dir)["ml-1m.txt"]
+        bad = BadLines(skip=skip_bad_lines)
+        histories, item_ids = _read(file, bad)
+        steps = Steps()
+        steps.record("read", [histories], "")
+        if earlier is not None:
+            histories = earlier.known_histories(histories, item_ids, steps)
+        histories = drop_short(histories, MIN_EVENTS)
+        steps.record("short histories", [histories], f"fewer than {MIN_EVENTS} events")
+        # The numbers are drawn from 0..6039 and compared with user ids, which are 1..6040.
+        drawn = np.random.RandomState(SPLIT_SEED).choice(USERS, VAL_USERS, replace=False)
+        assert histories.user_ids is not None
+        validates = np.isin(histories.user_ids, drawn)
+        splits = split_last_items(
+            histories,
+            np.flatnonzero(validates),
+            steps,
+            train_without=np.where(validates, 3, 2),
+        )
+        return write_splits(
+            writer,
+            splits,
+            item_ids=item_ids,
+            catalogue=np.unique(splits.period.items),
+            name=name,
+            protocol="last-item",
+            source="ml1m",
+            options={
+                "raw": str(raw) if raw else None,
+                "val_users": VAL_USERS,
+                "split_seed": SPLIT_SEED,
+                "skip_bad_lines": skip_bad_lines,
+                "catalogue": catalogue,
+            },
+            files=[file],
+            steps=steps,
+            bad=bad,
+            earlier=earlier,
+        )
+
+
+def _read(file: Path, bad: BadLines) -> tuple[Sessions, np.ndarray]:
+    """(histories in the order of the file with their users, original item ids ascending)."""
+    pairs = np.concatenate([block for block, *_ in read_integer_lines(file, bad, per_line=2)])
+    if not len(pairs):
+        raise InputError(f"{file} holds no event: expected `user item` a line")
+    users, items = pairs[::2], pairs[1::2]
+    item_ids, positions = np.unique(items, return_inverse=True)
+    lines = np.arange(len(users))  # in place of times
+    histories = to_sessions(Events(users, positions.astype(np.int32), lines, item_ids, users))
+    return replace(histories, times=None, session_ids=None), item_ids

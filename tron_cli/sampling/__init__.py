@@ -1,0 +1,1 @@
+"""Negatives: how they are weighted, drawn, looked up and compared."""

@@ -1,0 +1,357 @@
+"""Hidden states and sampled items -> logits, with top-k selection in two passes.
+
+Shapes: N positions with a target, n positions of a part, D width of the table, V its rows, K
+negatives of a position, k those that top-k keeps, M in-batch negatives, C candidates of one kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from tron_cli.ops.products import row_products
+from tron_cli.ops.threads import on_threads
+
+if TYPE_CHECKING:
+    from tron_cli.data.batches import Batch
+    from tron_cli.sampling.negatives import Negatives
+
+# Scores, or elements of gathered rows, held at once: on a CPU few enough for its cache.
+_ELEMENTS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 28}
+# Multiplying with a row of a matrix costs about this share of gathering a row.
+_PRODUCTS_A_GATHER = 32
+# Parts of so many events, or a multiple: matrix products like round numbers.
+_EVENTS = 64
+# How many columns top-k first looks at as one.
+_GROUP = 16
+
+
+def sampled_logits(
+    hidden_ND: torch.Tensor,
+    table_VD: torch.Tensor,
+    batch: Batch,
+    negatives: Negatives,
+    *,
+    topk: int | None,
+    mask_collisions: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Logits of each position's target [N] and negatives [N, K], and which negatives count.
+
+    With `topk`, the topk highest negatives of each position are found without gradients, and only
+    those are computed with gradients: the loss and gradients of keeping the top-k of the full
+    matrix, for a fraction of the work. mask_collisions: a negative that is the position's own
+    target does not count. Negatives that know how many of them to expect have the log of it taken
+    off their logits. The third value is bool [N, K], or None where all count. hidden_ND: the hidden
+    states of the events with a target.
+    """
+    assert batch.targets_N is not None
+    hidden_ND = hidden_ND.to(table_VD.dtype)  # under autocast a layer may return less
+    target_N1 = batch.targets_N[:, None]
+    candidates = _Candidates(hidden_ND, table_VD, batch, negatives, mask_collisions)
+    if topk is None:
+        blocks = candidates.of(slice(None))
+        logits_NK, keep_NK = _finite(
+            torch.cat([logits_NC for logits_NC, _ in blocks], dim=1), candidates.some_do_not_count
+        )
+        logit_N1 = dot_products(hidden_ND, table_VD, target_N1)
+        return logit_N1[:, 0], logits_NK.to(logit_N1.dtype), keep_NK
+    with torch.no_grad():
+        device = hidden_ND.device
+        parts = on_threads(
+            lambda part: _highest(candidates.of(part), topk),
+            list(_parts(len(hidden_ND), candidates.num_uniform, device)),
+            device,
+        )
+        top_Nk, keep_Nk = _finite(
+            torch.cat([logits_nk for logits_nk, _ in parts]), candidates.some_do_not_count
+        )
+        ids_N1k = torch.cat([target_N1, torch.cat([ids_nk for _, ids_nk in parts])], dim=1)
+        # What the first pass found are the values of the second, which adds the gradients.
+        logit_N1 = dot_products(hidden_ND, table_VD, target_N1)
+        known_N1k = torch.cat([logit_N1, top_Nk.to(logit_N1.dtype)], dim=1)
+    logits_N1k = dot_products(hidden_ND, table_VD, ids_N1k, known_N1k)
+    return logits_N1k[:, 0], logits_N1k[:, 1:], keep_Nk
+
+
+class _Candidates:
+    """All negatives of some positions with their logits, -inf where a negative does not count."""
+
+    def __init__(
+        self,
+        hidden_ND: torch.Tensor,
+        table_VD: torch.Tensor,
+        batch: Batch,
+        negatives: Negatives,
+        mask_collisions: bool,
+    ) -> None:
+        self.hidden_ND = hidden_ND
+        self.table_VD = table_VD
+        self.batch = batch
+        self.negatives = negatives
+        self.mask_collisions = mask_collisions
+        self.some_do_not_count = (
+            mask_collisions
+            or negatives.uniform_keep is not None
+            or negatives.in_batch_keep_BM is not None
+        )
+        self.num_uniform = negatives.uniform.shape[-1]
+        self.num_in_batch = negatives.in_batch_BM.shape[1]
+        # Matrix products are in autocast's precision, as those of layers are.
+        device = hidden_ND.device.type
+        self.dtype = (
+            torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else hidden_ND.dtype
+        )
+        if negatives.uniform.dim() == 1 and self.num_uniform:
+            self.uniform_K, self.order_K = negatives.uniform.sort()
+            self.uniform_KD = F.embedding(self.uniform_K, table_VD).to(self.dtype)
+        if self.num_in_batch:
+            self.in_batch_NM, self.in_batch_ids_NM = self._in_batch()
+
+    def of(self, part: slice) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits [n, C] and ids [n, C] or [C], of each kind of negatives."""
+        blocks = []
+        if self.num_uniform:
+            blocks.append(self._uniform(part))
+        if self.num_in_batch:
+            blocks.append((self.in_batch_NM[part], self.in_batch_ids_NM[part]))
+        return blocks
+
+    def _uniform(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_nD = self.hidden_ND[part]
+        if self.negatives.uniform.dim() == 1:
+            ids = self.uniform_K
+            logits_nK = row_products(hidden_nD.to(self.dtype), self.uniform_KD)
+        else:
+            ids = self._of_events(self.negatives.uniform, part)
+            logits_nK = dot_products(hidden_nD, self.table_VD, ids)
+        expected = self.negatives.uniform_log_expected
+        if expected is not None:
+            # Apart from what autograd remembers, since targets are dropped in place.
+            logits_nK = logits_nK - (
+                expected[self.order_K] if ids.dim() == 1 else self._of_events(expected, part)
+            )
+        if self.mask_collisions:
+            self._drop_targets(logits_nK, ids, part)
+        if self.negatives.uniform_keep is not None:
+            keep = self.negatives.uniform_keep
+            keep_n = keep if len(keep) == 1 else self._of_events(keep, part)
+            logits_nK.masked_fill_(~keep_n[:, None], -torch.inf)
+        return logits_nK, ids
+
+    def _in_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and ids [N, M]; the events of a session share its candidates."""
+        batch, negatives = self.batch, self.negatives
+        ids_BM = batch.inputs_N[negatives.in_batch_BM]
+        rows_N = batch.target_rows_P
+        ids_NM = ids_BM[rows_N]
+        if batch.predicting_P is None:
+            logits_NM = self._by_session(ids_BM)
+        else:
+            logits_NM = dot_products(self.hidden_ND, self.table_VD, ids_NM)
+        if negatives.in_batch_log_expected_BM is not None:
+            logits_NM = logits_NM - negatives.in_batch_log_expected_BM[rows_N]
+        if self.mask_collisions:
+            self._drop_targets(logits_NM, ids_NM, slice(None))
+        if negatives.in_batch_keep_BM is not None:
+            logits_NM.masked_fill_(~negatives.in_batch_keep_BM[rows_N], -torch.inf)
+        return logits_NM, ids_NM
+
+    def _by_session(self, ids_BM: torch.Tensor) -> torch.Tensor:
+        """[N, M], where every event has a target: one product a group of sessions."""
+        rows_BMD = F.embedding(ids_BM, self.table_VD).to(self.dtype)
+        logits, row = [], 0
+        for group in self.batch.groups:
+            hidden_RWD = F.embedding(group.gather_RW, self.hidden_ND).to(self.dtype)
+            rows_RMD = rows_BMD[row : row + len(hidden_RWD)]
+            logits_NM = (hidden_RWD @ rows_RMD.transpose(1, 2)).flatten(0, 1)
+            logits.append(logits_NM if group.keep is None else logits_NM[group.keep])
+            row += len(hidden_RWD)
+        return torch.cat(logits)
+
+    def _drop_targets(self, logits_nC: torch.Tensor, ids: torch.Tensor, part: slice) -> None:
+        assert self.batch.targets_N is not None
+        targets_n1 = self.batch.targets_N[part, None]
+        if ids.dim() == 2 or logits_nC.is_cuda:
+            logits_nC.masked_fill_(ids == targets_n1, -torch.inf)
+            return
+        # Ids that are shared are ascending: finding the few equal ones beats comparing all.
+        first_n = torch.searchsorted(ids, targets_n1)[:, 0]
+        copies_n = torch.searchsorted(ids, targets_n1, right=True)[:, 0] - first_n
+        event_P = torch.repeat_interleave(copies_n)
+        nth_P = torch.arange(len(event_P)) - (copies_n.cumsum(0) - copies_n)[event_P]
+        place_P = event_P * logits_nC.shape[1] + first_n[event_P] + nth_P
+        logits_nC.view(-1).index_fill_(0, place_P, -torch.inf)
+
+    def _of_events(self, values: torch.Tensor, part: slice) -> torch.Tensor:
+        """Values by event or by session, for the events of a part."""
+        rows_N = self.batch.target_rows_P
+        return values[part] if len(values) == len(rows_N) else values[rows_N[part]]
+
+
+def _finite(
+    logits_NK: torch.Tensor, some_do_not_count: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits that a loss can compute with, and which of them count."""
+    if not some_do_not_count:
+        return logits_NK, None
+    keep_NK = logits_NK != -torch.inf  # NaN counts, so that it shows in the loss
+    return logits_NK.masked_fill(~keep_NK, 0.0), keep_NK
+
+
+def _parts(num_events: int, width: int, device: torch.device) -> Iterator[slice]:
+    step = max(1, _ELEMENTS_AT_ONCE[device.type] // max(1, width))
+    if step > _EVENTS:
+        step -= step % _EVENTS
+    return (slice(low, low + step) for low in range(0, num_events, step))
+
+
+def _highest(
+    blocks: list[tuple[torch.Tensor, torch.Tensor]], topk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and ids [n, k] of the highest candidates of all kinds, in no order."""
+    logits, ids = [], []
+    for logits_nC, ids_C in blocks:
+        if logits_nC.shape[1] > topk:
+            logits_nC, column_nC = _top_columns(logits_nC, topk)
+            ids_C = ids_C[column_nC] if ids_C.dim() == 1 else ids_C.gather(1, column_nC)
+        logits.append(logits_nC)
+        ids.append(ids_C.expand_as(logits_nC))
+    logits_nC, ids_nC = torch.cat(logits, dim=1), torch.cat(ids, dim=1)
+    if logits_nC.shape[1] <= topk:
+        return logits_nC, ids_nC
+    column_nk = _topk(logits_nC, topk)
+    return logits_nC.gather(1, column_nk), ids_nC.gather(1, column_nk)
+
+
+def _top_columns(logits_nC: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like torch.topk, unsorted, but first among the maxima of groups of columns.
+
+    Shapes: G groups.
+    The topk highest lie in the topk groups of the highest maxima: a group that is not among them
+    has topk others that each hold something at least as high.
+    """
+    num_groups = logits_nC.shape[1] // _GROUP
+    if num_groups <= topk:
+        column_nk = _topk(logits_nC, topk)
+        return logits_nC.gather(1, column_nk), column_nk
+    grouped = num_groups * _GROUP
+    # Column c is in group c % num_groups, so that maxima are taken over whole vectors.
+    maxima_nG = logits_nC[:, :grouped].unflatten(1, (_GROUP, num_groups)).amax(dim=1)
+    group_nk = _topk(maxima_nG, topk)
+    offset = torch.arange(0, grouped, num_groups, device=logits_nC.device)
+    rest = torch.arange(grouped, logits_nC.shape[1], device=logits_nC.device)
+    column_nC = torch.cat(
+        [(group_nk[:, :, None] + offset).flatten(1), rest.expand(len(logits_nC), -1)], dim=1
+    )
+    candidate_nC = logits_nC.gather(1, column_nC)
+    chosen_nk = _topk(candidate_nC, topk)
+    return candidate_nC.gather(1, chosen_nk), column_nC.gather(1, chosen_nk)
+
+
+def _topk(values_nC: torch.Tensor, topk: int) -> torch.Tensor:
+    """int64 [n, k]: places of the highest values, in no order."""
+    if values_nC.is_cuda:
+        return values_nC.topk(topk, dim=1, sorted=False).indices
+    # NumPy partitions with vector instructions, several times as fast as torch.topk.
+    if values_nC.dtype == torch.bfloat16:
+        values_nC = values_nC.float()
+    first = values_nC.shape[1] - topk
+    return torch.from_numpy(np.argpartition(values_nC.numpy(), first, axis=1)[:, first:])
+
+
+def dot_products(
+    hidden_ND: torch.Tensor,
+    table_VD: torch.Tensor,
+    ids_NK: torch.Tensor,
+    known_NK: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[N, K]: hidden_ND[n] . table_VD[ids_NK[n, k]], never holding the gathered [N, K, D].
+
+    Where K is large beside the table, all products of a position are formed and the K are picked,
+    which is cheaper than to gather rows. known_NK: the values, where they were computed before
+    without gradients. In the precision of the arguments, also under autocast.
+    """
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        if ids_NK.shape[1] * _PRODUCTS_A_GATHER >= len(table_VD):
+            return _PickedProducts.apply(hidden_ND, table_VD, ids_NK, known_NK)
+        return _GatheredProducts.apply(hidden_ND, table_VD, ids_NK, known_NK)
+
+
+class _GatheredProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        table_VD: torch.Tensor,
+        ids_NK: torch.Tensor,
+        known_NK: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden_ND, table_VD, ids_NK)
+        if known_NK is not None:
+            return known_NK.clone()
+        num_events, num_ids = ids_NK.shape
+        logits_NK = hidden_ND.new_empty(num_events, num_ids)
+        for part in _parts(num_events, num_ids * hidden_ND.shape[1], hidden_ND.device):
+            rows_nKD = table_VD[ids_NK[part]]
+            logits_NK[part] = torch.bmm(rows_nKD, hidden_ND[part, :, None]).squeeze(-1)
+        return logits_NK
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        hidden_ND, table_VD, ids_NK = ctx.saved_tensors
+        grad_NK = grads[0].contiguous()
+        # Both gradients are sums of weighted rows: embedding bags.
+        grad_hidden_ND = F.embedding_bag(ids_NK, table_VD, per_sample_weights=grad_NK, mode="sum")
+        sorted_ids, order = ids_NK.flatten().sort(stable=True)
+        every_V = torch.arange(len(table_VD), device=ids_NK.device)
+        grad_table_VD = F.embedding_bag(
+            order // ids_NK.shape[1],
+            hidden_ND,
+            offsets=torch.searchsorted(sorted_ids, every_V),
+            per_sample_weights=grad_NK.flatten()[order],
+            mode="sum",
+        )
+        return grad_hidden_ND, grad_table_VD, None, None
+
+
+class _PickedProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        table_VD: torch.Tensor,
+        ids_NK: torch.Tensor,
+        known_NK: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden_ND, table_VD, ids_NK)
+        if known_NK is not None:
+            return known_NK.clone()
+        parts = _parts(len(hidden_ND), len(table_VD), hidden_ND.device)
+        return torch.cat(
+            [row_products(hidden_ND[part], table_VD).gather(1, ids_NK[part]) for part in parts]
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        hidden_ND, table_VD, ids_NK = ctx.saved_tensors
+        grad_hidden_ND = torch.empty_like(hidden_ND)
+        grad_table_VD = torch.zeros_like(table_VD)
+        for part in _parts(len(hidden_ND), len(table_VD), hidden_ND.device):
+            ids_nK = ids_NK[part]
+            grad_nV = hidden_ND.new_zeros(len(ids_nK), len(table_VD))
+            first_n1 = torch.arange(0, grad_nV.numel(), len(table_VD), device=ids_NK.device)[
+                :, None
+            ]
+            # Flat, which is several times as fast.
+            grad_nV.view(-1).scatter_add_(
+                0, (ids_nK + first_n1).flatten(), grads[0][part].flatten()
+            )
+            grad_hidden_ND[part] = row_products(grad_nV, table_VD.T)
+            grad_table_VD += row_products(grad_nV.T, hidden_ND[part].T)
+        return grad_hidden_ND, grad_table_VD, None, None

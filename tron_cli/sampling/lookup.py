@@ -1,0 +1,123 @@
+"""One lookup a table and step: the distinct rows that a batch and its negatives need.
+
+Everything between the lookup and its gradient works on the looked-up rows and on their numbers, so
+that neither the forward nor the backward pass touches the rest of a table.
+
+Shapes: N events, K negatives, V rows of the table, U distinct rows, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from tron_cli.data.batches import Batch
+    from tron_cli.sampling.negatives import Negatives
+
+
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """Rows of a table, and what refers to them by their number.
+
+    rows_UD: with a gradient of the whole table. batch, negatives: as given, but their item ids are
+    places in rows_UD.
+    """
+
+    rows_UD: torch.Tensor
+    batch: Batch
+    negatives: Negatives
+
+
+# Told which rows of a table are about to be looked up.
+BeforeLookup = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+def look_up(
+    table_VD: torch.Tensor,
+    batch: Batch,
+    negatives: Negatives,
+    *,
+    sparse: bool,
+    before: BeforeLookup | None = None,
+) -> Looked:
+    """The rows of the inputs, targets and uniform negatives.
+
+    sparse: the table's gradient is a sparse tensor of the rows looked up, each once. Else it is
+    dense, and where more ids are asked for than the table has rows, the table itself is given.
+    """
+    assert batch.targets_N is not None
+    num_events = len(batch.inputs_N)
+    num_ids = num_events + len(batch.targets_N)
+    ids = torch.cat([batch.inputs_N, batch.targets_N, negatives.uniform.flatten()])
+    if not sparse and len(ids) >= len(table_VD):
+        return Looked(table_VD, batch, negatives)
+    ids_U, place = _distinct(ids, len(table_VD), same_shape=batch.padded)
+    if before is not None:
+        before(table_VD, ids_U)
+    return Looked(
+        _Rows.apply(table_VD, ids_U, sparse),
+        dataclasses.replace(
+            batch,
+            inputs_N=place[:num_events],
+            targets_N=place[num_events:num_ids],
+        ),
+        dataclasses.replace(negatives, uniform=place[num_ids:].view(negatives.uniform.shape)),
+    )
+
+
+def look_up_inputs(
+    table_VD: torch.Tensor, batch: Batch, *, sparse: bool, before: BeforeLookup | None = None
+) -> tuple[Batch, torch.Tensor]:
+    """The batch and the rows of its inputs, for a model that scores with another table."""
+    ids_U, place_N = _distinct(batch.inputs_N, len(table_VD), same_shape=batch.padded)
+    if before is not None:
+        before(table_VD, ids_U)
+    return dataclasses.replace(batch, inputs_N=place_N), _Rows.apply(table_VD, ids_U, sparse)
+
+
+def _distinct(
+    ids: torch.Tensor, num_rows: int, *, same_shape: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distinct ids, ascending, and the place of each id among them.
+
+    same_shape: as many as there are ids, or as the table has rows if that is fewer, so that nobody
+    waits for a device to say how many are distinct; what is too much is 0, the row of no item,
+    which has no gradient.
+    """
+    if not same_shape:
+        return ids.unique(return_inverse=True)
+    ascending, order = ids.sort()
+    is_new = torch.ones_like(ids)
+    is_new[1:] = ascending[1:] != ascending[:-1]
+    place_ascending = is_new.cumsum(0) - 1
+    place = torch.empty_like(ids).scatter_(0, order, place_ascending)
+    ids_U = ids.new_zeros(min(len(ids), num_rows))
+    return ids_U.scatter_(0, place_ascending, ascending), place
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, table_VD: torch.Tensor, ids_U: torch.Tensor, sparse: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(ids_U)
+        ctx.shape, ctx.sparse = table_VD.shape, sparse
+        return table_VD.index_select(0, ids_U)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (ids_U,) = ctx.saved_tensors
+        if ctx.sparse:
+            # Nothing is left to sum: the ids are distinct, or have a gradient of zero.
+            return (
+                torch.sparse_coo_tensor(
+                    ids_U[None], grads[0], ctx.shape, is_coalesced=True, check_invariants=False
+                ),
+                None,
+                None,
+            )
+        return grads[0].new_zeros(ctx.shape).index_copy_(0, ids_U, grads[0]), None, None

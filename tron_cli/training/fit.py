@@ -1,0 +1,69 @@
+"""Training of a baseline: fit, validate, save. There are no steps and no epochs.
+
+The folder of the run holds what a trained model's does, but last.pt: fitting again is as fast as
+resuming.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from pathlib import Path
+
+from tron_cli.baselines import build_baseline
+from tron_cli.checkpoint import (
+    checkpoint_name,
+    dataset_identity,
+    encode_item_ids,
+    save_checkpoint,
+)
+from tron_cli.config import ExperimentConfig
+from tron_cli.data.dataset import Dataset
+from tron_cli.evaluation.metrics import parse_measures
+from tron_cli.training.loop import training_splits, validate
+from tron_cli.training.run import RunFiles
+
+log = logging.getLogger("tron")
+
+
+def fit(config: ExperimentConfig, dataset: Dataset, run_dir: Path) -> Path:
+    """Fit the baseline that `config.model` names, and return the path of its checkpoint.
+
+    run_dir is made if it is not there, once config and dataset have proved to fit. Raises
+    InputError where they do not, or where the baseline cannot hold the catalogue.
+    """
+    sessions, validation = training_splits(config, dataset)
+    val_metric = str(parse_measures(config.val_metric)[0])
+    measures = parse_measures((*config.metrics, val_metric))
+    config = dataclasses.replace(config, val_metric=val_metric)
+    item_ids = encode_item_ids(dataset.item_ids)
+    baseline = build_baseline(config, dataset.num_items)
+    run = RunFiles(run_dir, config)
+    with run.logged():
+        log.info(
+            "%s on %s: %s sessions, %s items", config.method, dataset.name,
+            f"{len(sessions):,}", f"{dataset.num_items:,}",
+        )  # fmt: skip
+        clock = time.perf_counter()
+        baseline.fit(sessions)
+        log.info("fitted in %.1f s", time.perf_counter() - clock)
+        values = validate(baseline, validation, dataset, config, measures)
+        path = run_dir / checkpoint_name(config, 0, values)
+        save_checkpoint(
+            path,
+            config=config,
+            model=baseline,
+            step=0,
+            epoch=0,
+            metrics=values,
+            dataset=dataset_identity(dataset),
+            item_ids=item_ids,
+            training={},
+        )
+        if values:
+            run.write_metrics(step=0, epoch=0, validation=values)
+            shown = ", ".join(f"{name} {figure:.4f}" for name, figure in values.items())
+            log.info("validation: %s", shown)
+        log.info("checkpoint: %s", path)
+    return path
