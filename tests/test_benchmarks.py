@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import pack_sessions
-from test_model import PaddedReference, build_pair, make_config
+from helpers.datasets import pack_sessions
+from helpers.networks import PaddedReference, build_pair, make_config
 
 from benchmarks import __main__ as bench
 from benchmarks import machine, pairs, same_accuracy, startup

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_settings, write_dataset
+from helpers.datasets import tiny_settings, write_dataset
 
 from tron_cli.checkpoint import (
     Checkpoint,

@@ -6,7 +6,7 @@ history, so that anything below nearly all of them is a defect.
 
 import pytest
 import torch
-from conftest import cyclic_sessions, tiny_settings, write_dataset
+from helpers.datasets import cyclic_sessions, tiny_settings, write_dataset
 
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.config import ExperimentConfig

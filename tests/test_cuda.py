@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import pack_sessions, tiny_settings, write_dataset
+from helpers.datasets import pack_sessions, tiny_settings, write_dataset
 
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.batches import Batch, prepared_ahead, training_batch

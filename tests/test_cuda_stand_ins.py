@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import test_cuda
 import torch
-from test_graphs import CPU, TapeRecorder, gpu_branches
+from helpers.recorders import CPU, TapeRecorder, gpu_branches
 
 from tron_cli.data.batches import Batch
 from tron_cli.training import loop as training

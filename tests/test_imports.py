@@ -257,5 +257,13 @@ def test_the_root_is_a_map() -> None:
     assert len([file for file in PACKAGE.iterdir() if file.is_file()]) <= 8
 
 
+def test_no_test_imports_another() -> None:
+    """What several share lives in tests/helpers; one file runs the tests for CUDA on stand-ins."""
+    tests = Path(__file__).parent
+    names = {file.stem for file in tests.rglob("test_*.py")} | {"conftest"}
+    for file in set(tests.rglob("*.py")) - {tests / "test_cuda_stand_ins.py"}:
+        assert not {module.split(".")[-1] for module in imported(file)} & names, file
+
+
 def test_there_is_no_utils() -> None:
     assert not [name for name in MODULES if name.split(".")[-1] in ("utils", "helpers", "common")]

@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import cyclic_sessions, tiny_settings, write_dataset
+from helpers.datasets import cyclic_sessions, tiny_settings, write_dataset
 
 from tron_cli.config import ExperimentConfig
 from tron_cli.training.loop import train

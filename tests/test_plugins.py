@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_sessions, tiny_settings, write_dataset
+from helpers.datasets import random_sessions, tiny_settings, write_dataset
 
 from tron_cli import plugins, registry
 from tron_cli.checkpoint import checkpoint_name

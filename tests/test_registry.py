@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_settings
+from helpers.datasets import tiny_settings
 
 from tron_cli import registry
 from tron_cli.config import ExperimentConfig

@@ -1,0 +1,145 @@
+"""Runs that are interrupted, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.datasets import random_sessions, tiny_settings, write_dataset
+from tron_cli.cli import run_training
+
+# 45 sessions in batches of 8 are 6 steps an epoch; a save falls inside each epoch and between two.
+SETTINGS = {"dropout_rate": 0.3, "save_every": 4, "max_epochs": 3, "lr_schedule": "cosine"}
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(5)
+    write_dataset(
+        tmp_path / "data",
+        train=random_sessions(rng, 45, 30),
+        val=random_sessions(rng, 20, 30),
+        test=random_sessions(rng, 5, 30),
+        num_items=30,
+    )
+    return tmp_path / "data"
+
+
+def write_config(folder: Path, **changes: Any) -> Path:
+    settings = tiny_settings(**{**SETTINGS, **changes})
+    words = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    file = folder / "config.py"
+    file.write_text(
+        f"from tron_cli.config import ExperimentConfig\nconfig = ExperimentConfig({words})\n"
+    )
+    return file
+
+
+def start(config: Path, data_dir: Path, runs: Path, name: str) -> Path:
+    return run_training(str(config), [], data_dir, runs, name, None, "cpu")
+
+
+def resume(data_dir: Path, run_dir: Path, *overrides: str) -> Path:
+    return run_training(None, list(overrides), data_dir, None, None, run_dir, "cpu")
+
+
+def same_values(a: Any, b: Any) -> bool:
+    """Whether two trees of plain data and tensors are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_values(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_values, a, b))
+    return bool(a == b)
+
+
+def logged(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("events_per_second", None)
+    return rows
+
+
+def check_same_run(found: Path, expected: Path, *, same_log: bool = True) -> None:
+    """The same files with the same weights, optimizer state, progress and figures."""
+    names = {path.name for path in expected.iterdir()}
+    assert {path.name for path in found.iterdir()} == names
+    checkpoints = sorted(name for name in names if name.endswith(".pt"))
+    assert len(checkpoints) == 2
+    assert "last.pt" in checkpoints
+    for name in checkpoints:
+        contents = [torch.load(run / name, weights_only=True) for run in (found, expected)]
+        assert same_values(*contents), name
+    if same_log:
+        assert logged(found) == logged(expected)
+
+
+def in_process(context: Any, work: Callable[..., None], *arguments: Any) -> int:
+    """Exit code of `work` in a process of its own; -9 when it was killed."""
+    # The weights depend on the number of threads, so both sides use the same.
+    arguments = (torch.get_num_threads(), work, *arguments)
+    process = context.Process(target=with_threads, args=arguments)
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None
+    return int(process.exitcode)
+
+
+def with_threads(threads: int, work: Callable[..., None], *arguments: Any) -> None:
+    torch.set_num_threads(threads)
+    work(*arguments)
+
+
+def die_in_step(
+    step: int, config: Path, data_dir: Path, run_dir: Path, log_every: int = 20
+) -> None:
+    """Train or resume, and be killed in the middle of a step."""
+    import tron_cli.training.loop as module
+
+    module._LOG_EVERY = log_every
+    original, calls = module.training_loss, 0
+
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    module.training_loss = watched
+    start_or_resume(config, data_dir, run_dir)
+
+
+def start_or_resume(config: Path, data_dir: Path, run_dir: Path) -> None:
+    """What a person does: resume where there is something to resume, else start again."""
+    if (run_dir / "last.pt").exists():
+        resume(data_dir, run_dir)
+    else:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        start(config, data_dir, run_dir.parent, run_dir.name)
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    import tron_cli.training.loop as module
+
+    original, calls = module.training_loss, 0
+
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, "training_loss", watched)

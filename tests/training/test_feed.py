@@ -1,0 +1,181 @@
+"""The batch of each step: a function of the configuration and of the step's number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.datasets import pack_sessions, random_sessions, tiny_settings
+
+from tron_cli.config import ExperimentConfig
+from tron_cli.data.batches import Batch, session_order
+from tron_cli.data.dataset import Sessions
+from tron_cli.data.lanes import Lanes
+from tron_cli.models.base import build_model
+from tron_cli.training.feed import Cloze, Feed, WholeSessions, build_feed
+
+ITEMS, LENGTH, ROWS = 30, 6, 45  # sequence_length; 45 sessions in batches of 8 are 6 steps
+KINDS: dict[str, dict[str, Any]] = {
+    "whole sessions": {},
+    "cloze": {"model": "bert4rec", "mask_probability": 0.4},
+    "lanes": {"model": "gru4rec", "session_parallel": True},
+}
+STYLES = ("no_shuffling", "shuffle_without_replacement", "shuffle_with_replacement")
+
+
+def feed_of(sessions: Sessions, *, padded: bool = False, **changes: Any) -> Feed:
+    config = ExperimentConfig(**tiny_settings(**changes))
+    return build_feed(config, sessions, build_model(config, ITEMS), padded=padded)
+
+
+@pytest.fixture
+def rows(rng: np.random.Generator) -> list[list[int]]:
+    return random_sessions(rng, ROWS, ITEMS, longest=11)
+
+
+@pytest.fixture
+def sessions(rows: list[list[int]]) -> Sessions:
+    return pack_sessions(rows)
+
+
+def values(batch: Batch) -> list[Any]:
+    """All that a batch holds, as plain lists."""
+    groups = [(group.start, group.end, group.gather_RW.tolist()) for group in batch.groups]
+    keeps = [None if group.keep is None else group.keep.tolist() for group in batch.groups]
+    names = ("inputs", "targets", "lengths", "rows", "places", "predicting", "lanes")
+    axes = "NNBNNPB"
+    tensors = [getattr(batch, f"{name}_{axis}") for name, axis in zip(names, axes, strict=True)]
+    return [groups, keeps, *(None if each is None else each.tolist() for each in tensors)]
+
+
+def real_rows(batch: Batch) -> list[list[int]]:
+    """The items of each row, with the targets of a cloze batch in their places, else behind."""
+    inputs_N = batch.inputs_N.clone()
+    if batch.predicting_P is not None:
+        inputs_N[batch.predicting_P] = batch.targets_N
+        return [row.tolist() for row in inputs_N.split(batch.lengths_B.tolist())]
+    lengths = batch.lengths_B.tolist()
+    pairs = zip(inputs_N.split(lengths), batch.targets_N.split(lengths), strict=True)
+    return [[*row.tolist(), int(targets[-1])] for row, targets in pairs]
+
+
+def test_each_kind_has_its_feed(sessions: Sessions) -> None:
+    kinds = [WholeSessions, Cloze, Lanes]
+    assert [type(feed_of(sessions, **changes)) for changes in KINDS.values()] == kinds
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("style", STYLES)
+def test_a_batch_is_a_function_of_configuration_and_step(
+    kind: str, style: str, sessions: Sessions
+) -> None:
+    """From whatever step on they are asked for, and whatever else is random in the process."""
+    settings = {**KINDS[kind], "shuffling_style": style}
+    feed = feed_of(sessions, **settings)
+    expected = [values(feed.batch(step)) for step in range(20)]
+    for first in (0, 1, 5, 6, 13, 19):
+        torch.manual_seed(first)
+        np.random.seed(first)  # noqa: NPY002 - the global state must not matter
+        late = feed_of(sessions, **settings)
+        assert [values(late.batch(step)) for step in range(first, 20)] == expected[first:]
+    seeded = feed_of(sessions, seed=1, **settings)
+    same = [values(seeded.batch(step)) == expected[step] for step in range(20)]
+    # Without shuffling and masks nothing is random.
+    assert same == [style == "no_shuffling" and kind != "cloze"] * 20
+
+
+@pytest.mark.parametrize("kind", ["whole sessions", "cloze"])
+@pytest.mark.parametrize("style", STYLES)
+def test_passes_go_on_one_after_the_other(
+    kind: str, style: str, rows: list[list[int]], sessions: Sessions
+) -> None:
+    """All sessions of a pass in its order, the last batch with what is left, then the next pass.
+
+    Epochs play no part: a feed knows of none.
+    """
+    settings = {**KINDS[kind], "shuffling_style": style}
+    feed = feed_of(sessions, **settings)
+    # Shorter epochs, or more of them, change no batch.
+    short = feed_of(sessions, max_batches_per_epoch=4, max_epochs=9, **settings)
+    assert feed.steps_per_pass == short.steps_per_pass == 6
+    for data_pass in range(3):
+        order = session_order(ROWS, style, seed=42, epoch=data_pass)
+        for place, size in enumerate([8, 8, 8, 8, 8, 5]):
+            step = data_pass * 6 + place
+            batch = feed.batch(step)
+            chosen = order[place * 8 : place * 8 + size]
+            expected = sorted((rows[row][-(LENGTH + 1) :] for row in chosen), key=len)
+            assert real_rows(batch) == expected
+            assert values(short.batch(step)) == values(batch)
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "steps"), [(45, 8, 6), (48, 8, 6), (49, 8, 7), (3, 8, 1), (5, 1, 5)]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_of_a_pass(
+    kind: str, count: int, size: int, steps: int, rng: np.random.Generator
+) -> None:
+    rows = random_sessions(rng, count, ITEMS, longest=11)
+    feed = feed_of(pack_sessions(rows), train_batch_size=size, **KINDS[kind])
+    if kind == "lanes":  # as many events as a pass has, one a lane and step
+        steps = -(-sum(min(len(row) - 1, LENGTH) for row in rows) // size)
+    assert feed.steps_per_pass == steps
+
+
+def test_masks_differ_from_step_to_step(rows: list[list[int]], sessions: Sessions) -> None:
+    """Also where the same sessions come in the same order: a pass later."""
+    feed = feed_of(sessions, shuffling_style="no_shuffling", **KINDS["cloze"])
+
+    def masks(step: int) -> tuple[int, ...]:
+        return tuple(feed.batch(step).predicting_P.tolist())
+
+    assert len({masks(step) for step in range(0, 60, 6)}) == 10
+    # Nothing else differs there.
+    whole = feed_of(sessions, shuffling_style="no_shuffling")
+    assert all(values(whole.batch(step)) == values(whole.batch(step + 6)) for step in range(6))
+
+
+def test_two_feeds_do_not_disturb_each_other(rng: np.random.Generator) -> None:
+    """Of as many sessions and of others, step by step in turn."""
+    kinds: list[tuple[Sessions, int]] = [
+        (pack_sessions(random_sessions(rng, count, ITEMS)), seed)
+        for count, seed in ((45, 1), (45, 2), (30, 1))
+    ]
+
+    def steps(feed: Feed) -> Iterator[list[Any]]:
+        return (values(feed.batch(step)) for step in range(12))
+
+    alone = [list(steps(feed_of(sessions, seed=seed))) for sessions, seed in kinds]
+    in_turn = zip(*(steps(feed_of(sessions, seed=seed)) for sessions, seed in kinds), strict=True)
+    assert [list(each) for each in zip(*in_turn, strict=True)] == alone
+
+
+def test_padding_changes_no_session(rows: list[list[int]], sessions: Sessions) -> None:
+    """On CUDA batches of whole sessions have rounded shapes; cloze batches never do."""
+    plain, padded = (feed_of(sessions, padded=padded) for padded in (False, True))
+    for step in range(7):
+        batch, wide = plain.batch(step), padded.batch(step)
+        assert (batch.padded, wide.padded) == (False, True)
+        events = len(batch.inputs_N)
+        for name in ("inputs_N", "targets_N", "rows_N", "places_N"):
+            assert torch.equal(getattr(wide, name)[:events], getattr(batch, name))
+        assert not wide.inputs_N[events:].any()
+    assert not feed_of(sessions, padded=True, **KINDS["cloze"]).batch(0).padded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_in_one_piece_is_the_same(kind: str, sessions: Sessions) -> None:
+    """As it goes to a device: views of one stretch of memory, masks and lanes among them."""
+    batch = feed_of(sessions, **KINDS[kind]).batch(3)
+    whole = batch.in_one_piece(pinned=False)
+    assert values(whole) == values(batch)
+    assert torch.equal(whole.target_rows_P, batch.target_rows_P)
+    begin = whole.memory.data_ptr()
+    for name in ("inputs_N", "predicting_P", "lanes_B"):
+        tensor = getattr(whole, name)
+        if tensor is not None:
+            assert 0 <= tensor.data_ptr() - begin < 8 * whole.memory.numel()
