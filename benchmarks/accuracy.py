@@ -1,7 +1,7 @@
-"""Train and evaluate on real data; make the README's table of results from what that leaves.
+"""Train and evaluate on real data, and write the accuracy tables of docs/results.md.
 
     python -m benchmarks.accuracy run diginetica-tron-end    # prepared datasets in --data-dir
-    python -m benchmarks.accuracy table                      # rewrite the README's table
+    python -m benchmarks.accuracy table                      # rewrite the tables
 
 A run writes NAME.json into benchmarks/results/accuracy: commands, commit, seed, hardware, figures.
 A run that was broken off is resumed.
@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "accuracy"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
 
 
 @dataclass(frozen=True)
@@ -208,12 +208,11 @@ def hardware() -> str:
     return f"{model}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
 
 
-def replaced_in_readme(begin: str, end: str, text: str) -> None:
-    """Put a text between two marks of the README."""
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(begin)
+def replace_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Put a text between two marks of a page."""
+    before, _, rest = page.read_text().partition(begin)
     _, _, after = rest.partition(end)
-    readme.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def main() -> None:
@@ -223,10 +222,10 @@ def main() -> None:
     run_parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS)
     run_parser.add_argument("--data-dir", type=Path, default=ROOT / "datasets")
     run_parser.add_argument("--output-dir", type=Path, default=ROOT / "runs")
-    commands.add_parser("table", help="rewrite the README's table")
+    commands.add_parser("table", help="rewrite the tables of docs/results.md")
     arguments = parser.parse_args()
     if arguments.command == "table":
-        replaced_in_readme(BEGIN, END, table())
+        replace_between(ROOT / "docs" / "results.md", BEGIN, END, table())
     else:
         for name in arguments.experiments:
             print(run(name, arguments.data_dir.resolve(), arguments.output_dir.resolve()))

@@ -1,7 +1,7 @@
-"""Every model and baseline on the same data for the same epochs; the README's table of the field.
+"""Train every model and baseline on the same data for the same epochs; write the benchmark tables.
 
     python -m benchmarks.field run yoochoose1_64 tron gru4rec    # prepared datasets in --data-dir
-    python -m benchmarks.field table                             # rewrite the README's table
+    python -m benchmarks.field table                             # rewrite the tables
 
 A first setting each, not a tuned one: the packaged configuration with the epochs of the budget. A
 run writes DATASET-METHOD.json into benchmarks/results/field: commands, commit, seed, hardware,
@@ -14,16 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import ROOT, commit, hardware, replaced_in_readme, tron
+from benchmarks.accuracy import ROOT, commit, hardware, replace_between, tron
 
 RESULTS = ROOT / "benchmarks" / "results" / "field"
-BEGIN, END = "<!-- field: begin -->", "<!-- field: end -->"
+BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 
 # The dataset's packaged configs, and the epochs of each network.
 DATASETS = {"yoochoose1_64": ("config_yoochoose", 3), "diginetica": ("config_diginetica", 2)}
+IN_README = ("yoochoose1_64",)
 
 _CE = ("loss=ce", "num_uniform_negatives=0", "num_batch_negatives=0", "topk_sampling=False")
 # Title, what follows the dataset's config in its name, and overrides.
@@ -84,10 +86,11 @@ def run(dataset: str, method: str, data_dir: Path, output_dir: Path) -> Path:
     return path
 
 
-def table() -> str:
-    """Markdown of all committed results, a table a dataset, the best R@20 first."""
+def table(datasets: Iterable[str] = DATASETS) -> str:
+    """Return the committed results as Markdown: one table per dataset, the best R@20 first."""
     blocks = []
-    for dataset, (_, epochs) in DATASETS.items():
+    for dataset in datasets:
+        epochs = DATASETS[dataset][1]
         results = [json.loads(path.read_text()) for path in RESULTS.glob(f"{dataset}-*.json")]
         if not results:
             continue
@@ -131,10 +134,11 @@ def main() -> None:
     run_parser.add_argument("methods", nargs="+", choices=METHODS)
     run_parser.add_argument("--data-dir", type=Path, default=ROOT / "datasets")
     run_parser.add_argument("--output-dir", type=Path, default=ROOT / "runs")
-    commands.add_parser("table", help="rewrite the README's table")
+    commands.add_parser("table", help="rewrite the tables of README.md and docs/results.md")
     arguments = parser.parse_args()
     if arguments.command == "table":
-        replaced_in_readme(BEGIN, END, table())
+        replace_between(ROOT / "README.md", BEGIN, END, table(IN_README))
+        replace_between(ROOT / "docs" / "results.md", BEGIN, END, table())
         return
     for method in arguments.methods:
         where = (arguments.data_dir.resolve(), arguments.output_dir.resolve())

@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md's way to add a model, a loss and a sampler, gone in a copy of the package."""
+"""The model, the loss and the sampler of docs/extending.md, added to a copy of the package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from helpers.datasets import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "ARCHITECTURE.md").read_text()
+PAGE = (ROOT / "docs" / "extending.md").read_text()
 FILES = dict(re.findall(r"`(tron_cli/[\w/]+\.py)`:\n\n```python\n(.*?)^```", PAGE, re.M | re.S))
 LINES = dict(re.findall(r"^In `(\w+)` of `registry\.py`:\n\n```python\n(.*?\n)```", PAGE, re.M))
 
@@ -68,7 +68,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tron(checkout: Path, *words: str) -> dict:
-    """What the copy's command prints with --json."""
+    """Return what the copy's command prints with --json."""
     done = subprocess.run(
         [sys.executable, "-m", "tron_cli", *words, "--device", "cpu", "--json"],
         cwd=checkout, env={**os.environ, "PYTHONPATH": str(checkout)},

@@ -25,7 +25,7 @@ from tron_cli.errors import InputError
 from tron_cli.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "ARCHITECTURE.md").read_text()
+PAGE = (ROOT / "docs" / "extending.md").read_text()
 NEWCOMERS = re.findall(r"`tron_cli/[\w/]+\.py`:\n\n```python\n(.*?)^```", PAGE, re.M | re.S)
 TABLES = ("MODELS", "BASELINES", "LOSSES", "CATALOGUE_LOSSES", "SAMPLERS")
 

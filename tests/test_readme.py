@@ -1,4 +1,4 @@
-"""The README says what the code does: its settings, its commands, its figures."""
+"""README.md and docs/ agree with the code: settings, commands, figures, links."""
 
 import re
 import shlex
@@ -9,27 +9,41 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import field as the_field
+from benchmarks import field as benchmark
 from benchmarks.accuracy import BEGIN, END, EXPERIMENTS, table
 from tron_cli.config import FIELDS, load_config, packaged_configs, parse_overrides
 from tron_cli.errors import InputError
 from tron_cli.registry import BASELINES, CATALOGUE_LOSSES, LOSSES, MODELS, SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (
+        ROOT / "README.md",
+        ROOT / "ARCHITECTURE.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+}
+README = PAGES["README.md"]
 
 
 def commands() -> list[str]:
-    blocks = "".join(re.findall(r"^```\w*\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE))
-    joined = blocks.replace("\\\n", " ")
-    return [line for line in joined.splitlines() if line.startswith("tron ")]
+    """Return the distinct `tron` commands in the code blocks of all pages."""
+    found = {}
+    for page in PAGES.values():
+        blocks = "".join(re.findall(r"^```\w*\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE))
+        joined = blocks.replace("\\\n", " ")
+        found |= dict.fromkeys(line for line in joined.splitlines() if line.startswith("tron "))
+    return list(found)
 
 
 NO_NEGATIVES = ["num_uniform_negatives=0", "num_batch_negatives=0", "topk_sampling=False"]
 
 
 def section(heading: str) -> str:
-    return re.search(rf"^## {heading}\n(.*?)(?=^## )", README, re.DOTALL | re.MULTILINE).group(1)
+    """Return a section of docs/models-and-losses.md."""
+    page = PAGES["docs/models-and-losses.md"]
+    return re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE).group(1)
 
 
 @cache
@@ -42,9 +56,8 @@ def help_text(*command: str) -> str:
 
 
 def test_every_setting_stands_in_the_table_with_its_default():
-    rows = dict(
-        re.findall(r"^\| `(\w+)` \| (.*?) \|", section("Configuration"), flags=re.MULTILINE)
-    )
+    table = PAGES["docs/configuration.md"]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", table, flags=re.MULTILINE))
     for name, field in FIELDS.items():
         shown = rows[name].strip("`")
         if name == "dataset_name":
@@ -62,7 +75,7 @@ def test_every_setting_stands_in_the_table_with_its_default():
 
 
 def test_names_of_other_tools_get_the_hint_that_the_table_gives():
-    table = section("Configuration")
+    table = PAGES["docs/configuration.md"]
     rows = re.findall(r"^\| `(\w+)` \| .*? \| .*? \| (.*) \|$", table, flags=re.MULTILINE)
     named = [(name, other) for name, cells in rows for other in re.findall(r"`(\w+)", cells)]
     assert len(named) > 60
@@ -91,15 +104,16 @@ def test_every_command_has_the_options_it_is_shown_with(command):
 
 
 def test_the_results_are_those_of_the_committed_files():
-    shown = README.partition(BEGIN)[2].partition(END)[0].strip()
+    shown = PAGES["docs/results.md"].partition(BEGIN)[2].partition(END)[0].strip()
     assert shown == table()
     for experiment in EXPERIMENTS.values():
         assert f"**{experiment.dataset}**" in shown
 
 
-def test_the_field_is_that_of_the_committed_files():
-    shown = README.partition(the_field.BEGIN)[2].partition(the_field.END)[0].strip()
-    assert shown == the_field.table()
+def test_the_benchmark_is_that_of_the_committed_files():
+    for page, datasets in (("README.md", benchmark.IN_README), ("docs/results.md", None)):
+        shown = PAGES[page].partition(benchmark.BEGIN)[2].partition(benchmark.END)[0].strip()
+        assert shown == benchmark.table(datasets or benchmark.DATASETS)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +131,8 @@ def test_everything_registered_has_its_row(heading, registered):
 
 
 def test_every_packaged_config_is_named_and_every_named_one_exists():
-    assert set(re.findall(r"\bconfig_\w+", README)) == set(packaged_configs())
+    named = set(re.findall(r"\bconfig_\w+", "".join(PAGES.values())))
+    assert named == set(packaged_configs())
 
 
 def test_settings_of_the_published_forms_are_accepted():
@@ -155,20 +170,24 @@ def test_losses_refuse_what_the_table_says(setting):
 
 
 def test_links_within_the_repository_lead_somewhere():
-    for page in ("README.md", "ARCHITECTURE.md"):
-        for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", (ROOT / page).read_text()):
+    for page, content in PAGES.items():
+        for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", content):
             path, _, anchor = target.partition("#")
-            text = (ROOT / (path or page)).read_text()
+            text = ((ROOT / page).parent / path if path else ROOT / page).read_text()
             headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
             slugs = [re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in headings]
             assert not anchor or anchor in slugs, target
 
 
+def test_the_readme_is_one_screen_and_leads_to_every_page():
+    assert len(README.encode()) < 7000
+    assert set(PAGES) - {"README.md"} <= set(re.findall(r"\]\(([^)#]+)\)", README))
+
+
 def test_every_module_stands_in_the_architecture():
     """By its name, and in the folder that the table gives it."""
-    architecture = (ROOT / "ARCHITECTURE.md").read_text()
     named = set()
-    for cell in re.findall(r"^\| (`.*?`) \|", architecture, flags=re.MULTILINE):
+    for cell in re.findall(r"^\| (`.*?`) \|", PAGES["ARCHITECTURE.md"], flags=re.MULTILINE):
         folder = Path()
         for name in re.findall(r"`([\w/]+\.py)`", cell):
             path = Path(name) if "/" in name else folder / name
