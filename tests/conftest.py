@@ -1,10 +1,17 @@
-"""Tiny prepared datasets and configurations that several test modules train and evaluate on."""
+"""Fixtures of several test modules; what else they share is in helpers/."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
 
 
 @pytest.fixture
@@ -25,3 +32,19 @@ def command(
         return end.value.code, out, err
 
     return run
+
+
+@pytest.fixture
+def gpu_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the arithmetic do with tensors on the CPU what it does with those on CUDA."""
+    import torch
+
+    from tron_cli.ops import products
+    from tron_cli.sampling import logits
+
+    def drop_targets(self: Any, logits_nC: torch.Tensor, ids: torch.Tensor, part: slice) -> None:
+        logits_nC.masked_fill_(ids == self.batch.targets_N[part, None], -torch.inf)
+
+    monkeypatch.setattr(logits._Candidates, "_drop_targets", drop_targets)
+    monkeypatch.setattr(logits, "_topk", lambda values, k: values.topk(k, dim=1).indices)
+    monkeypatch.setattr(products, "_one_dnn", lambda: False)

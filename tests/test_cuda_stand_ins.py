@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 import test_cuda
 import torch
-from helpers.recorders import CPU, TapeRecorder, gpu_branches
+from helpers.recorders import CPU, TapeRecorder
 
 from tron_cli.data.batches import Batch
 from tron_cli.training import loop as training
 from tron_cli.training.optim import Optimizer, build_optimizer
-
-__all__ = ["gpu_branches"]  # a fixture
 
 (CHANGES,) = (
     mark

@@ -10,7 +10,7 @@ import numpy as np
 import polars
 import pytest
 import torch
-from helpers.checkpoints import TRAIN, random_checkpoint
+from helpers.checkpoints import random_checkpoint
 from helpers.datasets import pack_sessions, random_sessions, write_dataset
 
 from tron_cli.checkpoint import (
@@ -26,11 +26,17 @@ from tron_cli.prepare.sources.table import TableColumns, prepare_table
 from tron_cli.report import evaluation_text
 
 CPU = torch.device("cpu")
+TRAIN = [[1, 2, 3], [4, 5]]
 
 
 @pytest.fixture
 def test_sessions(rng: np.random.Generator) -> list[list[int]]:
     return random_sessions(rng, 40, 20, longest=12)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, test_sessions: list[list[int]]) -> Dataset:
+    return write_dataset(tmp_path, train=TRAIN, test=test_sessions, val=[[1, 2]], num_items=20)
 
 
 @pytest.fixture

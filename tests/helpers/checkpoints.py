@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
-from helpers.datasets import tiny_settings, write_dataset
+from helpers.datasets import tiny_settings
 from tron_cli.checkpoint import (
     Checkpoint,
     dataset_identity,
@@ -19,8 +18,6 @@ from tron_cli.checkpoint import (
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.dataset import Dataset
 from tron_cli.models.base import build_model
-
-TRAIN = [[1, 2, 3], [4, 5]]
 
 
 def random_checkpoint(dataset: Dataset, file: Path, **changes: Any) -> Checkpoint:
@@ -38,8 +35,3 @@ def random_checkpoint(dataset: Dataset, file: Path, **changes: Any) -> Checkpoin
         training={},
     )
     return load_checkpoint(file)
-
-
-@pytest.fixture
-def dataset(tmp_path: Path, test_sessions: list[list[int]]) -> Dataset:
-    return write_dataset(tmp_path, train=TRAIN, test=test_sessions, val=[[1, 2]], num_items=20)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from tron_cli.data.dataset import Dataset, DatasetWriter, Sessions
 
@@ -79,8 +78,3 @@ def tiny_settings(**changes: Any) -> dict[str, Any]:
         "metrics": ("R@5", "RR@5"),
         **changes,
     }
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(7)

@@ -5,27 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tron_cli.ops import products
-from tron_cli.sampling import logits
-
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def gpu_branches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the arithmetic does for tensors on CUDA, for tensors of the CPU."""
-
-    def drop_targets(self: Any, logits_nC: torch.Tensor, ids: torch.Tensor, part: slice) -> None:
-        logits_nC.masked_fill_(ids == self.batch.targets_N[part, None], -torch.inf)
-
-    monkeypatch.setattr(logits._Candidates, "_drop_targets", drop_targets)
-    monkeypatch.setattr(logits, "_topk", lambda values, k: values.topk(k, dim=1).indices)
-    monkeypatch.setattr(products, "_one_dnn", lambda: False)
 
 
 class Tape(TorchDispatchMode):

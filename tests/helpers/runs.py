@@ -10,28 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from helpers.datasets import random_sessions, tiny_settings, write_dataset
+from helpers.datasets import tiny_settings
 from tron_cli.cli import run_training
 
 # 45 sessions in batches of 8 are 6 steps an epoch; a save falls inside each epoch and between two.
 SETTINGS = {"dropout_rate": 0.3, "save_every": 4, "max_epochs": 3, "lr_schedule": "cosine"}
-
-
-@pytest.fixture
-def data_dir(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(5)
-    write_dataset(
-        tmp_path / "data",
-        train=random_sessions(rng, 45, 30),
-        val=random_sessions(rng, 20, 30),
-        test=random_sessions(rng, 5, 30),
-        num_items=30,
-    )
-    return tmp_path / "data"
 
 
 def write_config(folder: Path, **changes: Any) -> Path:

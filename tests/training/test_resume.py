@@ -44,6 +44,19 @@ from tron_cli.training.run import Progress, RunFolder
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(5)
+    write_dataset(
+        tmp_path / "data",
+        train=random_sessions(rng, 45, 30),
+        val=random_sessions(rng, 20, 30),
+        test=random_sessions(rng, 5, 30),
+        num_items=30,
+    )
+    return tmp_path / "data"
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
 @pytest.mark.parametrize("sampling_style", ["eventwise", "batchwise"])
 def test_one_seed_gives_identical_weights(
