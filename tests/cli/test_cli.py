@@ -617,8 +617,8 @@ def test_every_option_of_evaluate_arrives(
         seen.append(words)
         return {}
 
-    monkeypatch.setattr("tron_cli.cli.run_evaluation", run_evaluation)
-    monkeypatch.setattr("tron_cli.cli._print_report", lambda *_: None)
+    monkeypatch.setattr("tron_cli.cli.evaluate.run_evaluation", run_evaluation)
+    monkeypatch.setattr("tron_cli.cli.evaluate.evaluation_text", lambda _: "")
     assert command("evaluate", "a.pt")[0] == 0
     assert seen.pop() == (Path("a.pt"), None, EvaluationOptions(), Path("datasets"), "auto")
     assert command(
@@ -647,7 +647,7 @@ def test_every_option_of_train_arrives(
         seen.append(words)
         return Path("best.pt")
 
-    monkeypatch.setattr("tron_cli.cli.run_training", run_training)
+    monkeypatch.setattr("tron_cli.cli.train.run_training", run_training)
     code, out, _ = command("train", "--config", "c", "lr=1", "--data-dir", "d", "--output-dir", "o",
                            "--name", "n", "--device", "cpu", "seed=2")  # fmt: skip
     assert (code, out) == (0, "best.pt\n")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from helpers.datasets import tiny_settings
-from tron_cli.cli import run_training
+from tron_cli.cli.train import run_training
 
 # 45 sessions in batches of 8 are 6 steps an epoch; a save falls inside each epoch and between two.
 SETTINGS = {"dropout_rate": 0.3, "save_every": 4, "max_epochs": 3, "lr_schedule": "cosine"}

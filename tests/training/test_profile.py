@@ -14,7 +14,7 @@ import torch
 from helpers.datasets import random_sessions, tiny_settings, write_dataset
 
 from tron_cli.checkpoint import load_checkpoint
-from tron_cli.cli import run_training
+from tron_cli.cli.train import run_training
 from tron_cli.errors import InputError
 from tron_cli.training.profile import WARM_UP, StepProfiler, phase
 

@@ -1,64 +1,94 @@
-"""Read all of a prepared dataset or of a checkpoint: is it what was written?"""
+"""`tron check`: read all of a prepared dataset or of a checkpoint and find what is damaged."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
+import typer
 
-from tron_cli.data.dataset import Dataset
-from tron_cli.data.folder import SPLITS
-from tron_cli.data.integrity import fingerprint
+from tron_cli.cli.options import DATASETS, AsJson, DataDir, Plugins
 from tron_cli.errors import InputError
 from tron_cli.plugins import UnnamedCodeError
+from tron_cli.report import format_table
+
+if TYPE_CHECKING:
+    from tron_cli.data.dataset import Dataset
+
+
+def check(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATASET|CKPT", help="Name or folder of a dataset, a .pt file, or a run folder."
+        ),
+    ],
+    data_dir: DataDir = DATASETS,
+    plugin: Plugins = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read all of a dataset or checkpoint and compare it with its fingerprints or checksums."""
+    parts = _parts(target, data_dir)
+    faults = [part.fault for part in parts if part.fault is not None]
+    if as_json:
+        print(json.dumps({"parts": [dataclasses.asdict(part) for part in parts], "faults": faults}))
+    else:
+        rows = [[part.name, part.holds, "damaged" if part.fault else "sound"] for part in parts]
+        print(format_table(["part", "holds", "state"], rows))
+    for fault in faults:
+        print(f"tron: {fault}", file=sys.stderr)
+    if faults:
+        raise typer.Exit(2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """One part of what was checked: what it holds, or the sentence that names its fault."""
+class _Part:
+    """A part of a dataset or a checkpoint: a description of its content, or its fault."""
 
     name: str
     holds: str
     fault: str | None
 
 
-def check(target: str, data_dir: Path) -> list[Part]:
+def _parts(target: str, data_dir: Path) -> list[_Part]:
     """Check a checkpoint, all checkpoints of a run's folder, or a dataset, by folder or name.
 
     Raises InputError where there is none of these, or a checkpoint's code was not named.
     """
     path = Path(target)
     if path.is_dir() and (files := sorted(path.glob("*.pt"))):
-        return [_checkpoint(file) for file in files]
+        return [_part(file.name, partial(_checkpoint, file)) for file in files]
     if path.is_file():
-        return [_checkpoint(path)]
+        return [_part(path.name, partial(_checkpoint, path))]
     return _dataset(path if (path / "dataset.json").is_file() else data_dir / target)
 
 
-def _dataset(path: Path) -> list[Part]:
+def _dataset(path: Path) -> list[_Part]:
+    from tron_cli.data.dataset import Dataset
+    from tron_cli.data.folder import SPLITS
+
     data = Dataset.open(path)
-    return [
-        _part("item ids", lambda: _check_item_ids(data)),
-        *(_part(split, lambda split=split: _check_split(data, split)) for split in SPLITS),  # type: ignore[misc]
-    ]
+    splits = [_part(split, partial(_split, data, split)) for split in SPLITS]
+    return [_part("item ids", partial(_item_ids, data)), *splits]
 
 
-def _checkpoint(file: Path) -> Part:
-    return _part(file.name, lambda: _check_checkpoint(file))
-
-
-def _part(name: str, look: Callable[[], str]) -> Part:
+def _part(name: str, describe: Callable[[], str]) -> _Part:
     try:
-        return Part(name, look(), None)
+        return _Part(name, describe(), None)
     except UnnamedCodeError:  # nothing is wrong with the file
         raise
     except InputError as error:
-        return Part(name, "", str(error))
+        return _Part(name, "", str(error))
 
 
-def _check_item_ids(data: Dataset) -> str:
+def _item_ids(data: Dataset) -> str:
+    import numpy as np
+
     data.check_item_ids(fully=True)
     distinct = len(np.unique(data.item_ids))
     if distinct < data.num_items:
@@ -69,7 +99,7 @@ def _check_item_ids(data: Dataset) -> str:
     return f"{data.num_items:,} items"
 
 
-def _check_split(data: Dataset, name: str) -> str:
+def _split(data: Dataset, name: str) -> str:
     sessions = data.checked_split(name, fully=True)
     data.check_files(name, fully=True)
     data.session_ids(name)
@@ -78,10 +108,11 @@ def _check_split(data: Dataset, name: str) -> str:
     return f"{len(sessions):,} sessions, {len(sessions.items):,} events"
 
 
-def _check_checkpoint(file: Path) -> str:
+def _checkpoint(file: Path) -> str:
     import torch
 
     from tron_cli.checkpoint import load_checkpoint
+    from tron_cli.data.integrity import fingerprint
 
     found = load_checkpoint(file)
     found.build_model(torch.device("cpu"))

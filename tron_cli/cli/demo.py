@@ -1,0 +1,67 @@
+"""`tron demo`: prepare, train and evaluate on generated data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tron_cli.cli.evaluate import run_evaluation
+from tron_cli.cli.options import DATASETS, DataDir, Overrides
+from tron_cli.cli.train import run_training
+from tron_cli.errors import InputError, RunError
+from tron_cli.files import written_aside
+from tron_cli.report import evaluation_text
+
+
+def demo(
+    overrides: Overrides = None,
+    data_dir: DataDir = DATASETS,
+    output_dir: Annotated[Path, typer.Option(help="Folder for the run and demo.json.")] = Path(
+        "runs"
+    ),
+) -> None:
+    """Prepare a generated shop, train TRON on it, and evaluate: everything in two minutes.
+
+    The command fails if the model stays below 90 % of the best possible R@20, because then
+    something is wrong with the installation.
+    """
+    from tron_cli.data.folder import made_with
+    from tron_cli.evaluation.evaluate import EvaluationOptions
+    from tron_cli.prepare import summary
+    from tron_cli.prepare.sources.synthetic import prepare_synthetic
+
+    def say(command: str) -> None:
+        print(f"\n$ {command}", flush=True)
+
+    settings = ["dataset_name=demo", *(overrides or [])]
+    say("tron prepare synthetic --name demo --force")
+    options = {"seed": 42, "sessions": 80_000}
+    path = data_dir / "demo"
+    if path.exists() and not made_with(path, source="synthetic", options=options):
+        raise InputError(
+            f"{path} is a dataset of your own, which the demo would replace; rename its folder, or "
+            "pass another --data-dir"
+        )
+    summary.print_summary(prepare_synthetic(data_dir, "demo", force=True, **options))
+    say(f"tron train --config config_synthetic.py {' '.join(settings)}")
+    best = run_training("config_synthetic.py", settings, data_dir, output_dir)
+    print(best)
+    say(f"tron evaluate {best}")
+    report = run_evaluation(best, None, EvaluationOptions(), data_dir, "auto")
+    print(evaluation_text(report))
+    references = {
+        name: {measure: {"value": value} for measure, value in figures.items()}
+        for name, figures in report["references"].items()
+    }
+    with written_aside(output_dir / "demo.json") as file:
+        json.dump({"model": report["metrics"], **references}, file, indent=2)
+    print(f"\nresults: {output_dir / 'demo.json'}")
+    reached = report["metrics"]["R@20"]["value"] / report["references"]["best"]["R@20"]
+    if reached < 0.9:
+        raise RunError(
+            f"the model reached {reached:.0%} of the best possible R@20 instead of 90 %: this "
+            "installation does not train as it should"
+        )
