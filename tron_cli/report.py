@@ -130,7 +130,7 @@ def comparison_text(report: dict[str, Any]) -> str:
     ]
     tables = [
         format_table(["measure", *models], figures),
-        format_table([f"less {reference}", *others], differences),
+        format_table([f"difference from {reference}", *others], differences),
     ]
     if report["cutoff"]:
         beyond = [

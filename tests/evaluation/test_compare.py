@@ -414,7 +414,7 @@ def test_the_command_prints_tables(command: Command, tmp_path: Path, dataset: Da
     report = json.loads(command("compare", *paths, *words, "--json")[1])
     rows = [line.split() for line in out.splitlines()]
     assert ["measure", "run1", "run2"] in rows
-    assert ["less", "run2", "run1"] in rows
+    assert ["difference", "from", "run2", "run1"] in rows
     assert ["lists", "of", "4", "run1", "run2"] in rows
     for name in ("R@5", "RR@5"):
         one, two = (report["models"][run]["metrics"][name]["value"] for run in ("run1", "run2"))
