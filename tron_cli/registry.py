@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tron_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from tron_cli.config import ExperimentConfig
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def load(entry: Entry) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def settings_of(entry: Entry, config: ExperimentConfig, **more: Any) -> dict[str, Any]:
+def settings_of(entry: Entry, config: DataclassInstance, **more: Any) -> dict[str, Any]:
     """Return the settings that an entry's keyword-only parameters name, from `more` or the config.
 
     A class that takes **settings for the class that it extends needs that one's as well. Raises

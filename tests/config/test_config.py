@@ -183,7 +183,7 @@ def test_a_config_cannot_be_changed_in_place():
 
 
 def test_every_field_says_what_it_means():
-    assert all(field.metadata["doc"] for field in FIELDS.values())
+    assert all(field.help for field in FIELDS.values())
 
 
 @pytest.mark.parametrize(

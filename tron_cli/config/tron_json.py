@@ -1,8 +1,7 @@
-"""Configurations of the projects that people come from, as settings of ExperimentConfig.
+"""otto-de/TRON's JSON files (arXiv 2307.14906), for SASRec and for its GRU4Rec, as settings.
 
-otto-de/TRON's JSON files (arXiv 2307.14906), for SASRec and for its GRU4Rec, and the arguments of
-gSASRec's GSASRecExperimentConfig (arXiv 2308.07192). A value keeps the meaning that the project's
-code gives it; where what tron does around it differs, `differences_from_tron` says so.
+A value keeps the meaning that TRON's code gives it; `differences_from_tron` lists where tron still
+differs.
 """
 
 from __future__ import annotations
@@ -12,49 +11,31 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tron_cli.config.experiment import FIELDS, ExperimentConfig
 from tron_cli.errors import InputError
-
-if TYPE_CHECKING:
-    from tron_cli.config import ExperimentConfig
 
 _NUMBER = (float, int)
 _NOTHING = type(None)
 
-# TRON's key: our setting (None: not a setting), and the types that its value may have in JSON.
-_KEYS: dict[str, tuple[str | None, tuple[type, ...]]] = {
-    "model": ("model", (str,)),
-    "dataset": ("dataset_name", (str,)),
-    "hidden_size": ("embedding_dim", (int,)),
-    "num_layers": ("num_blocks", (int,)),
-    "dropout": ("dropout_rate", _NUMBER),
-    "max_session_length": ("sequence_length", (int,)),
-    "share_embeddings": ("reuse_item_embeddings", (bool,)),
-    "output_bias": ("output_bias", (bool,)),
-    "original_gru": (None, (bool,)),
-    "final_activation": ("final_activation", (bool,)),
-    "loss": ("loss", (str,)),
-    "bpr_penalty": ("bpr_penalty", (*_NUMBER, _NOTHING)),
-    "num_uniform_negatives": ("num_uniform_negatives", (int,)),
-    "num_batch_negatives": ("num_batch_negatives", (int, _NOTHING)),
-    "sampling_style": ("sampling_style", (str,)),
-    "reject_uniform_session_items": ("reject_uniform_session_items", (bool,)),
-    "reject_in_batch_items": ("reject_in_batch_items", (bool,)),
-    "topk_sampling": ("topk_sampling", (bool,)),
-    "topk_sampling_k": ("topk_sampling_k", (int,)),
-    "optimizer": ("optimizer", (str,)),
-    "lr": ("lr", _NUMBER),
-    "batch_size": ("train_batch_size", (int,)),
-    "max_epochs": ("max_epochs", (int,)),
-    "shuffling_style": ("shuffling_style", (str,)),
-    "overfit_batches": ("overfit_batches", _NUMBER),
-    "limit_val_batches": ("limit_val_batches", _NUMBER),
-    "accelerator": (None, (str,)),
-}
+# TRON's keys: the settings that they stand for.
+_SETTINGS = {field.tron: name for name, field in FIELDS.items() if field.tron}
 _GRU_KEYS = {"original_gru", "final_activation"}
 _OPTIONAL_KEYS = {"bpr_penalty", "topk_sampling", "topk_sampling_k"}
-_OUR_NAMES = {ours: key for key, (ours, _) in _KEYS.items() if ours is not None}
+
+# Types that values may have in JSON: those of the settings, but for these keys.
+_TYPES: dict[str, tuple[type, ...]] = {
+    **{
+        key: _NUMBER if FIELDS[name].kind is float else (FIELDS[name].kind,)
+        for key, name in _SETTINGS.items()
+    },
+    "bpr_penalty": (*_NUMBER, _NOTHING),
+    "num_batch_negatives": (int, _NOTHING),
+    "overfit_batches": _NUMBER,
+    "original_gru": (bool,),
+    "accelerator": (str,),
+}
 
 # What TRON's code knows; tron knows more, which key=value words can ask for.
 _CHOICES = {
@@ -85,7 +66,7 @@ _TYPE_NAMES = {
 def tron_settings(
     path: Path, overrides: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The settings that one of TRON's JSON files stands for, and notes on how they were read.
+    """Return the settings that one of TRON's JSON files stands for, and notes on how it was read.
 
     `overrides` are settings that replace some of the file's afterwards: in-batch negatives that
     the file leaves to the batch size follow a train_batch_size among them. Raises InputError.
@@ -104,11 +85,7 @@ def tron_settings(
         if ignored:
             notes.append(f"{' and '.join(ignored)} ignored, as TRON does for SASRec")
 
-    settings = {
-        ours: values[key]
-        for key, (ours, _) in _KEYS.items()
-        if ours is not None and values.get(key) is not None
-    }
+    settings = {name: values[key] for key, name in _SETTINGS.items() if values.get(key) is not None}
     settings["overfit_batches"] = int(values["overfit_batches"])
     # What TRON's code does without asking the file.
     settings["positions"] = "end"
@@ -134,12 +111,12 @@ def tron_settings(
 
 
 def tron_accelerator(path: Path) -> str:
-    """gpu, cpu or auto: where one of TRON's JSON files wants to be trained."""
+    """Return gpu, cpu or auto: where one of TRON's JSON files asks to be trained."""
     return _read(path)["accelerator"]
 
 
 def differences_from_tron(config: ExperimentConfig) -> list[str]:
-    """What tron does otherwise than TRON with this config, and how to have it TRON's way."""
+    """Return where tron differs from TRON with this config, and how to have it TRON's way."""
     differences = ["checkpoints are chosen on the validation split (TRON: on the test split)"]
     if config.mask_collisions:
         differences.append(
@@ -162,18 +139,18 @@ def differences_from_tron(config: ExperimentConfig) -> list[str]:
 
 
 def blame(path: Path, error: InputError, overrides: Mapping[str, Any]) -> InputError:
-    """An error in the settings of a JSON file, with the file and the file's name of the setting."""
+    """Return the error with the JSON file in front, and the file's name of the setting."""
     named = re.match(r"\w+", str(error))
     setting = named.group() if named else ""
     if setting in overrides:
         return error
-    key = _OUR_NAMES.get(setting, setting)
-    where = f"{path}" if key == setting else f"{path}, {key}"
+    key = FIELDS[setting].tron if setting in FIELDS else ""
+    where = f"{path}, {key}" if key not in ("", setting) else f"{path}"
     return InputError(f"{where}: {error}")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The keys of a JSON file, each known, of its type, and all there that TRON needs."""
+    """Return the values of a JSON file: keys known, types right, none missing that TRON needs."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except json.JSONDecodeError as error:
@@ -195,7 +172,7 @@ def _read(path: Path) -> dict[str, Any]:
         )
     for key, value in values.items():
         _check(path, key, value)
-    needed = [key for key in _KEYS if key not in _OPTIONAL_KEYS | _GRU_KEYS]
+    needed = [key for key in _TYPES if key not in _OPTIONAL_KEYS | _GRU_KEYS]
     if values.get("model") == "gru4rec":
         needed += sorted(_GRU_KEYS)
     if values.get("loss") == "bpr-max":
@@ -218,9 +195,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(path: Path, key: str, value: Any) -> None:
-    if key not in _KEYS:
+    if key not in _TYPES:
         raise InputError(f"{path}: unknown key {key!r}; {_suggestion(key)}")
-    types = _KEYS[key][1]
+    types = _TYPES[key]
     if type(value) not in types:
         raise InputError(f"{path}: {key} must be {_TYPE_NAMES[types]}, got {json.dumps(value)}")
     choices = _CHOICES.get(key)
@@ -243,69 +220,9 @@ def _check(path: Path, key: str, value: Any) -> None:
 
 
 def _suggestion(key: str) -> str:
-    if key in _OUR_NAMES:
-        return f"TRON calls it {_OUR_NAMES[key]}"
-    near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.7)
+    if key in FIELDS and FIELDS[key].tron:
+        return f"TRON calls it {FIELDS[key].tron}"
+    near = difflib.get_close_matches(key, _TYPES, n=1, cutoff=0.7)
     if near:
         return f"did you mean {near[0]}?"
     return "settings that TRON does not have go on the command line, as key=value"
-
-
-def gsasrec_settings(
-    dataset_name: str,
-    sequence_length: int = 200,
-    embedding_dim: int = 256,
-    train_batch_size: int = 128,
-    num_heads: int = 4,
-    num_blocks: int = 3,
-    dropout_rate: float = 0.0,
-    negs_per_pos: int = 256,
-    max_epochs: int = 10000,
-    max_batches_per_epoch: int = 100,
-    metrics: Any = ("nDCG@10", "R@1", "R@10"),
-    val_metric: Any = "nDCG@10",
-    early_stopping_patience: int = 200,
-    gbce_t: float = 0.75,
-    filter_rated: bool = True,
-    eval_batch_size: int = 512,
-    recommendation_limit: int = 10,
-    reuse_item_embeddings: bool = False,
-    **more: Any,
-) -> dict[str, Any]:
-    """Settings by gSASRec's names, in its order and with its defaults.
-
-    What its code has no name for is fixed as there: the gSASRec network, gBCE on uniform negatives
-    of each position that may be its own target, positions counted from the end of the window,
-    Adam at 1e-3. `metrics` and `val_metric` may be measures of ir_measures or their names; `more`
-    are further settings of ExperimentConfig.
-    """
-    return {
-        "dataset_name": dataset_name,
-        "model": "gsasrec",
-        "sequence_length": sequence_length,
-        "embedding_dim": embedding_dim,
-        "num_heads": num_heads,
-        "num_blocks": num_blocks,
-        "dropout_rate": dropout_rate,
-        "positions": "end",
-        "reuse_item_embeddings": reuse_item_embeddings,
-        "loss": "gbce",
-        "gbce_t": gbce_t,
-        "num_uniform_negatives": negs_per_pos,
-        "num_batch_negatives": 0,
-        "sampling_style": "eventwise",
-        "reject_in_batch_items": False,
-        "topk_sampling": False,
-        "mask_collisions": False,
-        "train_batch_size": train_batch_size,
-        "max_epochs": max_epochs,
-        "max_batches_per_epoch": max_batches_per_epoch,
-        "lr": 1e-3,
-        "metrics": metrics,
-        "val_metric": val_metric,
-        "early_stopping_patience": early_stopping_patience,
-        "filter_rated": filter_rated,
-        "eval_batch_size": eval_batch_size,
-        "recommendation_limit": recommendation_limit,
-        **more,
-    }

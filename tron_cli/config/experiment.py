@@ -1,0 +1,540 @@
+"""The settings of an experiment: one frozen, typed, validated dataclass.
+
+Names are gSASRec's where it has one and TRON's for the rest. Everything said about a setting stands
+at its field: the errors, `tron config show --explain` and docs/configuration.md come from there.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from tron_cli.config.setting import Setting, setting, settings_of_class
+from tron_cli.data.dataset import DATASET_NAME
+from tron_cli.errors import InputError
+from tron_cli.plugins import GROUPS, label, registered_name
+from tron_cli.registry import BASELINES, CATALOGUE_LOSSES, MODELS, REGISTERED
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Everything that decides what is trained; the defaults are TRON's, for sessions."""
+
+    # fmt: off
+    # Short keywords share lines: the range in one, the names in other tools in the next.
+    dataset_name: str = setting(
+        section="Dataset",
+        help="folder of the prepared dataset in --data-dir",
+        tron="dataset", gsasrec="dataset_name", recbole="dataset",
+    )
+
+    model: str = setting(
+        "sasrec",
+        section="Model",
+        help="network (sasrec is TRON's backbone), baseline, or a class of your own as "
+        "mine.py:Name",
+        choices=REGISTERED["model"],
+        tron="model", recbole="model", rectools="SASRecModel",
+    )
+    sequence_length: int = setting(
+        50,
+        help="the model sees this many of a session's last events",
+        unit="events", low=1,
+        tron="max_session_length", gsasrec="sequence_length", recbole="MAX_ITEM_LIST_LENGTH",
+        rectools="session_max_len",
+    )
+    embedding_dim: int = setting(
+        200,
+        help="width of embeddings and hidden states",
+        low=1,
+        tron="hidden_size", gsasrec="embedding_dim", recbole="hidden_size", rectools="n_factors",
+    )
+    num_heads: int = setting(
+        1,
+        help="transformers: attention heads; must divide embedding_dim",
+        low=1,
+        gsasrec="num_heads", recbole="n_heads", rectools="n_heads",
+    )
+    num_blocks: int = setting(
+        2,
+        help="layers of the network",
+        low=1,
+        tron="num_layers", gsasrec="num_blocks", recbole="n_layers", rectools="n_blocks",
+    )
+    dropout_rate: float = setting(
+        0.05,
+        help="dropout probability",
+        low=0, below=1,
+        tron="dropout", gsasrec="dropout_rate", recbole="hidden_dropout_prob",
+        rectools="dropout_rate",
+    )
+    positions: str = setting(
+        "end",
+        help="transformers: count positions from the end of the window, as TRON and SASRec do "
+        "(end), or from its oldest event (start), or use no position embeddings (none)",
+        choices=("end", "start", "none"),
+        rectools="use_pos_emb",
+    )
+    key_padding_mask: bool = setting(
+        True,
+        help="transformers: False lets events attend to the padding in front of a short history, "
+        "RecTools' default for SASRec",
+        rectools="use_key_padding_mask",
+    )
+    block: str = setting(
+        "pre-norm",
+        help="sasrec, bert4rec: TRON's layers on scaled embeddings (pre-norm), these with gated "
+        "residuals (ligr), or RecBole's layers (post-norm)",
+        choices=("pre-norm", "post-norm", "ligr"),
+    )
+    feed_forward_dim: int = setting(
+        0,
+        help="sasrec, bert4rec: inner width of the feed-forward networks; 0: embedding_dim",
+        low=0,
+        recbole="inner_size",
+    )
+    activation: str = setting(
+        "relu",
+        help="sasrec, bert4rec: activation of the feed-forward networks",
+        choices=("relu", "gelu", "swiglu"),
+        recbole="hidden_act",
+    )
+    attention_dropout_rate: float | None = setting(
+        None,
+        help="sasrec, bert4rec: dropout probability of the attention weights; None: dropout_rate",
+        low=0, below=1,
+        recbole="attn_dropout_prob",
+    )
+    initialization: str = setting(
+        "default",
+        help="transformers: as in the original (default), or N(0, 0.02) for all matrices and "
+        "tables, as in RecBole (normal)",
+        choices=("default", "normal"),
+        recbole="initializer_range",
+    )
+    reuse_item_embeddings: bool | None = setting(
+        None,
+        help="score with the input embeddings rather than a separate table; None: as the model is "
+        "published, which is a separate table for gsasrec only",
+        tron="share_embeddings", gsasrec="reuse_item_embeddings",
+    )
+    output_bias: bool = setting(
+        False, help="learn a bias for each item, added to its score", tron="output_bias"
+    )
+    prediction_head: bool = setting(
+        False,
+        help="bert4rec: a linear layer, GELU and LayerNorm between the transformer and the scores, "
+        "as in the original, which has output_bias as well",
+    )
+    mask_probability: float = setting(
+        0.15,
+        help="bert4rec: share of the events that a training step hides",
+        above=0, high=1,
+        recbole="mask_ratio", rectools="mask_prob",
+    )
+    session_parallel: bool = setting(
+        False,
+        help="gru4rec: a step is one event of each of train_batch_size sessions, whose states are "
+        "carried from step to step, as in the original",
+    )
+
+    knn_neighbors: int = setting(
+        200,
+        section="Baselines",
+        help="session_knn: the most similar sessions, which vote",
+        unit="sessions", low=1,
+    )
+    knn_sample_size: int = setting(
+        2500,
+        help="session_knn: latest sessions that share an item with the history, among which the "
+        "most similar are sought",
+        unit="sessions", low=1, high=1_000_000,
+    )
+    ease_l2: float = setting(
+        100.0,
+        help="ease: weight of the L2 penalty",
+        above=0,
+        recbole="reg_weight", rectools="regularization",
+    )
+
+    loss: str = setting(
+        "ssm",
+        section="Loss and negatives",
+        help="training loss, or a function of your own as mine.py:name",
+        choices=REGISTERED["loss"],
+        tron="loss", recbole="loss_type", rectools="loss",
+    )
+    gbce_t: float = setting(
+        0.75,
+        help="gbce: how far it undoes the overconfidence of sampling; 0: not at all, 1: fully",
+        low=0, high=1,
+        gsasrec="gbce_t",
+    )
+    bpr_penalty: float = setting(
+        0.0, help="bpr-max: weight of the penalty on scores", low=0, tron="bpr_penalty"
+    )
+    final_activation: bool = setting(
+        False,
+        help="apply ELU (alpha 0.5) to the logits that the loss sees, as in GRU4Rec+",
+        tron="final_activation",
+    )
+    logq_correction: bool = setting(
+        False, help="ssm: correct for how often each negative is drawn, which estimates ce"
+    )
+    sce_buckets: int = setting(
+        0,
+        help="sce: buckets per step; 0: twice the square root of the step's positions",
+        unit="buckets", low=0,
+    )
+    sce_bucket_positions: int = setting(
+        0,
+        help="sce: positions per bucket; 0: twice the square root of the step's positions",
+        unit="positions", low=0,
+    )
+    sce_bucket_items: int = setting(
+        256,
+        help="sce: items per bucket, with which its positions are compared",
+        unit="items", low=1,
+    )
+    sce_mix: bool = setting(
+        False,
+        help="sce: choose buckets along random mixtures of the hidden states, not along random "
+        "directions",
+    )
+    num_uniform_negatives: int = setting(
+        16384,
+        help="negatives per event, session or batch (sampling_style), drawn by negative_sampler",
+        unit="negatives", low=0,
+        tron="num_uniform_negatives", gsasrec="negs_per_pos",
+        recbole="train_neg_sample_args.sample_num", rectools="n_negatives",
+    )
+    negative_sampler: str = setting(
+        "uniform",
+        help="distribution of these negatives; mixed: a share of them by popularity; or a function "
+        "of your own as mine.py:name",
+        choices=REGISTERED["negative_sampler"],
+        recbole="train_neg_sample_args.distribution",
+    )
+    popularity_alpha: float = setting(
+        0.75,
+        help="popularity, mixed: exponent of an item's training occurrences",
+        low=0,
+        recbole="train_neg_sample_args.alpha",
+    )
+    mixed_share: float = setting(
+        0.5, help="mixed: share of the draws by popularity", low=0, high=1
+    )
+    num_batch_negatives: int = setting(
+        127,
+        help="further negatives per session, drawn from the other sessions of the batch",
+        unit="negatives", low=0,
+        tron="num_batch_negatives",
+    )
+    sampling_style: str = setting(
+        "batchwise",
+        help="what shares one set of uniform negatives: an event, a session or a batch",
+        choices=("eventwise", "sessionwise", "batchwise"),
+        tron="sampling_style",
+    )
+    reject_uniform_session_items: bool = setting(
+        False,
+        help="eventwise, sessionwise: never draw inputs of the same session as uniform negatives",
+        tron="reject_uniform_session_items",
+    )
+    reject_in_batch_items: bool = setting(
+        True,
+        help="draw in-batch negatives from other sessions only; batchwise, without "
+        "session_parallel: never draw inputs of the batch as uniform negatives",
+        tron="reject_in_batch_items",
+    )
+    topk_sampling: bool = setting(
+        True, help="train on the highest-scored negatives only", tron="topk_sampling"
+    )
+    topk_sampling_k: int = setting(
+        100,
+        help="negatives that topk_sampling keeps",
+        unit="negatives", low=1,
+        tron="topk_sampling_k",
+    )
+    mask_collisions: bool = setting(
+        True, help="a position's own target is never its negative (TRON: False)"
+    )
+
+    train_batch_size: int = setting(
+        128,
+        section="Optimization",
+        help="sessions per step",
+        unit="sessions", low=1,
+        tron="batch_size", gsasrec="train_batch_size", recbole="train_batch_size",
+        rectools="batch_size",
+    )
+    max_epochs: int = setting(
+        10,
+        help="maximum number of epochs",
+        unit="epochs", low=1,
+        tron="max_epochs", gsasrec="max_epochs", recbole="epochs", rectools="epochs",
+    )
+    max_batches_per_epoch: int = setting(
+        0,
+        help="maximum number of steps per epoch, that is, between validations; the next epoch "
+        "continues where the last one ended; 0: all sessions",
+        unit="steps", low=0,
+        gsasrec="max_batches_per_epoch",
+    )
+    optimizer: str = setting(
+        "auto",
+        help="row_adam gives adam's weights at the cost of the rows that a step uses, for large "
+        "tables; auto: the faster of the two, which the log names",
+        choices=REGISTERED["optimizer"],
+        tron="optimizer", recbole="learner",
+    )
+    lr: float = setting(
+        5e-4,
+        help="peak learning rate",
+        above=0,
+        tron="lr", recbole="learning_rate", rectools="lr",
+    )
+    lr_schedule: str = setting(
+        "constant",
+        help="learning rate after the warm-up: constant, or a cosine to 0",
+        choices=("constant", "cosine"),
+    )
+    warmup_steps: int = setting(
+        0, help="linear warm-up of the learning rate", unit="steps", low=0
+    )
+    clip_norm: float = setting(
+        0.0,
+        help="maximum norm of the gradient; 0: no clipping",
+        low=0,
+        recbole="clip_grad_norm",
+    )
+    shuffling_style: str = setting(
+        "shuffle_without_replacement",
+        help="order of the training sessions",
+        choices=("no_shuffling", "shuffle_without_replacement", "shuffle_with_replacement"),
+        tron="shuffling_style", recbole="shuffle",
+    )
+    overfit_batches: int = setting(
+        0,
+        help="train and validate on the first batches only; 0: off",
+        unit="batches", low=0,
+        tron="overfit_batches",
+    )
+    precision: str = setting(
+        "auto",
+        help="training arithmetic; auto: float32 on CPU, on CUDA bf16 where supported, else fp16",
+        choices=("auto", "float32", "bf16", "fp16"),
+        recbole="enable_amp",
+    )
+    cuda_graphs: bool = setting(
+        True,
+        help="on CUDA, without fp16: record the step of each batch size once, then replay it",
+    )
+    seed: int = setting(42, help="seed of all random numbers", low=0, recbole="seed")
+
+    metrics: tuple[str, ...] = setting(
+        ("R@5", "R@10", "R@20", "RR@5", "RR@10", "RR@20", "nDCG@10", "nDCG@20"),
+        section="Evaluation",
+        help="measures to report, named as in ir-measures, each with a cutoff",
+        gsasrec="metrics", recbole="metrics, topk",
+    )
+    val_metric: str = setting(
+        "R@20",
+        help="measure that chooses the best checkpoint",
+        gsasrec="val_metric", recbole="valid_metric",
+    )
+    early_stopping_patience: int = setting(
+        0,
+        help="stop training after this many epochs without a better val_metric; 0: never",
+        unit="epochs", low=0,
+        gsasrec="early_stopping_patience", recbole="stopping_step",
+    )
+    limit_val_batches: float = setting(
+        1.0,
+        help="validation sessions to use, evenly spaced over the split: a share up to 1.0, above "
+        "it a number of batches of train_batch_size sessions",
+        above=0,
+        tron="limit_val_batches",
+    )
+    eval_batch_size: int = setting(
+        512,
+        help="histories per forward pass in evaluation",
+        unit="histories", low=1,
+        gsasrec="eval_batch_size", recbole="eval_batch_size", rectools="recommend_batch_size",
+    )
+    filter_rated: bool = setting(
+        False,
+        help="never recommend items of the history",
+        gsasrec="filter_rated", recbole="not repeatable", rectools="filter_viewed",
+    )
+    recommendation_limit: int = setting(
+        20,
+        help="items per prediction in a run file",
+        unit="items", low=1,
+        gsasrec="recommendation_limit", rectools="k",
+    )
+
+    save_minutes: float = setting(
+        10.0,
+        section="Saving",
+        help="time between writes of last.pt within an epoch; 0: none by the clock",
+        unit="minutes", low=0,
+    )
+    save_every: int = setting(
+        0,
+        help="steps between writes of last.pt within an epoch; 0: none by the count",
+        unit="steps", low=0,
+    )
+
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        # Lists and ir-measures objects (as gSASRec's configs have them) become tuples of names.
+        if isinstance(self.metrics, list | tuple):
+            object.__setattr__(self, "metrics", tuple(str(name) for name in self.metrics))
+        if not isinstance(self.val_metric, str):
+            object.__setattr__(self, "val_metric", str(self.val_metric))
+        for name, declared in FIELDS.items():
+            value = declared.typed(getattr(self, name))
+            if name in GROUPS:
+                value = registered_name(name, value, FIELDS)
+            object.__setattr__(self, name, value)
+            declared.check(value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if not re.fullmatch(DATASET_NAME, self.dataset_name):
+            raise InputError(
+                f"dataset_name must be the name of a folder in --data-dir (letters, digits, _ . + "
+                f"and -), got {self.dataset_name!r}"
+            )
+        if not self.metrics:
+            raise InputError("metrics must name at least one measure, such as R@20")
+        self._check_effects()
+        if not self.is_baseline:
+            self._check_model()
+            self._check_loss()
+        for measure in (*self.metrics, self.val_metric):
+            if not re.fullmatch(r"[A-Za-z_]+(\(.*\))?@[1-9][0-9]*", measure):
+                raise InputError(
+                    f"metrics and val_metric need a measure with a cutoff such as nDCG@10, "
+                    f"not {measure!r}"
+                )
+
+    def _check_effects(self) -> None:
+        """Refuse what is set without an effect; what only networks have may stand by a baseline."""
+        for key, entries in REGISTERED.items():
+            choice = getattr(self, key)
+            without_effect = {name for entry in entries.values() for name in entry.owns}
+            without_effect -= set(entries[choice].owns)
+            for name in (name for name in FIELDS if name in without_effect):
+                value, default = getattr(self, name), FIELDS[name].default
+                owners = [other for other, entry in entries.items() if name in entry.owns]
+                if value == default or (self.is_baseline and BASELINES.keys().isdisjoint(owners)):
+                    continue
+                raise InputError(
+                    f"{name}={value} is a setting of {key}={' or '.join(owners)} and has no effect "
+                    f"on {key}={choice}; leave it out, or add {name}={default}"
+                )
+
+    def _check_model(self) -> None:
+        """Refuse settings of the network that make no sense together."""
+        if self.embedding_dim % self.num_heads:
+            raise InputError(
+                f"embedding_dim={self.embedding_dim} is not a multiple of "
+                f"num_heads={self.num_heads}; change one of them"
+            )
+        if self.session_parallel and self.sampling_style != "batchwise":
+            self._need(
+                "session_parallel=True shows one event of a session a step, so that its others "
+                "cannot be rejected",
+                {"reject_uniform_session_items": False},
+            )
+
+    def _check_loss(self) -> None:
+        """Refuse a loss and negatives that make no sense together."""
+        negatives = self.num_uniform_negatives + self.num_batch_negatives
+        if self.loss in CATALOGUE_LOSSES:
+            self._need(
+                f"loss={self.loss} compares with the whole catalogue and draws no negatives",
+                {
+                    "num_uniform_negatives": 0,
+                    "num_batch_negatives": 0,
+                    "topk_sampling": False,
+                    "final_activation": False,
+                    "logq_correction": False,
+                },
+            )
+            return
+        if negatives == 0:
+            raise InputError(
+                "num_uniform_negatives=0 and num_batch_negatives=0 leave no negatives; "
+                f"loss={self.loss} needs at least one"
+            )
+        if self.topk_sampling and self.topk_sampling_k > negatives:
+            raise InputError(
+                f"topk_sampling_k={self.topk_sampling_k} exceeds the {negatives} negatives "
+                "(num_uniform_negatives + num_batch_negatives); lower it"
+            )
+        all_as_drawn: dict[str, Any] = {"topk_sampling": False, "final_activation": False}
+        if self.num_uniform_negatives:
+            batchwise = self.sampling_style == "batchwise"
+            rejects = "reject_in_batch_items" if batchwise else "reject_uniform_session_items"
+            all_as_drawn[rejects] = False
+        if self.loss == "gbce":
+            # Its beta holds for negatives drawn uniformly from all items, and all used.
+            self._need(
+                "loss=gbce needs plain uniform negatives",
+                {**all_as_drawn, "num_batch_negatives": 0, "negative_sampler": "uniform"},
+            )
+        if self.logq_correction:
+            if self.loss != "ssm":
+                raise InputError(
+                    f"logq_correction=True corrects loss=ssm, not loss={self.loss}; set it to False"
+                )
+            # How many of an item to expect is known only where nothing is rejected or chosen. A
+            # target among the negatives would be in the sum twice.
+            self._need(
+                "logq_correction needs all negatives as they were drawn, but for the target",
+                {**all_as_drawn, "mask_collisions": True},
+            )
+            if MODELS[self.model].masks_inputs:
+                self._need(
+                    f"logq_correction cannot expect in-batch negatives that model={self.model} "
+                    "masks at random",
+                    {"num_batch_negatives": 0},
+                )
+
+    def _need(self, reason: str, values: dict[str, Any]) -> None:
+        """Raise an InputError that names the settings of other values, and what to add."""
+        wrong = [name for name, value in values.items() if getattr(self, name) != value]
+        if wrong:
+            raise InputError(
+                f"{reason}, but got {', '.join(f'{name}={getattr(self, name)}' for name in wrong)};"
+                f" add {' '.join(f'{name}={values[name]}' for name in wrong)}"
+            )
+
+    @property
+    def is_baseline(self) -> bool:
+        """True if the model is fitted at once, without gradients."""
+        return self.model in BASELINES
+
+    @property
+    def shares_table(self) -> bool:
+        """True if inputs and scores have one table: reuse_item_embeddings, resolved."""
+        if self.reuse_item_embeddings is None:
+            return REGISTERED["model"][self.model].shares_table
+        return self.reuse_item_embeddings
+
+    @property
+    def method(self) -> str:
+        """Name of what is trained: tron for SASRec with a listwise loss on shared negatives.
+
+        It may be part of a file's name.
+        """
+        is_tron = (self.model, self.loss, self.sampling_style) == ("sasrec", "ssm", "batchwise")
+        return "tron" if is_tron else label(self.model)
+
+
+FIELDS: dict[str, Setting] = settings_of_class(ExperimentConfig)
