@@ -39,12 +39,12 @@ def gpu_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the arithmetic do with tensors on the CPU what it does with those on CUDA."""
     import torch
 
-    from tron_cli.ops import products
+    from tron_cli.ops import products, topk
     from tron_cli.sampling import logits
 
     def drop_targets(self: Any, logits_nC: torch.Tensor, ids: torch.Tensor, part: slice) -> None:
         logits_nC.masked_fill_(ids == self.batch.targets_N[part, None], -torch.inf)
 
     monkeypatch.setattr(logits._Candidates, "_drop_targets", drop_targets)
-    monkeypatch.setattr(logits, "_topk", lambda values, k: values.topk(k, dim=1).indices)
+    monkeypatch.setattr(topk, "_columns", lambda values, count: values.topk(count, dim=1).indices)
     monkeypatch.setattr(products, "_one_dnn", lambda: False)

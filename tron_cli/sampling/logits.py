@@ -6,28 +6,19 @@ negatives of a position, k those that top-k keeps, M in-batch negatives, C candi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
+from tron_cli.ops.dot_products import dot_products
+from tron_cli.ops.parts import on_threads, parts_of_rows
 from tron_cli.ops.products import row_products
-from tron_cli.ops.threads import on_threads
+from tron_cli.ops.topk import highest
 
 if TYPE_CHECKING:
     from tron_cli.data.batches import Batch
     from tron_cli.sampling.negatives import Negatives
-
-# Scores, or elements of gathered rows, held at once: on a CPU few enough for its cache.
-_ELEMENTS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 28}
-# Multiplying with a row of a matrix costs about this share of gathering a row.
-_PRODUCTS_A_GATHER = 32
-# Parts of so many events, or a multiple: matrix products like round numbers.
-_EVENTS = 64
-# How many columns top-k first looks at as one.
-_GROUP = 16
 
 
 def sampled_logits(
@@ -63,7 +54,7 @@ def sampled_logits(
         device = hidden_ND.device
         parts = on_threads(
             lambda part: _highest(candidates.of(part), topk),
-            list(_parts(len(hidden_ND), candidates.num_uniform, device)),
+            parts_of_rows(len(hidden_ND), candidates.num_uniform, device),
             device,
         )
         top_Nk, keep_Nk = _finite(
@@ -204,13 +195,6 @@ def _finite(
     return logits_NK.masked_fill(~keep_NK, 0.0), keep_NK
 
 
-def _parts(num_events: int, width: int, device: torch.device) -> Iterator[slice]:
-    step = max(1, _ELEMENTS_AT_ONCE[device.type] // max(1, width))
-    if step > _EVENTS:
-        step -= step % _EVENTS
-    return (slice(low, low + step) for low in range(0, num_events, step))
-
-
 def _highest(
     blocks: list[tuple[torch.Tensor, torch.Tensor]], topk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,140 +202,12 @@ def _highest(
     logits, ids = [], []
     for logits_nC, ids_C in blocks:
         if logits_nC.shape[1] > topk:
-            logits_nC, column_nC = _top_columns(logits_nC, topk)
+            logits_nC, column_nC = highest(logits_nC, topk)
             ids_C = ids_C[column_nC] if ids_C.dim() == 1 else ids_C.gather(1, column_nC)
         logits.append(logits_nC)
         ids.append(ids_C.expand_as(logits_nC))
     logits_nC, ids_nC = torch.cat(logits, dim=1), torch.cat(ids, dim=1)
     if logits_nC.shape[1] <= topk:
         return logits_nC, ids_nC
-    column_nk = _topk(logits_nC, topk)
-    return logits_nC.gather(1, column_nk), ids_nC.gather(1, column_nk)
-
-
-def _top_columns(logits_nC: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Like torch.topk, unsorted, but first among the maxima of groups of columns.
-
-    Shapes: G groups.
-    The topk highest lie in the topk groups of the highest maxima: a group that is not among them
-    has topk others that each hold something at least as high.
-    """
-    num_groups = logits_nC.shape[1] // _GROUP
-    if num_groups <= topk:
-        column_nk = _topk(logits_nC, topk)
-        return logits_nC.gather(1, column_nk), column_nk
-    grouped = num_groups * _GROUP
-    # Column c is in group c % num_groups, so that maxima are taken over whole vectors.
-    maxima_nG = logits_nC[:, :grouped].unflatten(1, (_GROUP, num_groups)).amax(dim=1)
-    group_nk = _topk(maxima_nG, topk)
-    offset = torch.arange(0, grouped, num_groups, device=logits_nC.device)
-    rest = torch.arange(grouped, logits_nC.shape[1], device=logits_nC.device)
-    column_nC = torch.cat(
-        [(group_nk[:, :, None] + offset).flatten(1), rest.expand(len(logits_nC), -1)], dim=1
-    )
-    candidate_nC = logits_nC.gather(1, column_nC)
-    chosen_nk = _topk(candidate_nC, topk)
-    return candidate_nC.gather(1, chosen_nk), column_nC.gather(1, chosen_nk)
-
-
-def _topk(values_nC: torch.Tensor, topk: int) -> torch.Tensor:
-    """int64 [n, k]: places of the highest values, in no order."""
-    if values_nC.is_cuda:
-        return values_nC.topk(topk, dim=1, sorted=False).indices
-    # NumPy partitions with vector instructions, several times as fast as torch.topk.
-    if values_nC.dtype == torch.bfloat16:
-        values_nC = values_nC.float()
-    first = values_nC.shape[1] - topk
-    return torch.from_numpy(np.argpartition(values_nC.numpy(), first, axis=1)[:, first:])
-
-
-def dot_products(
-    hidden_ND: torch.Tensor,
-    table_VD: torch.Tensor,
-    ids_NK: torch.Tensor,
-    known_NK: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """[N, K]: hidden_ND[n] . table_VD[ids_NK[n, k]], never holding the gathered [N, K, D].
-
-    Where K is large beside the table, all products of a position are formed and the K are picked,
-    which is cheaper than to gather rows. known_NK: the values, where they were computed before
-    without gradients. In the precision of the arguments, also under autocast.
-    """
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        if ids_NK.shape[1] * _PRODUCTS_A_GATHER >= len(table_VD):
-            return _PickedProducts.apply(hidden_ND, table_VD, ids_NK, known_NK)
-        return _GatheredProducts.apply(hidden_ND, table_VD, ids_NK, known_NK)
-
-
-class _GatheredProducts(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        table_VD: torch.Tensor,
-        ids_NK: torch.Tensor,
-        known_NK: torch.Tensor | None,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(hidden_ND, table_VD, ids_NK)
-        if known_NK is not None:
-            return known_NK.clone()
-        num_events, num_ids = ids_NK.shape
-        logits_NK = hidden_ND.new_empty(num_events, num_ids)
-        for part in _parts(num_events, num_ids * hidden_ND.shape[1], hidden_ND.device):
-            rows_nKD = table_VD[ids_NK[part]]
-            logits_NK[part] = torch.bmm(rows_nKD, hidden_ND[part, :, None]).squeeze(-1)
-        return logits_NK
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        hidden_ND, table_VD, ids_NK = ctx.saved_tensors
-        grad_NK = grads[0].contiguous()
-        # Both gradients are sums of weighted rows: embedding bags.
-        grad_hidden_ND = F.embedding_bag(ids_NK, table_VD, per_sample_weights=grad_NK, mode="sum")
-        sorted_ids, order = ids_NK.flatten().sort(stable=True)
-        every_V = torch.arange(len(table_VD), device=ids_NK.device)
-        grad_table_VD = F.embedding_bag(
-            order // ids_NK.shape[1],
-            hidden_ND,
-            offsets=torch.searchsorted(sorted_ids, every_V),
-            per_sample_weights=grad_NK.flatten()[order],
-            mode="sum",
-        )
-        return grad_hidden_ND, grad_table_VD, None, None
-
-
-class _PickedProducts(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        table_VD: torch.Tensor,
-        ids_NK: torch.Tensor,
-        known_NK: torch.Tensor | None,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(hidden_ND, table_VD, ids_NK)
-        if known_NK is not None:
-            return known_NK.clone()
-        parts = _parts(len(hidden_ND), len(table_VD), hidden_ND.device)
-        return torch.cat(
-            [row_products(hidden_ND[part], table_VD).gather(1, ids_NK[part]) for part in parts]
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        hidden_ND, table_VD, ids_NK = ctx.saved_tensors
-        grad_hidden_ND = torch.empty_like(hidden_ND)
-        grad_table_VD = torch.zeros_like(table_VD)
-        for part in _parts(len(hidden_ND), len(table_VD), hidden_ND.device):
-            ids_nK = ids_NK[part]
-            grad_nV = hidden_ND.new_zeros(len(ids_nK), len(table_VD))
-            first_n1 = torch.arange(0, grad_nV.numel(), len(table_VD), device=ids_NK.device)[
-                :, None
-            ]
-            # Flat, which is several times as fast.
-            grad_nV.view(-1).scatter_add_(
-                0, (ids_nK + first_n1).flatten(), grads[0][part].flatten()
-            )
-            grad_hidden_ND[part] = row_products(grad_nV, table_VD.T)
-            grad_table_VD += row_products(grad_nV.T, hidden_ND[part].T)
-        return grad_hidden_ND, grad_table_VD, None, None
+    logits_nk, column_nk = highest(logits_nC, topk)
+    return logits_nk, ids_nC.gather(1, column_nk)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tron_cli.ops.threads import on_threads
+from tron_cli.ops.parts import on_threads
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""Parts of a step on threads of their own.
+"""Parts of a step, each few enough rows for the cache and on a thread of its own.
 
 torch spreads an operator over its threads and waits for all of them before the next one begins;
 what it or NumPy does on one thread keeps the others waiting. Parts that need nothing of each other
@@ -14,8 +14,21 @@ from typing import TypeVar
 
 import torch
 
+# Scores, or elements of gathered rows, held at once.
+_ELEMENTS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 28}
+# Parts of so many rows, or a multiple: matrix products like round numbers.
+_ROWS = 64
+
 Part = TypeVar("Part")
 Result = TypeVar("Result")
+
+
+def parts_of_rows(num_rows: int, width: int, device: torch.device) -> list[slice]:
+    """Return 0..num_rows in parts that hold as many elements, at `width` a row, as fit a cache."""
+    step = max(1, _ELEMENTS_AT_ONCE[device.type] // max(1, width))
+    if step > _ROWS:
+        step -= step % _ROWS
+    return [slice(low, low + step) for low in range(0, num_rows, step)]
 
 
 def on_threads(
