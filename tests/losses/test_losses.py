@@ -177,7 +177,7 @@ def test_gbce_is_bce_of_the_published_transformation(t, num_negatives, num_items
 
 
 def test_nan_in_a_negative_shows_in_the_loss():
-    """With and without negatives that do not count."""
+    """Some negatives may not count."""
     batch = pack(np.array([1, 2, 3, 4], np.int32), np.array([0]), np.array([3]), with_targets=True)
     negatives = Negatives(torch.tensor([5, 6, 7]), None, torch.zeros(1, 0, dtype=torch.int64), None)
     table_VD = torch.randn(8, 4)

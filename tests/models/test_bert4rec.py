@@ -143,7 +143,7 @@ def test_a_hidden_item_is_nowhere_in_what_the_network_sees(rng: np.random.Genera
 
 @pytest.mark.parametrize("probability", [0.15, 0.6, 1.0])
 def test_shares_of_what_targets_are_shown_as(probability: float) -> None:
-    """Of sessions of 1s and of 2s, which only kept events tell apart."""
+    """Sessions are of 1s or of 2s, which only kept events tell apart."""
     num_items, sessions, length = 50, 2500, 40
     ones, twos = (
         cloze(
@@ -200,7 +200,7 @@ def test_a_session_without_a_drawn_target_has_its_last_event_masked(
 def test_the_window_is_the_last_events_with_one_more_for_the_target(
     rng: np.random.Generator,
 ) -> None:
-    """As in prediction: a history of sequence_length events and the mask behind it."""
+    """The window holds a history of sequence_length events and the mask, as in prediction."""
     rows = random_sessions(rng, 50, ITEMS, longest=14)
     chosen = rng.integers(0, len(rows), 80)
     batch = cloze_batch(

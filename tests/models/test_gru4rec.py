@@ -51,7 +51,7 @@ def build(**changes: Any) -> GRU4Rec:
 
 
 class ByHand:
-    """The same weights in cells, one a layer, and in a table of their own."""
+    """Copy the weights to cells, one per layer, and to a table of their own."""
 
     def __init__(self, model: GRU4Rec) -> None:
         self.table = model.item_embedding.weight.detach().clone().requires_grad_()
@@ -194,7 +194,7 @@ def test_carried_states_are_saved_with_the_weights() -> None:
 
 
 def test_later_events_change_no_earlier_state() -> None:
-    """What lets one pass over a session predict each of its events as serving would."""
+    """So one pass over a session predicts each of its events as serving would."""
     rng = np.random.default_rng(12)
     model = build().float().eval()
     assert model.one_row_serves_all

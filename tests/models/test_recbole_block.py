@@ -146,7 +146,7 @@ def test_attended_padding_matters_and_a_full_window_has_none():
 
 
 def test_padding_in_a_batch_of_fixed_shape_is_attended_alike():
-    """As on CUDA, where all rows are one group and the batch ends in events of padding."""
+    """All rows are one group and the batch ends in events of padding, as on CUDA."""
     model = shaken(make_model(key_padding_mask=False))
     items, lengths = np.array([3, 1, 4, 1, 5, 9], np.int32), np.array([1, 2, 3])
     starts = np.array([0, 1, 3])

@@ -45,7 +45,7 @@ def by_row(qkv_N3D: torch.Tensor, lengths: list[int], heads: int, causal: bool) 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_packed_rows_attend_to_themselves(heads, causal, padded_width):
-    """Values and gradients, also where a padded batch is one group of fixed shape."""
+    """Compare values and gradients, also where a padded batch is one group of fixed shape."""
     torch.manual_seed(0)
     batch = make_batch(LENGTHS, padded_width)
     qkv_N3D = torch.randn(len(batch.inputs_N), 24, dtype=torch.float64, requires_grad=True)
@@ -78,7 +78,7 @@ def test_later_events_count_only_where_attention_is_bidirectional():
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_dropout_of_weights_keeps_the_mean(causal):
-    """Of rows that are padded, so that dropout and masks meet."""
+    """Rows are padded, so that dropout and masks meet."""
     torch.manual_seed(0)
     lengths, draws = [3, 4], 4000
     few, many = make_batch(lengths), make_batch([3] * draws + [4] * draws)

@@ -87,7 +87,7 @@ def test_dot_products_keep_their_precision_under_autocast():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_picked_and_gathered_products_are_the_same(monkeypatch, dtype):
-    """Values and gradients, with ids that repeat, in parts and whole, known before or not."""
+    """Compare values and gradients, with ids that repeat, in parts and whole, known or not."""
     generator = torch.Generator().manual_seed(4)
     hidden = torch.randn(150, 6, dtype=torch.float64, generator=generator)
     table = torch.randn(40, 6, dtype=torch.float64, generator=generator)

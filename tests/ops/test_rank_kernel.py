@@ -213,7 +213,7 @@ def test_counting_ends_when_the_list_is_full(
 @on_cuda
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_the_chunked_path_is_the_oracle_at_size(offset: float) -> None:
-    """With an offset all sums cancel: large terms of both signs, which tensor cores cut off."""
+    """An offset makes all sums cancel: large terms of both signs, which tensor cores cut off."""
     rng = np.random.default_rng(0)
     table, hidden = random_normal(rng, 300_001, 200), random_normal(rng, 5000, 200)
     table[:, ::2] += offset

@@ -1,4 +1,4 @@
-"""What a step looks up of a table: the loss and the gradients of a plain dense embedding.
+"""Lookups of a step have the loss and the gradients of a plain dense embedding.
 
 The reference is that of test_training_step, padded, in float64, with whole tables and dense
 gradients. Tables here have fewer rows than a step asks for (then a dense gradient needs no lookup),

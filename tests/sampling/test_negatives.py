@@ -1,4 +1,4 @@
-"""What is drawn, from what, and how evenly."""
+"""Negatives: their candidates, their number and their distribution."""
 
 from itertools import combinations
 
@@ -38,7 +38,7 @@ def draw(batch, num_items: int, **options):
 
 
 def rejected_items(rows, style, in_session, in_batch) -> list[set[int]]:
-    """What each set of uniform negatives may not hold, by the rules of FIELD.md."""
+    """Return what each set of uniform negatives may not hold, by TRON's rules."""
     if style == "batchwise":
         return [{item for row in rows for item in row} if in_batch else set()]
     own = [set(row) if in_session else set() for row in rows]
@@ -276,7 +276,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_in_batch_draws_grow_with_the_rows_not_with_rows_times_events():
-    """As many keys as rows times events took 0.75 s at 2,048 rows."""
+    """Drawing a key for each row and event took 0.75 s at 2,048 rows."""
     largest = {}
     for rows in (64, 256):
         _, batch = make_batch([[2, 3, 4, 5, 6]] * rows)

@@ -59,7 +59,7 @@ def sets_of(batch: Batch, negatives: Negatives, style: str) -> list[tuple[list[i
 
 
 def rejected_of(batch: Batch, style: str, rejects: bool) -> list[set[int]]:
-    """What each set may not hold: the inputs of the batch or of the own session."""
+    """Return what each set may not hold: the inputs of the batch or of the own session."""
     inputs, rows = batch.inputs_N.tolist(), batch.rows_N.tolist()
     if not rejects:
         own = [set()] * len(batch.lengths_B)
@@ -161,7 +161,7 @@ catalogues = st.integers(2, 12).flatmap(
 def test_each_item_has_its_exact_share_of_the_draws(
     catalogue: tuple[list[float], list[list[int]]], style: str, rejects: bool, padded: bool
 ) -> None:
-    """Of what rejection leaves; items of no weight never; sets without any weight do not count."""
+    """Draws come from what rejection leaves, never items of no weight; empty sets do not count."""
     weights, rows = catalogue
     distribution = weighing(weights)
     if distribution.cumulative_V is None:
@@ -267,7 +267,7 @@ def test_where_all_weight_is_rejected_nothing_counts(style: str) -> None:
 def test_uniform_negatives_take_the_same_random_numbers(
     num_items: int, rows: list[list[int]], style: str, rejects: bool, padded: bool, seed: int
 ) -> None:
-    """Of each set the floor(random * left)-th of the items that are left: one number a draw, so
+    """Draw the floor(random * left)-th of the items left in each set: one number per draw, so
     that runs of before there were other samplers can be repeated."""
     rows = [[min(item, num_items) for item in row] for row in rows]
     batch = make_batch(rows, padded=padded)

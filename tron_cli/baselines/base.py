@@ -22,7 +22,7 @@ class Baseline(ABC):
 
     is_baseline = True
     popularity: Popularity
-    mask_item: None = None  # as a network may have; see models/__init__.py
+    mask_item: None = None  # as a network may have; see models/base.py
 
     def __init__(self, *, num_items: int, sequence_length: int) -> None:
         self.num_items = num_items

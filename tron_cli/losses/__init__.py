@@ -1,1 +1,1 @@
-"""Losses."""
+"""Losses over sampled negatives and over the whole catalogue."""

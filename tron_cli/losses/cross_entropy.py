@@ -13,9 +13,9 @@ import torch
 
 from tron_cli.ops.products import row_products
 
-# Logits held at once: on a CPU few enough for its cache.
+# Logits held at once; on a CPU they fit its cache.
 _LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
-# The narrowest block: for very many positions a block is more than a cache holds.
+# The narrowest block; with very many positions a block exceeds the cache.
 _ITEMS = 64
 
 
@@ -26,12 +26,12 @@ def ce(
     *,
     num_items: int,
 ) -> torch.Tensor:
-    """-log softmax of each position's target among all items: [N], float32 at least.
+    """Return -log softmax of each position's target among all items: [N], float32 at least.
 
     hidden_ND [N, D] and table_VD [V, D] are floating point, V > num_items; targets_N is int64 [N].
-    Row 0 of the table and the rows after num_items are no items: they are not compared with and
-    have a gradient of zero. A position whose target is no item, as padding has, gets the logarithm
-    of the sum of all items' exponentials: finite, and for the caller to leave out.
+    Row 0 of the table and the rows after num_items are no items: they take no part and have a
+    gradient of zero. A position whose target is no item, such as padding, gets the logarithm of the
+    sum of all items' exponentials, which is finite; the caller leaves it out.
 
     Logits exist in blocks of items, N by C, which the backward pass computes again: four matrix
     products where the full matrix takes three, and the memory of one block. Under autocast products
@@ -46,7 +46,7 @@ def ce(
 
 
 def product_dtype(table_VD: torch.Tensor) -> torch.dtype:
-    """What a matrix product with the table is computed in: autocast's dtype, as of layers."""
+    """Return the dtype of matrix products with the table: autocast's, as in layers."""
     device = table_VD.device.type
     if table_VD.dtype == torch.float32 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -54,7 +54,7 @@ def product_dtype(table_VD: torch.Tensor) -> torch.dtype:
 
 
 def blocks_of_items(num_rows: int, num_items: int, device: torch.device) -> Iterator[slice]:
-    """Items 1..num_items as slices of the table, whose products with num_rows rows fit a cache.
+    """Cut items 1..num_items into slices whose products with num_rows rows fit a cache.
 
     Widths are powers of two, so that batches of nearly equal size have equal blocks.
     """
@@ -99,7 +99,7 @@ class _CrossEntropy(torch.autograd.Function):
         for block in blocks_of_items(len(hidden_ND), num_items, hidden_ND.device):
             rows_CD = table_VD[block].to(dtype)
             grad_NC = row_products(factors_ND, rows_CD).to(hidden_ND.dtype)
-            # softmax minus one at the target, times what comes from above
+            # softmax minus one at the target, times the incoming gradient
             grad_NC.sub_(log_sum_N[:, None]).exp_()
             column_N1, inside_N1 = _columns(targets_N, block)
             grad_NC.scatter_add_(1, column_N1, -inside_N1.to(grad_NC.dtype))
@@ -110,7 +110,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _columns(targets_N: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, 1]: the column of each target in a block, and whether it is in the block at all."""
+    """Return the column of each target in a block, and if it is in the block: both [N, 1]."""
     column_N = targets_N - block.start
     last = block.stop - block.start - 1
     inside_N = (column_N >= 0) & (column_N <= last)

@@ -1,9 +1,8 @@
-"""Losses: logits of the positive and of its negatives -> loss of each position.
+"""Losses over sampled negatives: logits of the positive and of its negatives -> loss [N].
 
 Shapes: N positions, K negatives of a position. keep_NK marks the negatives that count (bool; None:
-all). What is not kept has weight zero; a position without any kept negative has only its positive
-term (bce, gbce) or a loss of zero (bpr, bpr-max, ssm). Logits are computed with in float32 at
-least.
+all). The others have weight zero; a position without any kept negative has only its positive term
+(bce, gbce) or a loss of zero (bpr, bpr-max, ssm). Logits come in float32 at least.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 @functools.lru_cache
 def build_loss(config: ExperimentConfig, num_items: int) -> Callable[..., torch.Tensor]:
-    """The loss that `config.loss` names, with its settings: tensors -> loss_N."""
+    """Return the loss that `config.loss` names, with its settings: tensors -> loss_N."""
     entry = REGISTERED["loss"][config.loss]
     return functools.partial(load(entry), **settings_of(entry, config, num_items=num_items))
 
@@ -66,7 +65,7 @@ def gbce(
 
 
 def gbce_beta(t: float, num_negatives: int, num_items: int) -> float:
-    """The power that undoes the overconfidence of sampling: none at t = 0, all of it at t = 1."""
+    """Return the power that undoes the overconfidence of sampling: none at t = 0, all at t = 1."""
     sampled = num_negatives / max(1, num_items - 1)
     return sampled * (t * (1 - 1 / sampled) + 1 / sampled)
 

@@ -1,4 +1,4 @@
-"""Scalable cross-entropy: softmax among the items that are near a position, found by projection.
+"""Scalable cross-entropy: softmax among the items near a position, found by random projection.
 
 Mezentsev, Gusak, Oseledets and Frolov, Scalable Cross-Entropy Loss for Sequential Recommendations
 with Large Item Catalogs (RecSys 2024).
@@ -34,19 +34,19 @@ def sce(
     sce_bucket_items: int,
     sce_mix: bool,
 ) -> torch.Tensor:
-    """Cross-entropy of each position's target among the items that share a bucket with it: [N].
+    """Return the cross-entropy of each target among the items in a bucket of its position: [N].
 
     Each of sce_buckets random directions makes a bucket: of the sce_bucket_positions positions and
     the sce_bucket_items items with the largest products with it. A position's loss in a bucket is
-    the cross-entropy of its target among the target and the bucket's items, and the largest over
-    the buckets that it is in is its loss: the bucket with the hardest items says most about the
-    full softmax, of which every bucket is a part. Positions in no bucket have no say. The paper's
-    loss is the mean over those that are in one, so these are scaled up to make that the mean over
-    all: loss [N] is zero where the position is in no bucket, and otherwise its loss times
+    the cross-entropy of its target among the target and the bucket's items. Its loss is the largest
+    over the buckets that it is in: every bucket is a part of the full softmax, and the one with the
+    hardest items is nearest to it. The paper's loss is the mean over the positions that are in a
+    bucket; here theirs are scaled so that it is the mean over all positions: the loss of a position
+    is zero where it is in no bucket, and otherwise its loss times
     (positions with a target) / (positions in a bucket).
 
     hidden_ND [N, D] and table_VD [V, D] are floating point, V > num_items; targets_N is int64 [N],
-    0 where there is nothing to predict: such positions enter no bucket.
+    0 where there is nothing to predict: such positions do not count in any bucket.
     sce_buckets, sce_bucket_positions: 0 is the paper's choice, twice the root of N, for both.
     sce_mix: directions are random mixtures of the batch's hidden states instead of white noise, so
     that they lie where the hidden states do. Directions come from torch's default generator.
@@ -87,7 +87,7 @@ def buckets(
     mix: bool,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions [B, X] and items [B, Y] of each bucket, both int64, distinct and in no order.
+    """Return positions [B, X] and items [B, Y] of each bucket, int64, distinct and in no order.
 
     Where fewer than X positions have a target, others fill the bucket up.
     """
@@ -120,7 +120,7 @@ def _noise(rows: int, columns: int, *, like: torch.Tensor) -> torch.Tensor:
 
 
 def _top(scores_BC: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` highest scores of each row, or all where there are not so many, and columns."""
+    """Return the `count` highest scores of each row, or all if there are fewer, and columns."""
     best = scores_BC.topk(min(count, scores_BC.shape[1]), dim=1, sorted=False)
     return best.values, best.indices
 
@@ -143,9 +143,9 @@ class _BucketCrossEntropy(torch.autograd.Function):
             rows_bYD = F.embedding(items_bY, table_VD).to(dtype)
             logits_bXY = _logits(hidden_bXD, rows_bYD, targets_N[positions_bX], items_bY)
             others.append(logits_bXY.to(target_N.dtype).logsumexp(dim=2))
-        # Of each place in a bucket the logarithm of the sum over the items but the target.
+        # For each place in a bucket, the log-sum over the items other than the target.
         others_BX = torch.cat(others)
-        # The largest is the bucket of the largest loss, for all have the target in common.
+        # The largest belongs to the bucket of the largest loss, for the target is the same in all.
         others_N = target_N.new_full((len(target_N),), -torch.inf).scatter_reduce_(
             0, positions_BX.flatten(), others_BX.flatten(), "amax"
         )
@@ -167,12 +167,12 @@ class _BucketCrossEntropy(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         dtype = ctx.dtype
         grad_N = grads[0] * weight_N
-        # The target's share of the gradient: minus the softmax of all others.
+        # The gradient of the target's logit: minus the softmax of all others.
         grad_target_N1 = -(grad_N * torch.sigmoid(others_N - target_N))[:, None]
         grad_hidden_ND = grad_target_N1 * table_VD[targets_N]
         grad_table_VD = torch.zeros_like(table_VD)
         grad_table_VD.index_add_(0, targets_N, grad_target_N1 * hidden_ND)
-        # Only the bucket of the largest loss has a gradient; of several that tie, each a share.
+        # Only the bucket of the largest loss has a gradient; several that tie share it.
         largest_BX = (others_BX == others_N[positions_BX]).to(grad_N.dtype)
         ties_N = torch.zeros_like(grad_N).index_add_(
             0, positions_BX.flatten(), largest_BX.flatten()
@@ -198,7 +198,7 @@ def _logits(
     targets_bX: torch.Tensor,
     items_bY: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits [b, X, Y] of the positions and items of each bucket, -inf at a position's target."""
+    """Return logits [b, X, Y] of each bucket's positions and items, -inf at a position's target."""
     logits_bXY = hidden_bXD @ rows_bYD.transpose(1, 2)
     is_target_bXY = targets_bX[:, :, None] == items_bY[:, None, :]
     return logits_bXY.masked_fill_(is_target_bXY, -torch.inf)
@@ -207,7 +207,7 @@ def _logits(
 def _parts(
     positions_BX: torch.Tensor, items_BY: torch.Tensor, *more: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Some buckets at a time."""
+    """Yield a few buckets at a time."""
     size = max(1, positions_BX.shape[1] * items_BY.shape[1])
     count = max(1, _LOGITS_AT_ONCE[positions_BX.device.type] // size)
     return zip(*(values.split(count) for values in (positions_BX, items_BY, *more)), strict=True)

@@ -1,1 +1,1 @@
-"""Networks."""
+"""Networks: packed batch -> hidden states, one file per network."""

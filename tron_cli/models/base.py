@@ -1,4 +1,4 @@
-"""Networks: packed batch -> hidden states, one file per network."""
+"""The interface of a network to training and evaluation, and the function that builds one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class Model(nn.Module):
-    """What training and evaluation need of a network.
+    """Interface of a network: it maps a packed batch to hidden states.
 
-    sequence_length: events of a history that it sees. item_embedding: table of the inputs, row i
-    for item i. one_row_serves_all: the hidden state of an event depends neither on what follows it
-    nor on how much does, so that one pass over a session predicts all of it as serving would.
-    mask_item: an item id that evaluation puts behind every history, whose hidden state then
-    predicts; None: that of the last event does. fixed_shapes: batches may be padded, so that steps
-    can be recorded as CUDA graphs.
+    sequence_length: number of events of a history that it sees. item_embedding: table of the
+    inputs, row i for item i. one_row_serves_all: True if the hidden state of an event depends
+    neither on later events nor on their number, so that one pass over a session predicts all of it
+    as serving would. mask_item: an item id that evaluation appends to every history, whose hidden
+    state then predicts; None: the hidden state of the last event does. fixed_shapes: True if
+    batches may be padded, so that steps can be recorded as CUDA graphs.
     """
 
     sequence_length: int
@@ -33,20 +33,20 @@ class Model(nn.Module):
     fixed_shapes: bool = False
 
     def forward(self, batch: Batch, rows_UD: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states [N, D] of a batch's events, to be multiplied with rows of item_table.
+        """Return hidden states [N, D] of the events, to be multiplied with rows of item_table.
 
-        rows_UD: rows of item_embedding that the batch's inputs are places in; None: all.
+        rows_UD: rows of item_embedding, to which the batch's inputs are indices; None: all rows.
         """
         raise NotImplementedError
 
     @property
     def item_table(self) -> torch.Tensor:
-        """[num_items + 1 or more, D]: row i scores item i, 1..num_items; the rest is no item."""
+        """Table [num_items + 1 or more, D]: row i scores item i; others are no items."""
         raise NotImplementedError
 
 
 def build_model(config: ExperimentConfig, num_items: int) -> Model:
-    """The network that `config.model` names, initialized from torch's random state."""
+    """Return the network that `config.model` names, initialized from torch's random state."""
     entry = MODELS[config.model]
     more = {"num_items": num_items, "reuse_item_embeddings": config.shares_table}
     return load(entry)(**settings_of(entry, config, **more))

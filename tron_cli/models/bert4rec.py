@@ -1,8 +1,8 @@
 """BERT4Rec: SASRec's layers in both directions, trained to fill in masked events.
 
 Sun et al., BERT4Rec (CIKM 2019). It is trained on the batches of `feed.Cloze`; to predict, a mask
-is put behind the history. So a session has to go through the model once for every event that is to
-be predicted, and its layers see no position that is not real.
+is appended to the history. So a session goes through the model once for every event that is
+predicted, and its layers see no padding.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from tron_cli.ops.products import Linear
 
 
 class BERT4Rec(SASRec):
-    """SASRec's forms and settings, but that every event sees all of its row.
+    """SASRec's forms and settings, except that every event sees all of its row.
 
-    The original's, and RecBole's, is block="post-norm" with activation="gelu", a feed-forward
-    network of four times the width and initialization="normal", and before the scores a prediction
-    head, to which an output bias belongs. RecTools' is block="pre-norm" with activation="gelu",
-    four heads and the same feed-forward network, without either; that of arXiv 2309.07602 is the
-    original's without either.
+    The original's and RecBole's form is block="post-norm" with activation="gelu", a feed-forward
+    network of four times the width, initialization="normal", a prediction head and an output bias.
+    RecTools' is block="pre-norm" with activation="gelu", four heads and the same feed-forward
+    network, without head and bias; that of arXiv 2309.07602 is the original's without both.
 
     prediction_head: hidden states go through a linear layer, GELU and LayerNorm before they are
     compared with items; the output bias, if there is one, then begins at zero.
     """
 
     causal = False
-    # How many events of a batch are masked is known on the host only.
+    # Only the host knows how many events of a batch are masked.
     fixed_shapes = False
 
     def __init__(self, *, prediction_head: bool = False, **settings: Any) -> None:
-        """settings: those of SASRec."""
+        """Build SASRec with its `settings`, and the prediction head."""
         super().__init__(**settings)
         if not prediction_head:
             return

@@ -1,7 +1,7 @@
 """GRU4Rec+: gated recurrent units over sessions, with constrained embeddings.
 
 Hidasi et al., Session-based Recommendations with Recurrent Neural Networks (ICLR 2016); Hidasi and
-Karatzoglou, Recurrent Neural Networks with Top-k Gains (CIKM 2018). The embedding that an item has
+Karatzoglou, Recurrent Neural Networks with Top-k Gains (CIKM 2018). The embedding of an item
 as input also scores it, so hidden states are as wide as embeddings.
 
 Tables are initialized as TRON's GRU4Rec has them, uniform within 1 / sqrt(items + D), and the GRU
@@ -9,8 +9,8 @@ by torch's default, uniform within 1 / sqrt(D). Hidasi's code draws tables and G
 sqrt(6 / (rows + D)) and begins with biases of zero.
 
 Dropout is on the input embeddings and on the output of each layer; TRON's GRU4Rec has it between
-layers only, that is nowhere with its one layer. The state that goes on to the next event is not
-dropped, as in TRON's; in Hidasi's code it is what dropout has left.
+layers only, that is nowhere with its one layer. The state passed on to the next event has no
+dropout, as in TRON's; in Hidasi's code it has.
 
 On CUDA with precision=bf16 the recurrence is float32 (TF32 where torch allows it, as by default):
 cuDNN has none in bf16, and under autocast torch would run it in float16, unscaled
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
 
 class GRU4Rec(ItemTables):
-    """Packed batch -> hidden states, and the table whose rows they are compared with.
+    """GRU over item embeddings.
 
-    Rows are whole sessions, each from a state of zero; or, where a batch has lanes, single events
-    that go on from the state that the event before left in their lane, through which no gradient
-    flows back. session_parallel: keep these states, of train_batch_size lanes, always in the same
-    memory. They are part of state_dict, so that a resumed run goes on from them.
+    Rows are whole sessions, each starting from a state of zero; or, where a batch has lanes, single
+    events that continue from the state that the previous event left in their lane, through which no
+    gradient flows back. session_parallel: keep these states, of train_batch_size lanes, always in
+    the same memory. They are part of state_dict, so that a resumed run continues from them.
     """
 
     one_row_serves_all = True
@@ -74,7 +74,7 @@ class GRU4Rec(ItemTables):
             draw_outputs=_table,
         )
         self.sequence_length = sequence_length
-        # Of whole sessions, how many have a place-th event is read from the device.
+        # With whole sessions, the number of events at each place is read from the device.
         self.fixed_shapes = session_parallel
         self.dropout = Dropout(dropout_rate)
         self.gru = nn.GRU(
@@ -88,10 +88,10 @@ class GRU4Rec(ItemTables):
             self.register_buffer("carried_LBD", carried_LBD)
 
     def forward(self, batch: Batch, rows_UD: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states [N, D] (D + 1 with an output bias), to be multiplied with `item_table`.
+        """Return hidden states [N, D] (D + 1 with an output bias), to multiply with `item_table`.
 
-        rows_UD: rows of the item embedding that the batch's inputs are places in; None: all. A
-        batch with lanes leaves its states behind for the next one.
+        rows_UD: rows of the item embedding, to which the inputs are indices; None: all rows. A
+        batch with lanes leaves its states for the next one.
         """
         x_ND = self.dropout(self.embedded(batch.inputs_N, rows_UD))
         if batch.lanes_B is None:
@@ -101,7 +101,7 @@ class GRU4Rec(ItemTables):
         return self.comparable(self.dropout(x_ND))
 
     def _whole_rows(self, x_ND: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The recurrence over each row, in packed order."""
+        """Run the recurrence over each row; states in packed order."""
         assert not batch.padded
         # By place, the last and so the longest rows first, as PackedSequence wants it.
         order_N = len(x_ND) - 1 - batch.places_N.flip(0).argsort(stable=True)
@@ -111,7 +111,7 @@ class GRU4Rec(ItemTables):
         return states.data.index_select(0, order_N.argsort())
 
     def _recurrence(self, *inputs: PackedSequence | torch.Tensor) -> Any:
-        """The GRU, in the precision that autocast asks for or a higher one."""
+        """Run the GRU, in the precision of autocast or a higher one."""
         is_event = isinstance(inputs[0], torch.Tensor)
         gru: Any = self._layer_by_layer if is_event and self.gru.dropout else self.gru
         if not inputs[0].is_cuda or torch.get_autocast_dtype("cuda") == torch.float16:
@@ -123,7 +123,7 @@ class GRU4Rec(ItemTables):
     def _layer_by_layer(
         self, x_1BD: torch.Tensor, before_LBD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `gru` on one event of each lane, with dropout from torch's generator."""
+        """Run `gru` on one event of each lane, with dropout from torch's generator."""
         x_BD, after = x_1BD[0], []
         for layer, before_BD in enumerate(before_LBD):
             if layer:
@@ -135,7 +135,7 @@ class GRU4Rec(ItemTables):
     def _next_events(
         self, x_BD: torch.Tensor, lanes_B: torch.Tensor, places_B: torch.Tensor
     ) -> torch.Tensor:
-        """One step of each lane, from its carried state or, at a session's first event, zero."""
+        """Step each lane from its carried state or, at a session's first event, from zero."""
         begins_B1 = (places_B == 0)[:, None]
         before_LBD = self.carried_LBD[:, lanes_B].masked_fill(begins_B1, 0.0)
         states_1BD, after_LBD = self._recurrence(x_BD[None], before_LBD)

@@ -1,4 +1,4 @@
-"""gSASRec: the original SASRec block, input embeddings apart from those of the outputs.
+"""gSASRec: the original SASRec block, with input embeddings separate from those of the outputs.
 
 Petrov and Macdonald, gSASRec: Reducing Overconfidence in Sequential Recommendation Trained with
 Negative Sampling (RecSys 2023), in the form of its PyTorch code. The paper's loss is loss="gbce".
@@ -27,7 +27,7 @@ class GSASRec(Transformer):
     """Item plus position embedding, dropout, blocks, final LayerNorm.
 
     initialization: "default" draws all tables from N(0, 1), as its code does, which takes long to
-    unlearn where items are many; "normal" draws tables and matrices from N(0, 0.02).
+    unlearn with many items; "normal" draws tables and matrices from N(0, 0.02).
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class GSASRec(Transformer):
 
 
 class GSASRecBlock(nn.Module):
-    """Normalized queries attend to keys and values that are not, and go on as the residual.
+    """Queries are normalized and serve as the residual; keys and values are not normalized.
 
-    The feed-forward network has its normalized input as residual. Heads split the width, and
-    nothing mixes them before that network.
+    The feed-forward network has its normalized input as residual. Heads split the width, and no
+    layer mixes them before that network.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout_rate: float) -> None:
@@ -96,7 +96,7 @@ class GSASRecBlock(nn.Module):
         groups: tuple[AttentionGroup, ...],
         padding_B: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[N, D] -> [N, D]. padding_B: how many places of padding each row attends to; None: 0."""
+        """Map [N, D] to [N, D]. padding_B: places of padding that each row attends to; None: 0."""
         queries_ND = self.attention_norm(x_ND)
         padding = None
         if padding_B is not None:

@@ -32,10 +32,10 @@ _POST_NORM_EPS = 1e-12  # RecBole's
 
 
 class SwiGLU(nn.Module):
-    """silu of half of the columns times the other half; Shazeer, arXiv 2002.05202."""
+    """SiLU of half of the columns times the other half; Shazeer, arXiv 2002.05202."""
 
     def forward(self, x_NK: torch.Tensor) -> torch.Tensor:
-        """[N, K] -> [N, K / 2]."""
+        """Map [N, K] to [N, K / 2]."""
         gate, value = x_NK.chunk(2, dim=1)
         return F.silu(gate) * value
 
@@ -44,14 +44,14 @@ _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "swiglu": SwiGLU}
 
 
 class SASRec(Transformer):
-    """Its forms, and what lies between them.
+    """SASRec in three forms, and in the forms between them.
 
     block="pre-norm" is TRON's (arXiv 2307.14906): input = item embedding * sqrt(D) + position
     embedding, dropout, pre-norm layers, final LayerNorm. block="post-norm" is RecBole's: the input
-    is not scaled but normalized, norms follow the residuals, and none comes last; its further
-    settings there are activation="gelu", initialization="normal" and positions="start".
+    is not scaled but normalized, norms follow the residuals, and there is no final one; RecBole's
+    other settings are activation="gelu", initialization="normal" and positions="start".
     block="ligr" is TRON's form with gated residuals, LiGR's layer (arXiv 2502.03417), which makes
-    SASRec with a sampled softmax eSASRec (arXiv 2508.06450); its further settings are
+    SASRec with a sampled softmax eSASRec (arXiv 2508.06450); its other settings are
     activation="swiglu" and a feed_forward_dim of four times embedding_dim.
 
     feed_forward_dim: 0 is embedding_dim. attention_dropout_rate: of the attention weights; None is
@@ -120,12 +120,12 @@ class SASRec(Transformer):
 class Block(nn.Module):
     """A layer with the arithmetic and initialization of nn.TransformerEncoderLayer.
 
-    norm_first: norms stand before attention and feed-forward; else after their residuals, and then
-    nothing is dropped inside the feed-forward network, as in RecBole. gated: with norm_first, what
-    attention and feed-forward add to x is multiplied with sigmoid(x W + b), each with a gate of its
-    own. activation="swiglu": the feed-forward network has no biases, and its inner layer is
-    silu(x U) * (x V).
-    causal: events attend to themselves and the earlier events of their row; else to all of them.
+    norm_first: norms stand before attention and feed-forward; otherwise after their residuals, and
+    then the feed-forward network has no dropout inside, as in RecBole. gated: with norm_first, the
+    outputs of attention and feed-forward are multiplied with sigmoid(x W + b) before they are added
+    to x, each with a gate of its own. activation="swiglu": the feed-forward network has no biases,
+    and its inner layer is silu(x U) * (x V). causal: events attend to themselves and the
+    earlier events of their row; otherwise to all of them.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Block(nn.Module):
         groups: tuple[AttentionGroup, ...],
         padding_B: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[N, D] -> [N, D]. padding_B: how many places of padding each row attends to; None: 0."""
+        """Map [N, D] to [N, D]. padding_B: places of padding that each row attends to; None: 0."""
         if self.norm_first:
             attended_ND = self._attended(x_ND, groups, padding_B)
             x_ND = x_ND + _through(self.attention_gate, x_ND, attended_ND)
@@ -189,7 +189,7 @@ class Block(nn.Module):
         groups: tuple[AttentionGroup, ...],
         padding_B: torch.Tensor | None,
     ) -> torch.Tensor:
-        """What attention adds to its input."""
+        """Return what attention adds to the residual."""
         padding = None
         if padding_B is not None:
             padding = Padding(self._query_key_value(torch.zeros_like(x_ND[:1])), padding_B)

@@ -1,4 +1,4 @@
-"""The tables of items that every network has.
+"""The item tables of a network.
 
 Shapes: N packed events, D width of the hidden states, U rows of a table that a batch needs.
 """
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from tron_cli.models.base import Model
 
-# A table of so many rows and columns.
+# Draws a table: (rows, columns) -> [rows, columns].
 Draw = Callable[[int, int], torch.Tensor]
 
 
 class ItemTables(Model):
-    """The embeddings of the inputs, and the table whose rows hidden states are compared with.
+    """The embeddings of the inputs, and the output table, whose rows score hidden states.
 
-    The bias of an item is one more column of the latter, met by a constant 1.
+    The bias of an item is one more column of the output table, multiplied with a constant 1.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class ItemTables(Model):
         draw_outputs: Draw,
         with_mask: bool = False,
     ) -> None:
-        """Rows 0 to num_items, drawn by `draw`; those of a separate output table by the other.
+        """Draw rows 0 to num_items: by `draw`, a separate output table by `draw_outputs`.
 
-        with_mask: tables have a row more, for the mask.
+        with_mask: add a row for the mask.
         """
         super().__init__()
         self.num_items = num_items
@@ -58,15 +58,15 @@ class ItemTables(Model):
         return self.output_embedding.weight
 
     def embedded(self, inputs_N: torch.Tensor, rows_UD: torch.Tensor | None) -> torch.Tensor:
-        """[N, D]: embeddings of items, which are places in `rows_UD` or, with None, all rows."""
+        """Return the embeddings [N, D] of inputs, indices to `rows_UD` or, with None, item ids."""
         table = self.item_embedding.weight if rows_UD is None else rows_UD
         return F.embedding(inputs_N, table)[:, : self.embedding_dim]
 
     def comparable(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Hidden states as wide as `item_table`."""
+        """Return hidden states as wide as `item_table`."""
         return F.pad(hidden_ND, (0, 1), value=1.0) if self.output_bias else hidden_ND
 
 
 def embedding(table: torch.Tensor) -> nn.Embedding:
-    """A trainable embedding that starts as `table`."""
+    """Return a trainable embedding that starts as `table`."""
     return nn.Embedding.from_pretrained(table, freeze=False)

@@ -1,4 +1,4 @@
-"""What the transformers over packed sessions have in common: all but their blocks.
+"""The transformer over packed sessions, without its blocks.
 
 Shapes: N packed events, B rows, D embedding_dim, U rows of a table that a batch needs.
 """
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 class Transformer(ItemTables):
     """Item and position embeddings, dropout, blocks: packed batch -> hidden states.
 
-    positions: place 0 of the position embeddings is that of the first event of a window of
-    sequence_length, and of a mask ("end": a shorter history ends where the window does), or that of
-    the first event of a history ("start"); "none": no position embeddings. key_padding_mask: False
-    lets every event attend also to the padding in front of a history that is shorter than the
-    window, as SASRec does in RecTools. That padding is a zero vector at the input of every block.
+    positions: "end" counts positions from the start of a window of sequence_length events (and a
+    mask), in which a shorter history stands at the end; "start" counts from the first event of the
+    history; "none" has no position embeddings. key_padding_mask: False lets every event also attend
+    to the padding in front of a history that is shorter than the window, as SASRec does in
+    RecTools. That padding is a zero vector at the input of every block.
     """
 
     fixed_shapes = True
@@ -50,9 +50,11 @@ class Transformer(ItemTables):
         output_norm: nn.Module | None = None,
         causal: bool = True,
     ) -> None:
-        """scaled: item embeddings are multiplied with sqrt(D). blocks: makes them, each
-        (x_ND, groups, padding_B) -> x_ND. causal: that they let no event see later ones; else the
-        model is to fill in masks, and its window has a place for one behind the history."""
+        """Build the tables, and the blocks by `blocks`, each (x_ND, groups, padding_B) -> x_ND.
+
+        scaled: item embeddings are multiplied with sqrt(D). causal: no event sees later ones;
+        otherwise the model fills in masks, and its window has a place for one after the history.
+        """
         super().__init__(
             num_items=num_items,
             embedding_dim=embedding_dim,
@@ -77,9 +79,9 @@ class Transformer(ItemTables):
         self.norm = output_norm or nn.Identity()
 
     def forward(self, batch: Batch, rows_UD: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states [N, D] (D + 1 with an output bias), to be multiplied with `item_table`.
+        """Return hidden states [N, D] (D + 1 with an output bias), to multiply with `item_table`.
 
-        rows_UD: rows of the item embedding that the batch's inputs are places in; None: all.
+        rows_UD: rows of the item embedding, to which the inputs are indices; None: all rows.
         """
         x_ND = self.embedded(batch.inputs_N, rows_UD) * self.item_scale
         if self.position_embedding is not None:

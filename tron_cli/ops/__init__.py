@@ -1,1 +1,1 @@
-"""Arithmetic that knows the machine."""
+"""Arithmetic fitted to the machine; each operation stands beside its plain form."""

@@ -1,4 +1,4 @@
-"""Attention over packed rows, which are padded inside it only, among rows of like length.
+"""Attention over packed rows. Only here are rows padded, in groups of similar length.
 
 Shapes: N packed events, B rows, D width of the hidden states, R rows of a group, W their padded
 width, H heads, d = D / H, V keys of a row: W, or one more where padding is attended.
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class Padding(NamedTuple):
-    """Places in front of the rows that their events attend to, all with the same key and value.
+    """Padding in front of each row, to which its events attend; all of it has one key and value.
 
-    query_key_value_13D: as of an event. count_B: int64, number of such places of each row.
+    query_key_value_13D: laid out like that of an event. count_B: int64, places of padding per row.
     """
 
     query_key_value_13D: torch.Tensor
@@ -37,12 +37,12 @@ def packed_attention(
     causal: bool = True,
     padding: Padding | None = None,
 ) -> torch.Tensor:
-    """[N, 3D] -> [N, D]: each event attends to events of its own row, head by head.
+    """Let each event attend to the events of its own row, head by head: [N, 3D] -> [N, D].
 
-    query_key_value_N3D: queries, keys and values side by side. dropout_rate: of the attention
-    weights; 0 outside of training. causal: an event attends to itself and to earlier events; else
-    to all events of its row. padding: attended to by all events of a row, as often as it says;
-    dropout takes all of a row's padding at once.
+    query_key_value_N3D: queries, keys and values side by side. dropout_rate: applied to the
+    attention weights; 0 outside training. causal: an event attends to itself and to earlier events
+    of its row; otherwise to all of them. padding: all events of a row attend to each of its places
+    of padding; dropout drops all or none of them.
     """
     attended = []
     first_row = 0
@@ -101,9 +101,9 @@ def _with_padding(
     bias: torch.Tensor | None,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values behind one more that stands for all padding of a row, and their bias.
+    """Return keys and values with one in front that stands for all padding of a row, and the bias.
 
-    n equal scores weigh as much as one that is higher by log n.
+    n equal scores weigh as much as one score that is higher by log n.
     """
     rows, heads, width, dim = k_RHWd.shape
     key_value_2H1d = padding.query_key_value_13D.view(3, heads, 1, dim)[1:]
@@ -116,13 +116,13 @@ def _with_padding(
 
 
 def _hidden_future(like_RHWd: torch.Tensor) -> torch.Tensor:
-    """[W, W]: hides from each place those after it."""
+    """Return a bias [W, W] that hides from each place the places after it."""
     width = like_RHWd.shape[2]
     return like_RHWd.new_full((width, width), -torch.inf).triu_(1)
 
 
 def _hidden_padding(like: torch.Tensor, keep: torch.Tensor, rows: int, width: int) -> torch.Tensor:
-    """[R, 1, 1, W]: hides the places past the end of each row."""
+    """Return a bias [R, 1, 1, W] that hides the places past the end of each row."""
     bias = like.new_full((rows * width,), -torch.inf).index_fill_(0, keep, 0.0)
     return bias.view(rows, 1, 1, width)
 

@@ -23,7 +23,7 @@ def dot_products(
     ids_NK: torch.Tensor,
     known_NK: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return `plain_dot_products` [N, K], never holding the gathered [N, K, D].
+    """Return `plain_dot_products` [N, K] without holding the gathered [N, K, D].
 
     Where K is large beside the table, all products of a position are formed and the K are picked,
     which is cheaper than to gather rows. known_NK: the values, where they were computed before
@@ -36,7 +36,7 @@ def dot_products(
 def plain_dot_products(
     hidden_ND: torch.Tensor, table_VD: torch.Tensor, ids_NK: torch.Tensor
 ) -> torch.Tensor:
-    """hidden_ND[n] . table_VD[ids_NK[n, k]], [N, K]."""
+    """Return hidden_ND[n] . table_VD[ids_NK[n, k]], [N, K]."""
     return torch.einsum("nd,nkd->nk", hidden_ND, F.embedding(ids_NK, table_VD))
 
 

@@ -20,7 +20,7 @@ class Dropout(nn.Dropout):
 
 
 def drop(x: torch.Tensor, rate: float) -> torch.Tensor:
-    """x with elements dropped at `rate`, in [0, 1), and the rest scaled up to keep the mean."""
+    """Drop elements of x at `rate`, in [0, 1), and scale up the others to keep the mean."""
     dropped = min(round(rate * 65536), 65535)
     if not dropped:
         return x

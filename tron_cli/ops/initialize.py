@@ -1,8 +1,7 @@
-"""Tables of random numbers, drawn by all threads at once.
+"""Random tables, drawn by all threads at once.
 
-A table of two million rows takes torch's one generator more than a second. Here each stretch of a
-table has a generator of its own, seeded from torch's default one: the numbers depend on its state
-alone, and not on the number of threads.
+Each stretch of a table has a generator of its own, seeded from torch's default generator: the
+numbers depend on the state of that one alone, and not on the number of threads.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _SMALL = 0.02  # standard deviation
 
 
 def xavier_uniform(rows: int, columns: int) -> torch.Tensor:
-    """[rows, columns], distributed as by nn.init.xavier_uniform_."""
+    """Draw [rows, columns] from the distribution of nn.init.xavier_uniform_."""
     bound = math.sqrt(6 / (rows + columns))
     return _drawn(
         rows, columns, lambda part, source: part.uniform_(-bound, bound, generator=source)
@@ -27,17 +26,17 @@ def xavier_uniform(rows: int, columns: int) -> torch.Tensor:
 
 
 def standard_normal(rows: int, columns: int) -> torch.Tensor:
-    """[rows, columns], distributed as by nn.init.normal_."""
+    """Draw [rows, columns] from N(0, 1)."""
     return _drawn(rows, columns, lambda part, source: part.normal_(generator=source))
 
 
 def small_normal(rows: int, columns: int) -> torch.Tensor:
-    """[rows, columns] of N(0, 0.02), RecBole's choice after BERT's."""
+    """Draw [rows, columns] from N(0, 0.02), RecBole's choice after BERT's."""
     return standard_normal(rows, columns).mul_(_SMALL)
 
 
 def small_normal_weights(module: nn.Module) -> None:
-    """The same for the matrix of a linear layer, whose biases are then zero; others stay."""
+    """Draw the matrix of a linear layer from N(0, 0.02) and set its bias to zero; skip others."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=_SMALL)
         if module.bias is not None:
@@ -51,7 +50,7 @@ def _drawn(
     if table.is_meta:
         return table
     parts = table.view(-1).split(_NUMBERS_AT_ONCE)
-    # Neighbouring seeds: torch's generator tells 2**32 of them apart, and no two are to be equal.
+    # Neighbouring seeds, so that no two are equal; torch's generator distinguishes 2**32 of them.
     first = int(torch.randint(1 << 32, ()))
 
     def fill(number: int) -> None:

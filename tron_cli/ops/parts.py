@@ -1,8 +1,8 @@
 """Parts of a step, each few enough rows for the cache and on a thread of its own.
 
-torch spreads an operator over its threads and waits for all of them before the next one begins;
-what it or NumPy does on one thread keeps the others waiting. Parts that need nothing of each other
-are better spread whole, each on one thread from its first operator to its last.
+torch spreads each operator over its threads and waits for all of them before the next begins; while
+torch or NumPy works on one thread, the others wait. Parts that do not depend on each other are
+better spread whole, each on one thread from its first operator to its last.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 def parts_of_rows(num_rows: int, width: int, device: torch.device) -> list[slice]:
-    """Return 0..num_rows in parts that hold as many elements, at `width` a row, as fit a cache."""
+    """Cut num_rows rows into parts whose elements, `width` per row, fit the cache."""
     step = max(1, _ELEMENTS_AT_ONCE[device.type] // max(1, width))
     if step > _ROWS:
         step -= step % _ROWS
@@ -34,17 +34,17 @@ def parts_of_rows(num_rows: int, width: int, device: torch.device) -> list[slice
 def on_threads(
     work: Callable[[Part], Result], parts: Sequence[Part], device: torch.device
 ) -> list[Result]:
-    """Return work(part) of each part, in order, without gradients; what it raises is raised.
+    """Return work(part) for each part, in order, without gradients; raise what work raises.
 
-    On the CPU as many threads work as torch has, the caller among them, each of them with one
-    thread of torch: so the results are the same bits with any number. Elsewhere the parts follow
-    each other.
+    On the CPU as many threads work as torch has, the caller among them, and torch uses one thread
+    in each. So the results are the same bits with any number of threads. Elsewhere, and with one
+    thread, the parts follow each other, which is the plain form.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or len(parts) == 1:
         with torch.no_grad():
             return [work(part) for part in parts]
-    # What is left of them, from which each thread takes the next.
+    # Each thread takes the next part from here.
     queue = iter(list(enumerate(parts)))
     results: dict[int, Result] = {}
 
@@ -58,7 +58,7 @@ def on_threads(
     try:
         take()
     finally:
-        # A thread of the pool that begins tells torch that threads to come shall have one as well.
+        # A new thread of the pool also sets the number for threads that start later.
         wait(others)
         torch.set_num_threads(threads)
     for other in others:
@@ -68,5 +68,5 @@ def on_threads(
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads for which torch has one thread each."""
+    """Return a pool of threads in each of which torch uses one thread."""
     return ThreadPoolExecutor(threads, "part", initializer=torch.set_num_threads, initargs=(1,))

@@ -1,8 +1,8 @@
-"""Matrix products against rows of a table, by the fastest float32 library of the machine.
+"""Matrix products with rows of a table, by the fastest float32 library of the machine.
 
-PyTorch multiplies float32 matrices on the CPU with MKL, which on other vendors' processors keeps to
-AVX2. oneDNN, which PyTorch brings along, uses AVX-512 on any that has it: twice the rate there, in
-the same arithmetic.
+On the CPU PyTorch multiplies float32 matrices with MKL, which uses no more than AVX2 on processors
+that are not Intel's. oneDNN, which comes with PyTorch, uses AVX-512 wherever it exists: twice the
+rate in the same arithmetic.
 
 Shapes: N rows, D width, V rows of the table.
 """
@@ -21,7 +21,7 @@ _ROWS = 64
 
 
 def row_products(a_ND: torch.Tensor, table_VD: torch.Tensor) -> torch.Tensor:
-    """a_ND @ table_VD.T; [N, V] in the arguments' dtype."""
+    """Return a_ND @ table_VD.T, which is the plain form: [N, V] in the dtype of the arguments."""
     if not (a_ND.dtype == torch.float32 and a_ND.device.type == "cpu" and _one_dnn()):
         return a_ND @ table_VD.T
     if torch.is_grad_enabled() and (a_ND.requires_grad or table_VD.requires_grad):
@@ -42,7 +42,7 @@ class Linear(nn.Linear):
 
 
 def rounded_up(x_ND: torch.Tensor) -> torch.Tensor:
-    """With rows of zeros up to a round number of rows."""
+    """Append rows of zeros up to a round number of rows."""
     missing = -len(x_ND) % _ROWS
     return F.pad(x_ND, (0, 0, 0, missing)) if missing else x_ND
 

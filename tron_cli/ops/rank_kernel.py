@@ -7,7 +7,7 @@ are counted; the ids of the few inside it are listed, to be scored again in floa
 float16, scaled by powers of two, has the 11 significant bits of TF32 at twice its rate and half
 its traffic. Why it pays: 10.7M events x 1.86M items x 200 are 8e15 operations, 160 s in float32 at
 50 TFLOP/s, some 20 s in float16 at 400. Inside the bound, about 3e-4 * |h| * |e|, lie 20 to 30 of
-43,000 items an event with trained models; at 1,000 of 1.86M, scoring them again reads 9 TB, a few
+43,000 items per event with trained models; at 1,000 of 1.86M, scoring them again reads 9 TB, a few
 seconds.
 
 Shapes: E events, D width of the table, K the same rounded up, I items, P (event, item) pairs.
@@ -26,10 +26,10 @@ try:  # comes with PyTorch for CUDA
 except ImportError:
     triton = None
 
-_CAPACITY = 1 << 14  # items in doubt that an event can list
+_CAPACITY = 1 << 14  # items in doubt that can be listed per event
 _BLOCK_E, _BLOCK_I, _BLOCK_K = 128, 128, 32
 _BLOCK_P = 16
-_WAVES = 4  # programs for each multiprocessor, so that the last ones to end are short
+_WAVES = 4  # programs per multiprocessor: short ones, so that none runs long after the others
 _LARGEST_EXPONENT = 8  # entries are scaled below 2^8: sums stay in range, few entries underflow
 
 log = logging.getLogger("tron")
@@ -38,7 +38,7 @@ _has_failed = False
 
 
 def usable(device: torch.device) -> bool:
-    """Whether the kernels run on `device`: an NVIDIA card with float16 tensor cores, and Triton.
+    """Return True if the kernels run on `device`: Triton and NVIDIA's float16 tensor cores.
 
     False once `give_up` was called.
     """
@@ -52,7 +52,7 @@ def usable(device: torch.device) -> bool:
 
 
 def give_up(error: Exception) -> None:
-    """Use the kernels no more in this process, and say why in the log."""
+    """Stop using the kernels in this process, and log why."""
     global _has_failed
     _has_failed = True
     reason = str(error).strip().partition("\n")[0][:300]
@@ -63,11 +63,11 @@ def give_up(error: Exception) -> None:
 
 
 class Comparison(NamedTuple):
-    """What the coarse pass knows of each event.
+    """Result of the coarse pass for each event.
 
-    ahead_E: int64, items that certainly score higher than the target. in_doubt_E: int64, how many
-    may or may not, the target among them. in_doubt_EN: int32, their ids in no order. Of an event
-    with more than N in doubt, the list is incomplete and the counting ends soon after N.
+    ahead_E: int64, number of items that certainly score higher than the target. in_doubt_E: int64,
+    number of items that may or may not, the target among them. in_doubt_EN: int32, their ids in no
+    order. Where more than N are in doubt, the list is incomplete and counting ends soon after N.
     """
 
     ahead_E: torch.Tensor
@@ -97,7 +97,7 @@ class CoarseTable:
         )
         # Products of float16 numbers are exact in float32. Tensor cores add them a few at a time,
         # cut off at the 24th bit of the largest or later (Fasi et al., Numerical behavior of NVIDIA
-        # tensor cores, 2021), which costs less than 2^-22 of the sum of magnitudes an addition:
+        # tensor cores, 2021), which costs less than 2^-22 of the sum of magnitudes per addition:
         # that is charged for each of the K terms. The norms, thresholds and float64 scores are off
         # by a few roundings, each below 2^-23 of |h| |e|.
         bound_E = (bound_E + largest_E * ((table.copy.shape[1] + 8) * 2.0**-22)) * (1 + 1e-6)
@@ -136,7 +136,7 @@ class CoarseTable:
     def pair_scores(
         self, hidden_ED: torch.Tensor, event_P: torch.Tensor, item_P: torch.Tensor
     ) -> torch.Tensor:
-        """float64 [P]: scores of items at events, products and sums in float64."""
+        """Return the scores of items for events, computed in float64: float64 [P]."""
         score_P = torch.empty(len(event_P), dtype=torch.float64, device=hidden_ED.device)
         if len(event_P):
             _pair_score_kernel[(triton.cdiv(len(event_P), _BLOCK_P),)](
@@ -163,7 +163,7 @@ class _Coarse(NamedTuple):
 
 
 def _coarse(rows_ND: torch.Tensor, *, scaled_together: bool) -> _Coarse:
-    """Scaled by powers of two, which is exact in float64, until the largest entry is near 2^8."""
+    """Scale rows by powers of two until the largest entry is near 2^8, and round to float16."""
     width = triton.cdiv(rows_ND.shape[1], _BLOCK_K) * _BLOCK_K
     copy = rows_ND.new_zeros(len(rows_ND), width, dtype=torch.float16)
     largest_N1 = rows_ND.abs().amax(dim=1, keepdim=True).double()
@@ -210,7 +210,7 @@ if triton is not None:
         BLOCK_I: tl.constexpr,
         BLOCK_K: tl.constexpr,
     ):
-        """One block of events against a stretch of items, a tile [BLOCK_E, BLOCK_I] at a time."""
+        """Compare a block of events with some items, a tile [BLOCK_E, BLOCK_I] at a time."""
         event_E = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
         is_event_E = event_E < num_events
         first = 1 + tl.program_id(1) * items_a_program
@@ -236,7 +236,7 @@ if triton is not None:
             near_EI = (score_EI >= below_E[:, None]) & (score_EI <= above_E[:, None]) & is_item_I
             near_E = tl.sum(near_EI.to(tl.int32), axis=1)
             while tl.max(near_E, axis=0) > 0:
-                # The last of each row. One place a row keeps the registers of two programs free.
+                # The last of each row. One place per row leaves registers for two programs.
                 last_E = tl.max(tl.where(near_EI, item_I[None, :], 0), axis=1)
                 place_E = tl.atomic_add(in_doubt_ptr + event_E, 1, mask=near_E > 0, sem="relaxed")
                 tl.store(
@@ -245,7 +245,7 @@ if triton is not None:
                     mask=(near_E > 0) & (place_E < CAPACITY),
                 )
                 near_EI = near_EI & (item_I[None, :] != last_E[:, None])
-                # A full list says all there is to say: nothing is near that event any more.
+                # Of a full list no more is needed: regard nothing as near that event.
                 is_full_E = (near_E > 0) & (place_E >= CAPACITY)
                 below_E = tl.where(is_full_E, float("inf"), below_E)
                 near_E = tl.where(is_full_E, 0, near_E - 1)
@@ -263,7 +263,7 @@ if triton is not None:
         BLOCK_P: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
-        """BLOCK_P dot products of gathered rows."""
+        """Compute BLOCK_P dot products of gathered rows."""
         pair_P = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         is_pair_P = pair_P < num_pairs
         row_P = tl.load(event_ptr + pair_P, mask=is_pair_P, other=0) * WIDTH

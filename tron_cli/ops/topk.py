@@ -38,7 +38,7 @@ def highest(values_nC: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
 
 
 def plain_highest(values_nC: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k highest values of each row and their columns; of values that tie, any."""
+    """Return the k highest values of each row and their columns; any of values that tie."""
     best = values_nC.topk(count, dim=1, sorted=False)
     return best.values, best.indices
 

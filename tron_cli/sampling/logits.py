@@ -1,4 +1,4 @@
-"""Hidden states and sampled items -> logits, with top-k selection in two passes.
+"""Logits of targets and sampled negatives, with top-k selection in two passes.
 
 Shapes: N positions with a target, n positions of a part, D width of the table, V its rows, K
 negatives of a position, k those that top-k keeps, M in-batch negatives, C candidates of one kind.
@@ -30,14 +30,14 @@ def sampled_logits(
     topk: int | None,
     mask_collisions: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Logits of each position's target [N] and negatives [N, K], and which negatives count.
+    """Return the logits of each position's target [N] and negatives [N, K], and which count.
 
     With `topk`, the topk highest negatives of each position are found without gradients, and only
     those are computed with gradients: the loss and gradients of keeping the top-k of the full
     matrix, for a fraction of the work. mask_collisions: a negative that is the position's own
-    target does not count. Negatives that know how many of them to expect have the log of it taken
-    off their logits. The third value is bool [N, K], or None where all count. hidden_ND: the hidden
-    states of the events with a target.
+    target does not count. Where `negatives` holds log expected counts, they are subtracted from the
+    logits. The third value is bool [N, K], True where a negative counts, or None where all do.
+    hidden_ND: the hidden states of the events with a target.
     """
     assert batch.targets_N is not None
     hidden_ND = hidden_ND.to(table_VD.dtype)  # under autocast a layer may return less
@@ -61,7 +61,7 @@ def sampled_logits(
             torch.cat([logits_nk for logits_nk, _ in parts]), candidates.some_do_not_count
         )
         ids_N1k = torch.cat([target_N1, torch.cat([ids_nk for _, ids_nk in parts])], dim=1)
-        # What the first pass found are the values of the second, which adds the gradients.
+        # The second pass takes the values of the first and adds the gradients.
         logit_N1 = dot_products(hidden_ND, table_VD, target_N1)
         known_N1k = torch.cat([logit_N1, top_Nk.to(logit_N1.dtype)], dim=1)
     logits_N1k = dot_products(hidden_ND, table_VD, ids_N1k, known_N1k)
@@ -69,7 +69,7 @@ def sampled_logits(
 
 
 class _Candidates:
-    """All negatives of some positions with their logits, -inf where a negative does not count."""
+    """The negatives of all positions with their logits, -inf where a negative does not count."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class _Candidates:
             self.in_batch_NM, self.in_batch_ids_NM = self._in_batch()
 
     def of(self, part: slice) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Logits [n, C] and ids [n, C] or [C], of each kind of negatives."""
+        """Return logits [n, C] and ids [n, C] or [C] of each kind of negatives."""
         blocks = []
         if self.num_uniform:
             blocks.append(self._uniform(part))
@@ -123,7 +123,7 @@ class _Candidates:
             logits_nK = dot_products(hidden_nD, self.table_VD, ids)
         expected = self.negatives.uniform_log_expected
         if expected is not None:
-            # Apart from what autograd remembers, since targets are dropped in place.
+            # Not in place: autograd may need the products, and targets are dropped in place below.
             logits_nK = logits_nK - (
                 expected[self.order_K] if ids.dim() == 1 else self._of_events(expected, part)
             )
@@ -136,7 +136,7 @@ class _Candidates:
         return logits_nK, ids
 
     def _in_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and ids [N, M]; the events of a session share its candidates."""
+        """Return logits and ids [N, M]; the events of a session share its candidates."""
         batch, negatives = self.batch, self.negatives
         ids_BM = batch.inputs_N[negatives.in_batch_BM]
         rows_N = batch.target_rows_P
@@ -154,7 +154,7 @@ class _Candidates:
         return logits_NM, ids_NM
 
     def _by_session(self, ids_BM: torch.Tensor) -> torch.Tensor:
-        """[N, M], where every event has a target: one product a group of sessions."""
+        """Return logits [N, M] with one product per group of sessions; every event has a target."""
         rows_BMD = F.embedding(ids_BM, self.table_VD).to(self.dtype)
         logits, row = [], 0
         for group in self.batch.groups:
@@ -171,7 +171,7 @@ class _Candidates:
         if ids.dim() == 2 or logits_nC.is_cuda:
             logits_nC.masked_fill_(ids == targets_n1, -torch.inf)
             return
-        # Ids that are shared are ascending: finding the few equal ones beats comparing all.
+        # Shared ids are ascending: finding the few equal ones is cheaper than comparing all.
         first_n = torch.searchsorted(ids, targets_n1)[:, 0]
         copies_n = torch.searchsorted(ids, targets_n1, right=True)[:, 0] - first_n
         event_P = torch.repeat_interleave(copies_n)
@@ -180,7 +180,7 @@ class _Candidates:
         logits_nC.view(-1).index_fill_(0, place_P, -torch.inf)
 
     def _of_events(self, values: torch.Tensor, part: slice) -> torch.Tensor:
-        """Values by event or by session, for the events of a part."""
+        """Select the rows of `values`, one per event or per session, for the events of a part."""
         rows_N = self.batch.target_rows_P
         return values[part] if len(values) == len(rows_N) else values[rows_N[part]]
 
@@ -188,7 +188,7 @@ class _Candidates:
 def _finite(
     logits_NK: torch.Tensor, some_do_not_count: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Logits that a loss can compute with, and which of them count."""
+    """Return logits that are finite, and which of them count."""
     if not some_do_not_count:
         return logits_NK, None
     keep_NK = logits_NK != -torch.inf  # NaN counts, so that it shows in the loss
@@ -198,7 +198,7 @@ def _finite(
 def _highest(
     blocks: list[tuple[torch.Tensor, torch.Tensor]], topk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and ids [n, k] of the highest candidates of all kinds, in no order."""
+    """Return logits and ids [n, k] of the highest candidates of all kinds, in no order."""
     logits, ids = [], []
     for logits_nC, ids_C in blocks:
         if logits_nC.shape[1] > topk:

@@ -1,7 +1,7 @@
-"""One lookup a table and step: the distinct rows that a batch and its negatives need.
+"""One lookup per table and step: the distinct rows that a batch and its negatives need.
 
-Everything between the lookup and its gradient works on the looked-up rows and on their numbers, so
-that neither the forward nor the backward pass touches the rest of a table.
+Everything between the lookup and its gradient works on the looked-up rows and their places, so that
+neither the forward nor the backward pass touches the rest of a table.
 
 Shapes: N events, K negatives, V rows of the table, U distinct rows, D width.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Looked:
-    """Rows of a table, and what refers to them by their number.
+    """Rows of a table, with a batch and negatives that refer to them by place.
 
     rows_UD: with a gradient of the whole table. batch, negatives: as given, but their item ids are
     places in rows_UD.
@@ -32,7 +32,7 @@ class Looked:
     negatives: Negatives
 
 
-# Told which rows of a table are about to be looked up.
+# Called with a table and the ids of the rows about to be looked up.
 BeforeLookup = Callable[[torch.Tensor, torch.Tensor], None]
 
 
@@ -44,10 +44,10 @@ def look_up(
     sparse: bool,
     before: BeforeLookup | None = None,
 ) -> Looked:
-    """The rows of the inputs, targets and uniform negatives.
+    """Look up the rows of the inputs, targets and uniform negatives.
 
-    sparse: the table's gradient is a sparse tensor of the rows looked up, each once. Else it is
-    dense, and where more ids are asked for than the table has rows, the table itself is given.
+    sparse: the table's gradient is a sparse tensor of the rows looked up, each once. Otherwise it
+    is dense, and if more ids are needed than the table has rows, the table itself is returned.
     """
     assert batch.targets_N is not None
     num_events = len(batch.inputs_N)
@@ -72,7 +72,7 @@ def look_up(
 def look_up_inputs(
     table_VD: torch.Tensor, batch: Batch, *, sparse: bool, before: BeforeLookup | None = None
 ) -> tuple[Batch, torch.Tensor]:
-    """The batch and the rows of its inputs, for a model that scores with another table."""
+    """Look up the rows of the inputs alone, for a model that scores with another table."""
     ids_U, place_N = _distinct(batch.inputs_N, len(table_VD), same_shape=batch.padded)
     if before is not None:
         before(table_VD, ids_U)
@@ -82,11 +82,11 @@ def look_up_inputs(
 def _distinct(
     ids: torch.Tensor, num_rows: int, *, same_shape: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The distinct ids, ascending, and the place of each id among them.
+    """Return the distinct ids, ascending, and the place of each id among them.
 
-    same_shape: as many as there are ids, or as the table has rows if that is fewer, so that nobody
-    waits for a device to say how many are distinct; what is too much is 0, the row of no item,
-    which has no gradient.
+    same_shape: return as many as there are ids, or as the table has rows if that is fewer, so that
+    the host need not wait for the device to count them; the rest are 0, the row of no item, which
+    has no gradient.
     """
     if not same_shape:
         return ids.unique(return_inverse=True)
@@ -112,7 +112,7 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (ids_U,) = ctx.saved_tensors
         if ctx.sparse:
-            # Nothing is left to sum: the ids are distinct, or have a gradient of zero.
+            # The ids are distinct, or have a gradient of zero: there is nothing to add up.
             return (
                 torch.sparse_coo_tensor(
                     ids_U[None], grads[0], ctx.shape, is_coalesced=True, check_invariants=False

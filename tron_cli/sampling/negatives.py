@@ -1,4 +1,4 @@
-"""Negative sampling on the device of the batch, without loops and without retries.
+"""Negative sampling on the device of the batch, without loops or retries.
 
 Random numbers come from torch's default generator of that device.
 Shapes: N events of the batch, P of them with a target, B sessions, K uniform negatives, M in-batch
@@ -24,9 +24,9 @@ _TOTAL_WEIGHT = 1 << 50
 class Distribution:
     """Weights by which negatives are drawn, on the device of the batches.
 
-    cumulative_V: int64 [I + 1], weight of the items up to each, entry 0 being 0; None where all
-    weigh the same. log_expected_V: float32 [I + 1], log of how many of a position's negatives,
-    uniform and in-batch, are expected to be each item; None where the loss does not ask.
+    cumulative_V: int64 [I + 1], total weight of items 1 to i at entry i; None where all weigh the
+    same. log_expected_V: float32 [I + 1], log of the expected number of times that each item is
+    among the negatives of a position, uniform and in-batch; None where the loss does not need it.
     """
 
     num_items: int
@@ -41,14 +41,16 @@ class Distribution:
         expected_of: tuple[int, np.ndarray] | None,
         device: torch.device,
     ) -> Distribution:
-        """weight_I: float64, not negative, in proportion to which items are drawn. expected_of:
-        how many are drawn for a position, and float64 [I], how many of its in-batch negatives to
-        expect of each item, where the loss asks how many there are of both kinds."""
+        """Build the distribution that draws items in proportion to weight_I, float64, not negative.
+
+        expected_of: for a loss that needs expected counts, the number of uniform negatives of a
+        position, and the expected number of its in-batch negatives of each item, float64 [I].
+        """
         share_I = weight_I / weight_I.sum()
         cumulative_V = log_expected_V = None
         if weight_I.min() < weight_I.max():
             whole_I = np.rint(share_I * _TOTAL_WEIGHT).astype(np.int64)
-            # What is drawn at all stays so.
+            # A weight above zero stays above zero.
             whole_I = np.maximum(whole_I, weight_I > 0)
             cumulative_V = torch.from_numpy(np.concatenate([[0], whole_I.cumsum()])).to(device)
         if expected_of is not None:
@@ -61,15 +63,15 @@ class Distribution:
 
     @property
     def total(self) -> int | torch.Tensor:
-        """Weight of all items."""
+        """Total weight of all items."""
         return self.num_items if self.cumulative_V is None else self.cumulative_V[-1]
 
     def weight_below(self, ids: torch.Tensor) -> torch.Tensor:
-        """Weight of the items before each id, ids 1..I + 1."""
+        """Return the total weight of the items before each id, ids 1..I + 1."""
         return ids - 1 if self.cumulative_V is None else self.cumulative_V[ids - 1]
 
     def item_at(self, weight: torch.Tensor) -> torch.Tensor:
-        """The item that holds each place 0..total - 1 when their weights are laid end to end."""
+        """Return the item at each place 0..total - 1 of all weights laid end to end."""
         if self.cumulative_V is None:
             return weight + 1
         return torch.searchsorted(self.cumulative_V, weight, right=True)
@@ -83,8 +85,8 @@ class Negatives:
     uniform_keep: bool, [1], [B] or [N]; False where rejection left no item; None: all True.
     in_batch_BM: int64, indices into the batch's inputs_N, for each session.
     in_batch_keep_BM: bool, False where a session had fewer candidates than M; None: all True.
-    uniform_log_expected, in_batch_log_expected_BM: float32, of the same shapes, log of how many
-    negatives of a position are expected to be that item; None where the loss does not ask.
+    uniform_log_expected, in_batch_log_expected_BM: float32, of the same shapes, log of the expected
+    number of negatives of a position that are that item; None where the loss does not need it.
     """
 
     uniform: torch.Tensor
@@ -108,16 +110,16 @@ def sample_negatives(
     """Draw the negatives of a batch by TRON's rules (arXiv 2307.14906).
 
     Uniform negatives (or those of another distribution) are drawn from the items 1..I with
-    replacement: one set an event with a target (eventwise), a session (sessionwise) or a batch
+    replacement: one set per event with a target (eventwise), session (sessionwise) or batch
     (batchwise). Rejected are, batchwise with reject_in_batch_items, the inputs of the batch (in
     session-parallel batches nothing, as in TRON's GRU4Rec); eventwise and sessionwise with
     reject_uniform_session_items, the inputs of the own session. A draw under rejection is from the
-    items that remain, in their proportion; where none remains the set is marked as not kept.
+    items that remain, in proportion to their weights; a set with none is marked as not kept.
 
     In-batch negatives are occurrences among the inputs of the other sessions (of all sessions
     without reject_in_batch_items), without replacement; all of them where there are fewer than
-    num_batch, and the rest is marked as not kept. Padding and masked inputs are no candidates and
-    reject nothing.
+    num_batch, and the rest is marked as not kept. Padding and masked inputs are neither candidates
+    nor rejected.
     """
     inputs_N, num_items = batch.inputs_N, distribution.num_items
     gaps = None
@@ -155,11 +157,11 @@ def sample_negatives(
 
 @dataclass(frozen=True)
 class _Gaps:
-    """The items that rejection leaves, so that each draw takes one binary search.
+    """The items that remain under rejection, arranged so that a draw takes one binary search.
 
     Lay the weights of the allowed items end to end. The j-th smallest rejected id (from 0) has
-    gap_j of them below it, so what holds place r there lies behind all rejected ids with
-    gap_j <= r, and holds place r + their weight among all items.
+    gap_j of them below it, so the item at place r lies behind all rejected ids with gap_j <= r, and
+    is at place r + their weight among all items.
     gaps_RJ: int64, ascending in each row. skipped_RJ1: int64 [R, J + 1], weight of the first j
     rejected ids. left_R1: int64, weight that is allowed.
     """
@@ -190,13 +192,13 @@ class _Gaps:
 def _draw(
     shape: torch.Size, distribution: Distribution, gaps: _Gaps | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Item ids, row r from the items that row r of `gaps` leaves; and which rows have any."""
+    """Draw item ids, row r from what row r of `gaps` leaves; return which rows have any."""
     num_items = distribution.num_items
     if gaps is None and distribution.cumulative_V is None:
         return torch.randint(1, num_items + 1, shape, device=device), None
     if gaps is None:
         draws = torch.rand(shape, dtype=torch.float64, device=device)
-        # Rounding may lead to the end itself, where no item is.
+        # Rounding may give the end itself, where there is no item.
         place = (draws * distribution.total).long().clamp(max=distribution.total - 1)
         return distribution.item_at(place).clamp(1, num_items), None
     rows, width = gaps.gaps_RJ.shape
@@ -208,7 +210,8 @@ def _draw(
     else:
         drawn = distribution.item_at(nth + gaps.skipped_RJ1.gather(1, behind))
     drawn = drawn.clamp(1, num_items).view(shape)
-    # With fewer rejected ids than items, all alike, no row is empty: nothing to ask the device.
+    # With equal weights and fewer rejected ids than items no row is empty: no need to wait for
+    # the device.
     may_be_empty = width >= num_items or distribution.cumulative_V is not None
     return drawn, (gaps.left_R1 > 0).squeeze(1) if may_be_empty else None
 
@@ -221,10 +224,10 @@ def _draw_in_batch(
     device = rows_N.device
     if not num_batch:
         return torch.zeros((num_sessions, 0), dtype=torch.int64, device=device), None
-    # The candidates in packed order, and how many of them each session holds, itself in one piece;
-    # the padding of a batch lies behind all of them.
+    # The candidates in packed order, and the number of them in each session, whose own are
+    # contiguous; the padding of a batch comes after all of them.
     order_N, own_B = None, batch.lengths_B
-    if batch.predicting_P is not None:  # masked events are none
+    if batch.predicting_P is not None:  # masked events are no candidates
         shown_N = batch.inputs_N <= num_items
         order_N = (~shown_N).sort(stable=True).indices
         own_B = torch.zeros_like(own_B).index_add_(0, rows_N, shown_N.long())
@@ -238,7 +241,7 @@ def _draw_in_batch(
     index_BM = chosen_BM.clamp(max=num_events - 1)
     if order_N is not None:
         index_BM = order_N[index_BM]
-    if not batch.padded and order_N is None:  # else the device alone knows how many there are
+    if not batch.padded and order_N is None:  # otherwise only the device knows how many there are
         longest = max(group.gather_RW.shape[1] for group in batch.groups)
         if num_events - (longest if other_sessions_only else 0) >= num_batch:
             return index_BM, None
@@ -246,23 +249,23 @@ def _draw_in_batch(
 
 
 def _without_replacement(size_B: torch.Tensor, draws: int) -> torch.Tensor:
-    """int64 [B, draws]: of 0..size - 1, each set alike, in no particular order.
+    """Draw without replacement from 0..size - 1, every set alike: int64 [B, draws], in no order.
 
-    What is drawn where there are fewer comes last, and is at least size.
+    Where size < draws, the surplus comes last and is at least size.
     """
-    # Fisher and Yates: step i takes what stands at a random place from i on, and puts there what
-    # stands at i. A place that no earlier step has put something at holds its own number, so that
-    # only the places of the steps matter, and what each finds follows from them all at once.
+    # Fisher and Yates: step i takes the number at a random place from i on, and puts there the
+    # number at i. A place where no earlier step has put anything holds its own number, so only the
+    # places of the steps matter, and all results follow from them at once.
     step_M = torch.arange(draws, device=size_B.device)
     left_BM = size_B[:, None] - step_M
     random_BM = torch.rand(left_BM.shape, dtype=torch.float64, device=size_B.device)
     place_BM = step_M + (random_BM * left_BM).long().clamp(max=left_BM - 1).clamp(min=0)
-    # The steps of each place, one after the other.
+    # Sort the steps by place, and those of one place by their order.
     key_BM = (place_BM * draws + step_M).sort(dim=1).values
     place_BM = key_BM // draws
     by_step_BM = key_BM - place_BM * draws
-    # What step j finds at j and puts elsewhere: what the last earlier step with place j found at
-    # its own number, and so on, or j. Chains become half as long with each round.
+    # Step j finds at j, and moves, what the last earlier step with place j found at its own number,
+    # and so on, or j itself. Chains become half as long with each round.
     before_BM = torch.searchsorted(key_BM, (step_M * (draws + 1)).expand_as(key_BM).contiguous())
     before_BM = (before_BM - 1).clamp(min=0)
     comes_from_BM = by_step_BM.gather(1, before_BM)
@@ -270,7 +273,7 @@ def _without_replacement(size_B: torch.Tensor, draws: int) -> torch.Tensor:
     moved_BM = comes_from_BM.where(earlier_BM, step_M)
     for _ in range((draws - 1).bit_length()):
         moved_BM = moved_BM.gather(1, moved_BM)
-    # What stands at a place is what the last earlier step with this place put there.
+    # A place holds what the last earlier step with this place put there.
     found_BM = place_BM.clone()
     again_BM = place_BM[:, 1:] == place_BM[:, :-1]
     found_BM[:, 1:] = moved_BM.gather(1, by_step_BM[:, :-1]).where(again_BM, place_BM[:, 1:])
@@ -278,7 +281,7 @@ def _without_replacement(size_B: torch.Tensor, draws: int) -> torch.Tensor:
 
 
 def _padded_rows(batch: Batch, padding: int) -> torch.Tensor:
-    """int64 [B, longest]: the inputs of each session, in a padded batch the last one repeated."""
+    """Return the inputs per session, int64 [B, longest]; a padded batch repeats the last one."""
     if batch.padded:
         return batch.inputs_N[batch.groups[0].gather_RW]
     longest = max(group.gather_RW.shape[1] for group in batch.groups)

@@ -1,7 +1,9 @@
-"""What negatives are drawn from: one weight an item, in proportion to which it is drawn.
+"""Sampling weights: each item is drawn as a negative in proportion to its weight.
 
-Shapes: I items. Everything else about sampling (styles, rejection, the logQ correction) follows
-from the weights, in negatives.py.
+Everything else about sampling (styles, rejection, the logQ correction) follows from the weights, in
+negatives.py.
+
+Shapes: I items.
 """
 
 from __future__ import annotations
@@ -10,23 +12,23 @@ import numpy as np
 
 
 def uniform(count_I: np.ndarray) -> np.ndarray:
-    """Every item alike, float64 [I]."""
+    """Return the same weight for every item, float64 [I]."""
     return np.ones(len(count_I))
 
 
 def popularity(count_I: np.ndarray, *, popularity_alpha: float) -> np.ndarray:
-    """count^alpha, float64 [I]: as often as in training at 1, all alike at 0.
+    """Return count^alpha, float64 [I]: the frequencies of training at 1, equal weights at 0.
 
     0.75 is word2vec's choice (Mikolov et al., NeurIPS 2013). count_I: float64, occurrences of each
     item in training.
     """
-    return (count_I / count_I.max()) ** popularity_alpha  # so that none is too large a number
+    return (count_I / count_I.max()) ** popularity_alpha  # keeps the powers in range
 
 
 def mixed(count_I: np.ndarray, *, popularity_alpha: float, mixed_share: float) -> np.ndarray:
-    """A share of the draws by popularity and the rest uniformly, float64 [I].
+    """Return weights that draw a share by popularity and the rest uniformly, float64 [I].
 
-    GRU4Rec+ and TRON mix uniform and in-batch negatives; here the in-batch part needs no batch.
+    GRU4Rec+ and TRON mix uniform and in-batch negatives; this has the same mixture without a batch.
     """
     popular_I = popularity(count_I, popularity_alpha=popularity_alpha)
     return mixed_share * popular_I / popular_I.sum() + (1 - mixed_share) / len(count_I)
