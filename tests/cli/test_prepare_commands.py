@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from tron_cli.cli.prepare import app
 from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
+from tron_cli.evaluation.reference import reference_figures
 from tron_cli.prepare.summary import agrees, summary_text
 
 DAY = 86_400_000
@@ -158,7 +159,7 @@ WORDS = {
             [Path("a"), Path("b"), Path("d"), "n"],
             {**SAMPLED, "val": Path("v.txt"), "max_bad_share": 0.25},
         ),
-        ("synthetic", [], [Path("d"), "n"], {"force": True, "seed": 5}),
+        ("synthetic", [], [Path("d"), "n", reference_figures], {"force": True, "seed": 5}),
     ],
 )
 def test_every_option_reaches_its_source(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
 from tron_cli.evaluation.metrics import Figure, parse_measures, score
+from tron_cli.evaluation.reference import reference_figures
 from tron_cli.prepare.sources.synthetic import (
     LOYALTY,
     NOISE,
@@ -25,9 +27,13 @@ DAY = 24 * 3_600_000
 SEED = 3
 
 
+def prepare(folder: Path, name: str = "synthetic", **options: Any) -> Dataset:
+    return prepare_synthetic(folder, name, reference_figures, **options)
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return prepare_synthetic(tmp_path_factory.mktemp("data"), seed=SEED)
+    return prepare(tmp_path_factory.mktemp("data"), seed=SEED)
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +184,8 @@ def test_splits_are_cut_by_time(dataset: Dataset) -> None:
 
 
 def test_same_seed_same_shop(dataset: Dataset, tmp_path: Path) -> None:
-    again = prepare_synthetic(tmp_path, "again", seed=SEED)
-    other = prepare_synthetic(tmp_path, "other", seed=SEED + 1)
+    again = prepare(tmp_path, "again", seed=SEED)
+    other = prepare(tmp_path, "other", seed=SEED + 1)
     assert again.info["references"] == dataset.info["references"]
     for split in ("train", "val", "test"):
         fingerprint = dataset.split_info(split)["fingerprint"]
@@ -189,13 +195,13 @@ def test_same_seed_same_shop(dataset: Dataset, tmp_path: Path) -> None:
 
 def test_too_few_sessions_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="do not show"):
-        prepare_synthetic(tmp_path, sessions=1000)
+        prepare(tmp_path, sessions=1000)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_dataset_is_kept(dataset: Dataset) -> None:
     with pytest.raises(InputError, match="--force"):
-        prepare_synthetic(dataset.path.parent, seed=SEED)
+        prepare(dataset.path.parent, seed=SEED)
     assert Dataset.open(dataset.path).info == dataset.info
 
 
@@ -204,7 +210,7 @@ def test_the_name_is_a_folder_name(tmp_path: Path, name: str) -> None:
     """Nothing outside the data folder is written, and the downloads in raw/ stay."""
     data_dir = tmp_path / "data"
     with pytest.raises(InputError, match="--name"):
-        prepare_synthetic(data_dir, name, force=True, sessions=80_000)
+        prepare(data_dir, name, force=True, sessions=80_000)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -30,6 +30,7 @@ def demo(
     """
     from tron_cli.data.folder import made_with
     from tron_cli.evaluation.evaluate import EvaluationOptions
+    from tron_cli.evaluation.reference import reference_figures
     from tron_cli.prepare import summary
     from tron_cli.prepare.sources.synthetic import prepare_synthetic
 
@@ -45,7 +46,8 @@ def demo(
             f"{path} is a dataset of your own, which the demo would replace; rename its folder, or "
             "pass another --data-dir"
         )
-    summary.print_summary(prepare_synthetic(data_dir, "demo", force=True, **options))
+    dataset = prepare_synthetic(data_dir, "demo", reference_figures, force=True, **options)
+    summary.print_summary(dataset)
     say(f"tron train --config config_synthetic.py {' '.join(settings)}")
     best = run_training("config_synthetic.py", settings, data_dir, output_dir)
     print(best)

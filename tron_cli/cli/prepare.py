@@ -369,9 +369,10 @@ def synthetic(
     as_json: AsJson = False,
 ) -> None:
     """A generated shop whose best possible figures are known."""
+    from tron_cli.evaluation.reference import reference_figures
     from tron_cli.prepare.sources.synthetic import prepare_synthetic
 
-    _report(prepare_synthetic(data_dir, name, force=force, seed=seed), as_json)
+    _report(prepare_synthetic(data_dir, name, reference_figures, force=force, seed=seed), as_json)
 
 
 def _words(listing: str) -> tuple[str, ...]:

@@ -21,17 +21,15 @@ The shop is closed at night, so that no session straddles the midnights that par
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from tron_cli.baselines.markov import Markov
-from tron_cli.baselines.popular import Popular
-from tron_cli.baselines.predict import predict_baseline
 from tron_cli.data.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
-from tron_cli.evaluation.metrics import parse_measures, score, values_of_ranks
 from tron_cli.prepare.write import dataset_path
 
 NUM_CATEGORIES = 100
@@ -53,7 +51,10 @@ OPENING_HOURS = (6, 20)  # when sessions start, UTC; the longest ends before mid
 MAX_LENGTH = 51
 MAX_GAP = 120_000  # ms between two events
 
-MEASURES = "R@1 R@5 R@10 R@20 RR@5 RR@10 RR@20 nDCG@5 nDCG@10 nDCG@20"
+DEPTH = 20  # ranks for which the best ranking is known
+
+# (training sessions, sessions of a split, number of items, what `best_ranks` returns of the split)
+References = Callable[[Sessions, Sessions, int, np.ndarray], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ class Shop:
 
 def prepare_synthetic(
     data_dir: Path,
-    name: str = "synthetic",
+    name: str,
+    references: References,
     *,
     force: bool = False,
     seed: int = 42,
@@ -99,6 +101,7 @@ def prepare_synthetic(
 ) -> Dataset:
     """Generate the shop, its sessions and the reference figures of the validation and test splits.
 
+    references: computes these figures, `evaluation.reference.reference_figures`, say.
     sessions: how many in all; the last 2 of 30 days are the test split, the 2 before validation.
     Raises InputError where the sessions are too few to show every item in training.
     """
@@ -133,7 +136,9 @@ def prepare_synthetic(
             sources=[],
             filters=[],
             references={
-                split: reference_figures(shop, splits["train"], splits[split])
+                split: references(
+                    splits["train"], splits[split], shop.num_items, best_ranks(shop, splits[split])
+                )
                 for split in ("val", "test")
             },
         )
@@ -194,35 +199,20 @@ def draw_sessions(shop: Shop, count: int, rng: np.random.Generator) -> Sessions:
     return Sessions(items[filled].astype(np.int32), offsets, times[filled])
 
 
-def reference_figures(shop: Shop, train: Sessions, split: Sessions) -> dict[str, dict[str, float]]:
-    """Figures of MEASURES on a split: `best` (expected), `markov` and `popularity` (realized)."""
-    figures = {"best": best_figures(shop, split)}
-    # Neither looks further back than the last item.
-    settings = {"num_items": shop.num_items, "sequence_length": 1}
-    for name, baseline in (("markov", Markov(**settings)), ("popularity", Popular(**settings))):
-        baseline.fit(train)
-        found = predict_baseline(baseline, split, protocol="every-step", full_sessions=True)
-        scored = score(found.rank_E, found.session_E, parse_measures(MEASURES))
-        figures[name] = {measure: figure.value for measure, figure in scored.items()}
-    return figures
+def best_ranks(shop: Shop, split: Sessions) -> np.ndarray:
+    """Return the probability of a target to have rank 1, ..., DEPTH: float64 [DEPTH].
 
-
-def best_figures(shop: Shop, split: Sessions) -> dict[str, float]:
-    """Expected figures of the ranking by true probability, over the every-step events of a split.
-
+    The ranking is by true probability, and the mean is over the every-step events of the split.
     Equally probable items stand in any order, as if scores told them apart by less than anything.
     """
-    measures = parse_measures(MEASURES)
-    depth = max(measure["cutoff"] for measure in measures)
     num_categories, num_brands = len(shop.category_share), len(shop.brand_share)
     states = np.zeros((num_categories, num_brands + 1), dtype=np.int64)
     np.add.at(states, prefix_states(shop, split), 1)
-    hits = np.zeros(depth)  # expected number of events whose target is at each rank
+    hits = np.zeros(DEPTH)  # expected number of events whose target is at each rank
     for category in range(num_categories):
-        top = np.partition(shop.next_item(category), -depth, axis=1)[:, -depth:]
+        top = np.partition(shop.next_item(category), -DEPTH, axis=1)[:, -DEPTH:]
         hits += states[category] @ np.sort(top, axis=1)[:, ::-1]
-    values = values_of_ranks(measures, range(1, depth + 1), depth)
-    return {measure: float(hits @ value / states.sum()) for measure, value in values.items()}
+    return hits / states.sum()
 
 
 def prefix_states(shop: Shop, split: Sessions) -> tuple[np.ndarray, np.ndarray]:
