@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tron_cli.data.integrity import sha256_of_file
 from tron_cli.errors import InputError
 
 BLOCK = 1 << 18
@@ -62,7 +62,7 @@ def download(
     except OSError as error:
         raise InputError(f"downloading {url} to {target} failed: {error}") from error
 
-    if sha256 is not None and (actual := _sha256(part)) != sha256:
+    if sha256 is not None and (actual := sha256_of_file(part)) != sha256:
         part.unlink()
         about.unlink()
         raise InputError(
@@ -166,11 +166,3 @@ def _reason(error: Exception) -> str:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

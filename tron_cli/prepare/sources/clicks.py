@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from tron_cli.data.dataset import Dataset, DatasetWriter
@@ -18,32 +19,42 @@ MIN_SESSION_LENGTH = 2
 MIN_ITEM_COUNT = 5
 
 
-def prepare_clicks(
-    source: str,
-    read: Callable[[Path, BadLines], Iterator[Columns]],
-    rule: Rule,
-    *,
-    raw_file: str,
-    raw: Path | None,
-    data_dir: Path,
-    name: str,
-    test_days: float,
-    val_days: float,
-    max_val_sessions: int,
-    seed: int,
-    force: bool,
-    skip_bad_lines: bool,
-    catalogue: str | None,
-) -> Dataset:
-    """Filter and split as TRON does, in UTC.
+@dataclass(frozen=True)
+class ClickLog:
+    """A published log of clicks: its file, how that is read, and how it is split.
 
     read: raw file -> blocks with the int64 columns session, item and time (ms since 1970 UTC).
     """
+
+    source: str
+    raw_file: str
+    read: Callable[[Path, BadLines], Iterator[Columns]]
+    rule: Rule
+    test_days: float
+    val_days: float
+
+
+def prepare_clicks(
+    log: ClickLog,
+    raw: Path | None,
+    data_dir: Path,
+    name: str | None = None,
+    *,
+    force: bool = False,
+    val_days: float | None = None,
+    max_val_sessions: int = 100_000,
+    seed: int = 42,
+    skip_bad_lines: bool = False,
+    catalogue: str | None = None,
+) -> Dataset:
+    """Filter and split as TRON does, in UTC; `name` and `val_days` are those of the log if None."""
+    name = log.source if name is None else name
+    val_days = log.val_days if val_days is None else val_days
     with DatasetWriter(dataset_path(data_dir, name, raw), force=force) as writer:
         earlier = earlier_catalogue(catalogue, data_dir)
-        file = locate(source, raw, data_dir)[raw_file]
+        file = locate(log.source, raw, data_dir)[log.raw_file]
         bad = BadLines(skip=skip_bad_lines)
-        events = collect_events(file, read(file, bad), bad)
+        events = collect_events(file, log.read(file, bad), bad)
         steps = Steps()
         sessions = to_sessions(events)
         steps.record("read", [sessions], "")
@@ -55,9 +66,9 @@ def prepare_clicks(
         )
         splits = split_by_time(
             sessions,
-            rule,
+            log.rule,
             steps,
-            test_days=test_days,
+            test_days=log.test_days,
             val_days=val_days,
             max_val_sessions=max_val_sessions,
             seed=seed,
@@ -70,12 +81,12 @@ def prepare_clicks(
             catalogue=in_order_of_appearance(splits.period),
             name=name,
             protocol="every-step",
-            source=source,
+            source=log.source,
             options={
                 "raw": str(raw) if raw else None,
                 "min_session_length": MIN_SESSION_LENGTH,
                 "min_item_count": MIN_ITEM_COUNT,
-                "test_days": test_days,
+                "test_days": log.test_days,
                 "val_days": val_days,
                 "max_val_sessions": max_val_sessions,
                 "seed": seed,

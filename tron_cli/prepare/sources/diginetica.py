@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 
-from tron_cli.data.dataset import Dataset
 from tron_cli.prepare.reading.columns import INTEGER, BadLines, Columns, Parser, read_delimited
 from tron_cli.prepare.reading.times import CALENDAR, within
-from tron_cli.prepare.sources.clicks import prepare_clicks
+from tron_cli.prepare.sources.clicks import ClickLog, prepare_clicks
 from tron_cli.prepare.split import DAY, by_start_day
-
-TEST_DAYS = 7
 
 _DATE = Parser(
     lambda column: within(
@@ -33,37 +31,6 @@ _TIMEFRAME = Parser(
 )
 
 
-def prepare_diginetica(
-    raw: Path | None,
-    data_dir: Path,
-    name: str = "diginetica",
-    *,
-    force: bool = False,
-    val_days: float = 7,
-    max_val_sessions: int = 100_000,
-    seed: int = 42,
-    skip_bad_lines: bool = False,
-    catalogue: str | None = None,
-) -> Dataset:
-    """Prepare Diginetica; tested on the sessions that start on the last eight calendar days."""
-    return prepare_clicks(
-        "diginetica",
-        _read,
-        by_start_day,
-        raw_file="train-item-views.csv",
-        raw=raw,
-        data_dir=data_dir,
-        name=name,
-        test_days=TEST_DAYS,
-        val_days=val_days,
-        max_val_sessions=max_val_sessions,
-        seed=seed,
-        force=force,
-        skip_bad_lines=skip_bad_lines,
-        catalogue=catalogue,
-    )
-
-
 def _read(file: Path, bad: BadLines) -> Iterator[Columns]:
     parsers = {"sessionId": INTEGER, "itemId": INTEGER, "timeframe": _TIMEFRAME, "eventdate": _DATE}
     for columns in read_delimited(file, list(parsers), bad, separator=";"):
@@ -72,3 +39,10 @@ def _read(file: Path, bad: BadLines) -> Iterator[Columns]:
             session="sessionId", item="itemId", time=pl.col("eventdate") + pl.col("timeframe")
         )
         yield replace(columns, frame=frame)
+
+
+prepare_diginetica = partial(
+    prepare_clicks,
+    # Tested on the sessions that start on the last eight calendar days.
+    ClickLog("diginetica", "train-item-views.csv", _read, by_start_day, test_days=7, val_days=7),
+)
