@@ -70,7 +70,7 @@ def dataset(tmp_path: Path, rng: np.random.Generator, test_sessions: list[list[i
 def loop_difference(
     values: list[float], reference: list[float], sessions: list[int]
 ) -> tuple[float, float]:
-    """Mean difference and its clustered standard error, session by session."""
+    """Return the mean difference and its clustered standard error, session by session."""
     differences = [value - other for value, other in zip(values, reference, strict=True)]
     mean = math.fsum(differences) / len(differences)
     of_session: dict[int, list[float]] = {}
@@ -444,15 +444,15 @@ def test_bad_choices_exit_with_2_and_a_sentence(
     foreign = checkpoint_file(another, tmp_path / "foreign.pt")
     for words, sentence in [
         ([first], "two checkpoints or more to compare, got 1"),
-        ([first, second, "--reference", 3], "from 1 to 2, got 3"),
-        ([first, second, "--reference", 0], "from 1 to 2, got 0"),
+        ([first, second, "--reference", 3], "expected 1 to 2, got 3"),
+        ([first, second, "--reference", 0], "expected 1 to 2, got 0"),
         ([first, foreign], "different catalogues: 60 items are in one"),
         ([first, tmp_path / "none.pt"], "no checkpoint at"),
         ([first, second, "--dataset", "nowhere"], "no prepared dataset"),
         ([first, second, "--metrics", "HR@5"], "did you mean R@5"),
         ([first, second, "--sample-sessions", 2, "--limit-sessions", 2], "leave one of them out"),
         ([first, second, "--sample-sessions", 0], "--sample-sessions"),
-        ([first, second, "--seed", 3], "--seed is that of --sample-sessions"),
+        ([first, second, "--seed", 3], "--seed is the seed of --sample-sessions"),
         ([first, second, "--cutoff", 2000], "--cutoff must be from 0 to 1000"),
     ]:
         code, out, err = command("compare", *words, "--data-dir", tmp_path)

@@ -1,7 +1,7 @@
-"""Simple methods that every model must beat: fitted in seconds, ranked as exactly as the models.
+"""Simple methods that every model must beat, fitted in seconds and ranked exactly.
 
-One file an algorithm, loaded when it is asked for: only `ease` needs torch, and whoever prepares
-data does without it.
+There is one file per algorithm, loaded on demand: only `ease` needs torch, and preparing data must
+not import it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,6 @@ if TYPE_CHECKING:
 
 
 def build_baseline(config: ExperimentConfig, num_items: int) -> Baseline:
-    """The baseline that `config.model` names; it knows nothing yet."""
+    """Build the baseline that `config.model` names, not yet fitted."""
     entry = BASELINES[config.model]
     return load(entry)(**settings_of(entry, config, num_items=num_items))

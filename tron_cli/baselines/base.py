@@ -1,4 +1,4 @@
-"""What all baselines have in common: fit on sessions, keep arrays, rank the items that followed.
+"""Base classes of the baselines: fit on sessions, keep arrays, rank the items that followed.
 
 Shapes: E events, I items, K places.
 """
@@ -15,32 +15,32 @@ from tron_cli.data.histories import Histories
 
 
 class Baseline(ABC):
-    """A method without gradients. Items are 1..num_items; histories hold sequence_length events.
+    """Method without gradients. Items are 1..num_items; histories hold sequence_length events.
 
-    An instance knows nothing before `fit` or `load_state_dict`.
+    An instance can rank only after `fit` or `load_state_dict`.
     """
 
     is_baseline = True
     popularity: Popularity
-    mask_item: None = None  # as a network may have; see models/base.py
+    mask_item: None = None  # a network may have one; see models/base.py
 
     def __init__(self, *, num_items: int, sequence_length: int) -> None:
         self.num_items = num_items
         self.sequence_length = sequence_length
 
     def fit(self, sessions: Sessions) -> None:
-        """Learn from training sessions in order of their start."""
-        # The items may go on where only the first sessions of a split are given.
+        """Fit to training sessions, which are in order of their start."""
+        # The array may hold more items where only the first sessions of a split are given.
         sessions = Sessions(sessions.items[: sessions.offsets[-1]], sessions.offsets)
         count = np.bincount(sessions.items, minlength=self.num_items + 1)
         self.load_state_dict({"popularity": count, **self.learn(sessions)})
 
     def learn(self, sessions: Sessions) -> dict[str, np.ndarray]:
-        """Return the arrays that `load_state_dict` needs beside the items' popularity."""
+        """Return the arrays that `load_state_dict` needs besides the popularity of the items."""
         return {}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Take over what `state_dict` returned."""
+        """Load the arrays that `state_dict` returned."""
         self._state = state
         self.popularity = Popularity(state["popularity"])
 
@@ -50,24 +50,25 @@ class Baseline(ABC):
 
     @abstractmethod
     def work(self, histories: Histories) -> np.ndarray:
-        """int64 [E]: how many numbers ranking an event takes; ranked together is what fits."""
+        """Estimate the array elements needed to rank each event, int64 [E], to limit memory."""
 
     @abstractmethod
     def rank(
         self, histories: Histories, *, excluded: Excluded | None, top_items: int
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Rank of each target, int64 [E], and if asked for the best items, int64 [E, top_items].
+        """Return the rank of each target, int64 [E], and the best items, int64 [E, top_items].
 
-        Ties count against the target; excluded ones have rank 0.
+        The items are None if top_items is 0. Ties count against the target; an excluded target has
+        rank 0.
         """
 
 
 class SparseBaseline(Baseline):
-    """A baseline that has something to say about a few items only."""
+    """Baseline that scores only a few items per event."""
 
     @abstractmethod
     def candidates(self, histories: Histories) -> Candidates:
-        """The items that the histories speak for; all others are ordered by popularity."""
+        """Return the scored items of each history; all others are ordered by popularity."""
 
     def rank(
         self, histories: Histories, *, excluded: Excluded | None, top_items: int

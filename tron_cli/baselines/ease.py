@@ -1,9 +1,8 @@
 """EASE: one linear layer from the items of a history to all items, in closed form.
 
 Harald Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", WWW 2019. With X the binary
-matrix of training sessions and items, it is the B of least ||X - XB||^2 + l2 ||B||^2 whose diagonal
-is zero: with P = (X'X + l2)^-1, B_ij = -P_ij / P_jj off the diagonal. The order of events does not
-matter to it.
+matrix of training sessions and items, B minimizes ||X - XB||^2 + l2 ||B||^2 with a zero diagonal:
+with P = (X'X + l2)^-1, B_ij = -P_ij / P_jj off the diagonal. The order of events has no effect.
 
 Shapes: E events, P (event, item of its history) pairs, I items, K places.
 """
@@ -19,16 +18,16 @@ from tron_cli.data.dataset import Sessions
 from tron_cli.data.histories import Histories, distinct_pairs, ranges
 from tron_cli.errors import InputError
 
-MOST_ITEMS = 20_000  # whose two float64 matrices take 6.4 GB
+MOST_ITEMS = 20_000  # two float64 matrices of this size take 6.4 GB
 _PAIRS_AT_ONCE = 1 << 22
 
 
 class EASE(Baseline):
-    """Items by the sum of their weights from the distinct items of the history.
+    """Rank items by the sum of their weights from the distinct items of the history.
 
-    Fitting takes the time of inverting an [I, I] matrix in float64, about num_items^3 operations,
-    and the memory of two; ranking and the checkpoint hold one in float32. Raises InputError for
-    more than MOST_ITEMS items.
+    Fitting inverts an [I, I] matrix in float64, which takes about num_items^3 operations and the
+    memory of two such matrices. The checkpoint and ranking hold one in float32. Raises InputError
+    for more than MOST_ITEMS items.
     """
 
     def __init__(self, *, num_items: int, sequence_length: int, ease_l2: float) -> None:
@@ -36,13 +35,13 @@ class EASE(Baseline):
         if num_items > MOST_ITEMS:
             raise InputError(
                 f"model=ease inverts a matrix of items x items, and {num_items:,} items would need "
-                f"{16 * num_items**2 / 1e9:,.0f} GB; it takes up to {MOST_ITEMS:,} items: take "
-                "model=session_knn, or fewer items by `tron prepare table --min-item-count`"
+                f"{16 * num_items**2 / 1e9:,.0f} GB; the limit is {MOST_ITEMS:,}: use "
+                "model=session_knn, or fewer items with `tron prepare table --min-item-count`"
             )
         self.l2 = ease_l2
 
     def learn(self, sessions: Sessions) -> dict[str, np.ndarray]:
-        """weights: float32 [I + 1, I + 1], entry (i, j) what item i of a history adds to item j."""
+        """Return weights, float32 [I + 1, I + 1]: item i adds entry (i, j) to item j."""
         width = self.num_items + 1
         session_N = np.repeat(np.arange(len(sessions)), sessions.lengths)
         session_D, item_D = distinct_pairs(session_N, sessions.items)
@@ -60,7 +59,7 @@ class EASE(Baseline):
         self.weights = state["weights"]
 
     def work(self, histories: Histories) -> np.ndarray:
-        # A row of scores, and one of weights for each event of the history.
+        # One row of scores, and one row of weights for each event of the history.
         return self.num_items * (histories.length_E + 1)
 
     def rank(
@@ -71,25 +70,25 @@ class EASE(Baseline):
             own_E = np.arange(len(target_E))
             target_score_E = score_EI[own_E, target_E]
             score_EI[excluded.event_P, excluded.item_P] = -np.inf
-            # Excluded targets are compared as well, so that nothing below need know of them.
+            # Excluded targets are compared like others; their rank is set to 0 below.
             score_EI[own_E, target_E] = target_score_E
         wanted_E1 = np.take_along_axis(score_EI, target_E[:, None], axis=1)
         count = self.popularity.count
         ahead_EI = score_EI > wanted_E1
         event, item = np.nonzero(score_EI == wanted_E1)
         at_least = count[item] >= count[target_E[event]]
-        # The target has counted itself.
+        # The target is counted too, hence no 1 is added.
         rank_E = ahead_EI.sum(axis=1) + np.bincount(event[at_least], minlength=len(target_E))
         if excluded is not None:
             rank_E[excluded.event_P[excluded.item_P == target_E[excluded.event_P]]] = 0
         if not top_items:
             return rank_E, None
-        # One more than asked for, since the target may be among them without being eligible.
+        # One more than requested, since the target may be among them without being eligible.
         best = _best_candidates(score_EI, min(top_items + 1, self.num_items))
         return rank_E, best_items(best, target_E, rank_E, top_items, self.popularity, excluded)
 
     def scores(self, histories: Histories) -> np.ndarray:
-        """float64 [E, I + 1]: of each item; -inf for item 0, which is none."""
+        """Return the score of each item, float64 [E, I + 1]; -inf for item 0, which is no item."""
         event_P, item_P, _ = histories.pairs()
         event_P, item_P = distinct_pairs(event_P, item_P)
         first_E = np.searchsorted(event_P, np.arange(len(histories)))
@@ -101,7 +100,7 @@ class EASE(Baseline):
 def _add_together(
     matrix: torch.Tensor, session_D: np.ndarray, item_D: np.ndarray, num_sessions: int
 ) -> None:
-    """Add to entry (i, j) in how many sessions i and j are, given the distinct items of each."""
+    """Add to entry (i, j) the number of sessions with items i and j, given their distinct items."""
     offsets = np.searchsorted(session_D, np.arange(num_sessions + 1))
     size_D = np.diff(offsets)[session_D]
     done_D = np.cumsum(size_D)
@@ -117,7 +116,7 @@ def _add_together(
 
 
 def _best_candidates(score_EI: np.ndarray, limit: int) -> Candidates:
-    """Of each row those that score at least as high as its `limit` best, but not -inf."""
+    """Return the items of each row that score at least as high as its limit-th best, and finite."""
     least_E1 = np.partition(score_EI, -limit, axis=1)[:, -limit, None]
     event_C, item_C = np.nonzero((score_EI >= least_E1) & (score_EI > -np.inf))
     offsets = np.searchsorted(event_C, np.arange(len(score_EI) + 1))

@@ -1,4 +1,4 @@
-"""First-order Markov: the items that most often came directly after the last one."""
+"""First-order Markov model: the items that most often directly followed the last one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from tron_cli.data.histories import Histories, ranges
 
 
 class Markov(SparseBaseline):
-    """Items by how often they directly followed the history's last item in training."""
+    """Rank items by how often they directly followed the last item of the history in training."""
 
     def learn(self, sessions: Sessions) -> dict[str, np.ndarray]:
-        """offsets: int64 [I + 2], where the successors of each item begin; successors and times:
-        int64, the distinct items that followed and how often."""
+        """Return the distinct successors of each item and their counts.
+
+        offsets: int64 [I + 2], where the successors of each item begin. successors, times: int64,
+        the items that followed and how often.
+        """
         items = np.asarray(sessions.items, dtype=np.int64)
         follows = np.ones(len(items), dtype=bool)
         follows[sessions.offsets[:-1][sessions.lengths > 0]] = False

@@ -10,7 +10,7 @@ from tron_cli.data.histories import Histories
 
 
 class Popular(SparseBaseline):
-    """Items by how often they occur in training."""
+    """Rank items by how often they occur in training."""
 
     def work(self, histories: Histories) -> np.ndarray:
         return np.ones(len(histories), dtype=np.int64)

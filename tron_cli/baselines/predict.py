@@ -1,4 +1,4 @@
-"""Baseline + sessions -> exact ranks of the items that followed."""
+"""Exact ranks of the items that followed each history, by a baseline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tron_cli.data.histories import (
 )
 
 _ROWS_AT_ONCE = 1 << 12  # sessions, then events
-_WORK_AT_ONCE = 1 << 22  # numbers: some arrays of 32 MB
+_WORK_AT_ONCE = 1 << 22  # array elements: a few arrays of 32 MB
 
 
 def predict_baseline(
@@ -32,15 +32,15 @@ def predict_baseline(
     top_items: int = 0,
     progress: str | None = None,
 ) -> Predictions:
-    """Rank the targets of `sessions` among the whole catalogue; as `evaluate.predict` does.
+    """Rank the targets of `sessions` among the whole catalogue, as `evaluation.predict` does.
 
-    Each event is predicted from its own history of up to sequence_length events; one_pass: from
-    those since the sequence_length + 1 last events of its session began.
+    Each event is predicted from its own history of up to sequence_length events. one_pass: from
+    the events before it among the last sequence_length + 1 events of its session.
     """
     window = baseline.sequence_length
 
     def ranked() -> Iterator[tuple[Histories, np.ndarray, np.ndarray | None]]:
-        # What the histories of a session hold, together.
+        # Work of a session: the total length of its histories.
         length_S = sessions.lengths
         for low, high in _pieces(length_S * np.minimum(length_S, window)):
             block = predicted_events(
@@ -64,7 +64,7 @@ def predict_baseline(
 
 
 def _pieces(work_R: np.ndarray) -> Iterator[tuple[int, int]]:
-    """First and last + 1 of a few rows at a time, so that their work fits; at least one."""
+    """Yield ranges (first, last + 1) of at least one row whose work fits the limit."""
     work_before = np.cumsum(work_R)
     low = 0
     while low < len(work_R):

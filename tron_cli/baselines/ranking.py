@@ -1,8 +1,8 @@
-"""Exact ranks of targets among few scored items and all the others, without a score matrix.
+"""Exact ranks of targets among a few scored items and all others, without a score matrix.
 
-A baseline scores some items of an event, its candidates. Items are ordered by score, then by how
-often they occur in training; all that is no candidate comes after the candidates, by occurrence
-alone. Items equal in both are ties, which count against the target as everywhere in this project.
+A baseline scores some items of an event, its candidates. Candidates are ordered by score, then by
+how often they occur in training; all other items follow, ordered by occurrence alone. Items equal
+in both are ties, which count against the target as everywhere in this project.
 
 Shapes: E events, C candidates of all events, P excluded (event, item) pairs, I items, K places.
 """
@@ -18,7 +18,7 @@ import numpy as np
 class Candidates:
     """Scored items of each event: those of event e are offsets[e] to offsets[e + 1] - 1.
 
-    offsets: int64 [E + 1]. item_C: int64, an item at most once an event. score_C: float64, finite.
+    offsets: int64 [E + 1]. item_C: int64, distinct items per event. score_C: float64, finite.
     """
 
     offsets: np.ndarray
@@ -27,11 +27,11 @@ class Candidates:
 
     @property
     def event_C(self) -> np.ndarray:
-        """int64, event of each candidate."""
+        """Event of each candidate, int64 [C]."""
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
     def where(self, keep_C: np.ndarray) -> Candidates:
-        """Those candidates only for which keep_C is true."""
+        """Keep the candidates for which keep_C is true."""
         kept_before = np.concatenate(([0], np.cumsum(keep_C)))
         return Candidates(kept_before[self.offsets], self.item_C[keep_C], self.score_C[keep_C])
 
@@ -45,14 +45,14 @@ class Excluded:
 
 
 class Popularity:
-    """How often each item occurs in training. count: int64 [I + 1], entry 0 is no item."""
+    """Occurrences of each item in training. count: int64 [I + 1], entry 0 is no item."""
 
     def __init__(self, count: np.ndarray) -> None:
         self.count = count
         items_with = np.bincount(count[1:])
-        # Entry c: how many items occur at least c times.
+        # Entry c is the number of items that occur at least c times.
         self.at_least = items_with[::-1].cumsum()[::-1]
-        # int64 [I]: the items, the most popular first, of equals the lowest id.
+        # int64 [I]: items by popularity, equals by ascending id.
         self.order = np.argsort(-count[1:], kind="stable") + 1
 
     @property
@@ -66,20 +66,20 @@ def rank_targets(
     popularity: Popularity,
     excluded: Excluded | None = None,
 ) -> np.ndarray:
-    """int64 [E]: 1 + the number of other eligible items at least as good; 0 if excluded."""
+    """Return 1 + the number of other eligible items at least as good, int64 [E]; 0 if excluded."""
     count, event_C = popularity.count, candidates.event_C
     if excluded is not None:
         candidates = candidates.where(~_is_excluded(candidates, excluded, popularity.num_items))
         event_C = candidates.event_C
     is_target_C = candidates.item_C == target_E[event_C]
-    score_E = np.full(len(target_E), -np.inf)  # of a target that is no candidate
+    score_E = np.full(len(target_E), -np.inf)  # stays so if the target is no candidate
     score_E[event_C[is_target_C]] = candidates.score_C[is_target_C]
     wanted_E = count[target_E]
     popular_C = count[candidates.item_C] >= wanted_E[event_C]
     lead_C = candidates.score_C - score_E[event_C]
     ahead_C = (lead_C > 0) | ((lead_C == 0) & popular_C)
-    # Where the target is a candidate it has counted itself; elsewhere all candidates are ahead, and
-    # so are the other items that are as popular.
+    # A target among the candidates has counted itself. Otherwise all candidates are ahead, and so
+    # are the other items that are at least as popular.
     rank_E = _sums(ahead_C, candidates.offsets)
     others_E = popularity.at_least[wanted_E] - _sums(popular_C, candidates.offsets)
     missed_E = np.zeros(len(target_E), dtype=bool)
@@ -100,9 +100,9 @@ def best_items(
     popularity: Popularity,
     excluded: Excluded | None = None,
 ) -> np.ndarray:
-    """int64 [E, limit]: the items in the order that `rank_targets` implies; 0 where none is left.
+    """Return the best items in the order of `rank_targets`, int64 [E, limit]; 0 if none are left.
 
-    Ties are ordered by item id, but the target comes last among them: at its rank.
+    Ties are ordered by item id, except that the target comes last among them, at its rank.
     """
     if excluded is not None:
         candidates = candidates.where(~_is_excluded(candidates, excluded, popularity.num_items))
@@ -114,7 +114,7 @@ def best_items(
     shown = place_C < limit
     top_EK[event_C[shown], place_C[shown]] = item_C[order[shown]]
     _fill_up(top_EK, candidates, target_E, popularity, excluded)
-    # All others stand in order now, and as many of them as are at least as good precede the target.
+    # All other items are in order now; insert the target at its rank.
     place_E1 = rank_E[:, None] - 1
     column_K = np.arange(limit)
     after = (column_K > place_E1) & (place_E1 >= 0)
@@ -129,11 +129,11 @@ def _fill_up(
     popularity: Popularity,
     excluded: Excluded | None,
 ) -> None:
-    """Put the most popular other items behind the candidates, where these are too few."""
+    """Append the most popular other items where there are too few candidates."""
     width, limit = len(popularity.count), top_EK.shape[1]
     taken_E = np.diff(candidates.offsets)
     event_R = np.flatnonzero(taken_E < limit)
-    # What may not be put there: the candidates, the target, and what is excluded.
+    # Items that may not be appended: candidates, the target, and excluded items.
     keys = [
         candidates.event_C * width + candidates.item_C,
         np.arange(len(target_E)) * width + target_E,
@@ -158,7 +158,7 @@ def _is_excluded(candidates: Candidates, excluded: Excluded, num_items: int) -> 
 
 
 def _contains(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Whether each of `keys` is among the sorted ones."""
+    """Return where an entry of `keys` is among the sorted keys."""
     if not len(sorted_keys):
         return np.zeros(keys.shape, dtype=bool)
     at = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
@@ -166,6 +166,6 @@ def _contains(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def _sums(is_so_C: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """int64 [E]: how many candidates of each event it is so for."""
+    """Count the candidates of each event where `is_so_C` is true, int64 [E]."""
     before = np.concatenate(([0], np.cumsum(is_so_C)))
     return before[offsets[1:]] - before[offsets[:-1]]

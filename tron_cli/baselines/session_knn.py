@@ -1,22 +1,22 @@
-"""Session-kNN in its strong form: sessions that share items with the current one vote for theirs.
+"""Session-kNN in its strong form: similar training sessions vote for their items.
 
 V-SKNN of Ludewig and Jannach, "Evaluation of Session-based Recommendation Algorithms", UMUAI 2018,
 with the decay around the common item that VSTAN added to it ("Empirical Analysis of Session-based
 Recommendation Algorithms", UMUAI 2021). For a history whose events are counted in steps from its
-end (1: the last event; an item counts where it was last):
+end (1: the last event; an item counts at its last event):
 
-    sample      of the training sessions that share an item, the knn_sample_size latest
+    sample      the knn_sample_size latest of the training sessions that share an item
     similarity  sum of w(step) over the shared items / sum over all items of the history,
                 w(step) = 1 / log10(step + 0.7)
-    neighbors   the knn_neighbors most similar of the sample, of equals the latest
+    neighbors   the knn_neighbors most similar of the sample, the latest first among equals
     score       of an item: (1 + idf) * sum over the neighbors that hold it of
                 similarity / step * exp(-|place of the item - place of the common item| / 3),
                 step and place being those of the latest shared item, in the history and in the
                 neighbor; idf = ln(sessions / sessions with the item)
 
-Items of the history are recommended like all others. The weights are those that did best on the
-validation splits of Diginetica and Yoochoose 1/64 together, each chosen alone and then in company.
-R@20 there, 100 neighbors of 1,000 where nothing else is said:
+Items of the history are recommended like all others. The weights scored highest on the validation
+splits of Diginetica and Yoochoose 1/64 together, first each by itself and then in combination.
+Validation R@20, with 100 neighbors of 1,000 unless stated otherwise:
 
                                                       Diginetica   Yoochoose 1/64
     as above                                          .5164        .6954
@@ -43,19 +43,18 @@ from tron_cli.baselines.ranking import Candidates
 from tron_cli.data.dataset import Sessions
 from tron_cli.data.histories import Histories, ranges
 
-# Weights are whole multiples of 2^-28. Sums of them are exact in float64, in whatever order, so
-# that what is equal on paper ties, on every machine. And with as many bits a similarity, an event
-# and a place in its sample are one integer to sort.
+# Weights are integer multiples of 2^-28. Their sums are exact in float64 in any order, so that
+# equal sums tie on every machine. With this many bits, an event, a similarity and a place in the
+# sample also fit one integer to sort.
 _GRID_BITS = 28
 _REACH = 3.0  # places around the common item over which votes fall to 1 / e
 
 
 class SessionKNN(SparseBaseline):
-    """Items by the votes of the training sessions most similar to the history.
+    """Rank items by the votes of the training sessions most similar to the history.
 
-    knn_neighbors: sessions that vote. knn_sample_size: latest sessions that they are chosen from, a
-    million at most.
-    Training sessions must be in order of their start.
+    knn_neighbors: sessions that vote. knn_sample_size: latest sessions that they are chosen from,
+    at most a million. Training sessions must be in order of their start.
     """
 
     def __init__(
@@ -66,13 +65,13 @@ class SessionKNN(SparseBaseline):
         self.sample_size = knn_sample_size
 
     def learn(self, sessions: Sessions) -> dict[str, np.ndarray]:
-        """The distinct items of each session: offsets int64 [S + 1], items and places int64.
+        """Return the distinct items of each session: offsets int64 [S + 1], items and places int64.
 
-        places: of the last event of the item in its session, from 0.
+        places: place of the last event of the item in its session, from 0.
         """
         session_N, place_N = ranges(np.zeros(len(sessions), dtype=np.int64), sessions.lengths)
         keys = session_N * (self.num_items + 1) + sessions.items
-        # Searched from the end, so that the last of each is found.
+        # Search from the end, so that the last event of each item is found.
         keys, from_end = np.unique(keys[::-1], return_index=True)
         session_D, item_D = np.divmod(keys, self.num_items + 1)
         return {
@@ -87,7 +86,7 @@ class SessionKNN(SparseBaseline):
         lengths = np.diff(self.offsets)
         self.num_sessions = len(lengths)
         self.mean_length = int(np.ceil(lengths.mean()))
-        # The sessions of each item by age, 0 the latest.
+        # Sessions of each item by age; age 0 is the latest session.
         order = np.argsort(self.items[::-1], kind="stable")
         self.ages = np.repeat(np.arange(self.num_sessions), lengths[::-1])[order]
         sessions_of_item = np.bincount(self.items, minlength=self.num_items + 1)
@@ -123,7 +122,7 @@ class SessionKNN(SparseBaseline):
     def _neighbors(
         self, histories: Histories
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Event, age of the session, step of the latest shared item, and vote, of each neighbor."""
+        """Return event, age, step of the latest shared item, and vote of each neighbor."""
         event_P, item_P, step_P = _last_steps(histories, self.num_items)
         steps = int(step_P.max(initial=0)) + 1
         weight_P = 1 / np.log10(step_P + 0.7)
@@ -131,13 +130,13 @@ class SessionKNN(SparseBaseline):
         weight_ES = np.zeros((len(histories), steps))
         weight_ES[event_P, step_P] = np.rint(weight_P * 2.0**_GRID_BITS)
 
-        # The latest sessions of each item are enough to know the latest of all.
+        # The latest sessions of each item include the latest of all.
         low_P = self.age_offsets[item_P]
         high_P = np.minimum(self.age_offsets[item_P + 1], low_P + self.sample_size)
         pair_M, place_M = ranges(low_P, high_P)
         step_bits, age_bits = steps.bit_length(), self.num_sessions.bit_length()
         key_P = (event_P << age_bits + step_bits) + step_P
-        # In order of events, of ages and of steps.
+        # Sort by event, age and step.
         keys = np.sort(key_P[pair_M] + (self.ages[place_M] << step_bits))
         first = _firsts(keys >> step_bits)
         weight_M = weight_ES[keys >> age_bits + step_bits, _low_bits(keys, step_bits)]
@@ -149,7 +148,7 @@ class SessionKNN(SparseBaseline):
             each[sampled] for each in (similarity, keys, event, place)
         )
 
-        # In order of events, of similarity and of ages; similarities are below 2^29.
+        # Sort by event, similarity and age; similarities are below 2^29.
         place_bits = int(place.max(initial=0)).bit_length()
         rest = (2 << _GRID_BITS) - similarity.astype(np.int64)
         order = np.sort((((event << _GRID_BITS + 2) + rest) << place_bits) + place)
@@ -162,7 +161,7 @@ class SessionKNN(SparseBaseline):
 
 
 def _last_steps(histories: Histories, num_items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Event, item and step of the last event of each distinct item of each history."""
+    """Return event, item and step of the last event of each distinct item of each history."""
     event_P, item_P, step_P = histories.pairs()
     keys = (event_P * (num_items + 1) + item_P)[::-1]
     keys, from_end = np.unique(keys, return_index=True)
@@ -171,7 +170,7 @@ def _last_steps(histories: Histories, num_items: int) -> tuple[np.ndarray, np.nd
 
 
 def _firsts(sorted_keys: np.ndarray) -> np.ndarray:
-    """Where each run of equal keys begins."""
+    """Return the places where runs of equal keys begin."""
     begins = np.ones(len(sorted_keys), dtype=bool)
     begins[1:] = sorted_keys[1:] != sorted_keys[:-1]
     return np.flatnonzero(begins)
@@ -182,15 +181,15 @@ def _low_bits(keys: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _sums(values: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Sum of each group of values, given where each begins."""
+    """Sum each group of values, given where the groups begin."""
     return np.add.reduceat(values, first) if len(first) else np.zeros(0)
 
 
 def _offsets(event: np.ndarray, num_events: int) -> np.ndarray:
-    """Where each event begins among sorted ones: int64 [E + 1]."""
+    """Return where each event begins in a sorted array, int64 [E + 1]."""
     return np.searchsorted(event, np.arange(num_events + 1))
 
 
 def _place_in_event(event: np.ndarray, num_events: int) -> np.ndarray:
-    """Number of each entry among those of its event, from 0, given sorted events."""
+    """Number the entries of each event from 0, given sorted events."""
     return np.arange(len(event)) - _offsets(event, num_events)[event]

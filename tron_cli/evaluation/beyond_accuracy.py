@@ -1,7 +1,7 @@
-"""RecTools' beyond-accuracy figures: what a recommender recommends, beside whether it is right.
+"""RecTools' beyond-accuracy figures: properties of the recommended lists.
 
 Formulas: RecTools (github.com/MobileTeleSystems/RecTools), rectools/metrics. A "user" with a list
-there is a predicted event here, and a user of the previous interactions is a training session.
+there is a predicted event here; a user of the previous interactions is a training session.
 
 Shapes: E predicted events (e of them at a time), K places of a list, P distinct (session, item)
 pairs, I items; arrays _I have I + 1 entries, of which entry 0 belongs to no item.
@@ -27,8 +27,8 @@ _PLACES_AT_ONCE = 1 << 20  # of the lists
 class ItemCounts:
     """Counts of each item in training.
 
-    events_I: int64 [I + 1], its events. sessions_I: int64 [I + 1], the sessions that hold it.
-    num_sessions: sessions with an event.
+    events_I: int64 [I + 1], events of the item. sessions_I: int64 [I + 1], sessions that contain
+    it. num_sessions: sessions with at least one event.
     """
 
     events_I: np.ndarray
@@ -40,19 +40,19 @@ class ItemCounts:
 class BeyondAccuracy:
     """Figures of lists of up to K items each; means are over the lists that are not empty.
 
-    None: there is no such list, or (intersection) no reference.
+    A figure is None if there is no such list, or (intersection) no reference.
 
-    catalogue_coverage: share of the catalogue that stands in some list (CatalogCoverage,
+    catalogue_coverage: share of the catalogue that is in some list (CatalogCoverage,
         normalized).
     average_popularity: mean over lists of the mean number of training events of their items
         (AvgRecPopularity).
     novelty: mean over lists of the mean of -log2(sessions(i) / sessions), in bits, where
-        sessions(i) training sessions hold item i; an item without any counts as held by one
+        sessions(i) training sessions contain item i; an item in none counts as in one
         (MeanInvUserFreq).
     serendipity: mean over lists of sum_i max(p(i) - pu(i), 0) rel(i) / length of the list, with
         p(i) = (I + 1 - place of i) / I, pu(i) = (I + 1 - popularity rank of i) / I and rel(i) = 1
         for the target, else 0. Items with equally many training events share a popularity rank,
-        ranks have no gaps, and pu is 0 for an item that training never shows (Serendipity).
+        ranks have no gaps, and pu is 0 for an item that never occurs in training (Serendipity).
     intersection: mean over lists of the share of their items that the reference's list for the
         same event also holds (Intersection, both at K).
     """
@@ -65,7 +65,7 @@ class BeyondAccuracy:
 
 
 def count_items(train: Sessions, num_items: int, *, progress: str | None = None) -> ItemCounts:
-    """Count the training split, a few million events at a time."""
+    """Count events and sessions of each item of the training split."""
     events_I = np.zeros(num_items + 1, dtype=np.int64)
     sessions_I = np.zeros(num_items + 1, dtype=np.int64)
     bar = tqdm(
@@ -92,7 +92,7 @@ def count_items(train: Sessions, num_items: int, *, progress: str | None = None)
 
 
 def check_cutoff(cutoff: int) -> None:
-    """Raise InputError where lists of this length are not made."""
+    """Raise InputError if lists of this length are not supported."""
     if not 0 <= cutoff <= MAX_CUTOFF:
         raise InputError(f"--cutoff must be from 0 to {MAX_CUTOFF}, got {cutoff}")
 
@@ -103,10 +103,10 @@ def beyond_accuracy(
     counts: ItemCounts,
     reference_EK: np.ndarray | None = None,
 ) -> BeyondAccuracy:
-    """Figures of the lists `top_EK`: int [E, K] item ids, best first, 0 where there are no more.
+    """Compute the figures of lists top_EK: int [E, K] item ids, best first, 0 where none are left.
 
     target_E: int [E], the item that followed. reference_EK: another model's lists for the same
-    events, of the same K.
+    events, with the same K.
     """
     num_events, depth = top_EK.shape
     num_items = len(counts.events_I) - 1
@@ -124,7 +124,7 @@ def beyond_accuracy(
         recommended_I[top_eK] = True
         length_e = np.count_nonzero(top_eK, axis=1)
         lists += len(part)
-        # Nothing (item 0) adds nothing.
+        # Item 0 is no item and adds nothing.
         popularity += (counts.events_I[top_eK].sum(axis=1) / length_e).sum()
         novelty += (novelty_I[top_eK].sum(axis=1) / length_e).sum()
         target_e = target_E[part]
@@ -147,7 +147,7 @@ def beyond_accuracy(
 
 
 def _chance_for_anybody(events_I: np.ndarray) -> np.ndarray:
-    """float64 [I + 1]: (I + 1 - popularity rank) / I, and 0 for items without an event."""
+    """Return (I + 1 - popularity rank) / I, or 0 for items without an event, float64 [I + 1]."""
     num_items = len(events_I) - 1
     values, place_I = np.unique(events_I, return_inverse=True)
     rank_I = len(values) - place_I  # 1: the most events
@@ -155,6 +155,6 @@ def _chance_for_anybody(events_I: np.ndarray) -> np.ndarray:
 
 
 def _in_common(left_eK: np.ndarray, right_eK: np.ndarray) -> np.ndarray:
-    """int64 [e]: items in both lists. A list holds an item once, so equal neighbours are shared."""
+    """Count the items in both lists, int64 [e]. A list holds an item at most once."""
     both = np.sort(np.concatenate([left_eK, right_eK], axis=1), axis=1)
     return np.count_nonzero((both[:, 1:] == both[:, :-1]) & (both[:, 1:] > 0), axis=1)

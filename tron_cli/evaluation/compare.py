@@ -1,4 +1,4 @@
-"""Several checkpoints on the same events: figures, paired differences, beyond-accuracy figures.
+"""Comparison of checkpoints on the same events: figures, paired differences, list properties.
 
 A difference is taken event by event, so what makes an event hard or easy for both models cancels;
 events of one session are not independent, so its standard error is clustered by session.
@@ -57,10 +57,10 @@ log = logging.getLogger("tron")
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over events of a model's value less the reference's, with its confidence interval.
+    """Mean over events of a model's value minus the reference's, with its confidence interval.
 
-    stderr, low and high are None where one session alone says nothing about others. within_noise:
-    the interval contains 0 (None where there is no interval).
+    stderr, low and high are None for a single session, which says nothing about others.
+    within_noise: True if the interval contains 0, None if there is no interval.
     """
 
     value: float
@@ -73,7 +73,7 @@ class Difference:
 def paired_difference(
     values_E: np.ndarray, reference_E: np.ndarray, session_E: np.ndarray
 ) -> Difference:
-    """Difference of two models' values (float [E]) of the same events, entry by entry.
+    """Return the mean difference of two models' values (float [E]) of the same events.
 
     session_E: int [E], session of each event. With G sessions the interval is the mean plus and
     minus the standard error (clustered by session, as metrics.score gives it) times the quantile of
@@ -101,11 +101,11 @@ def compare(
     reference: int = 0,
     cutoff: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluate all checkpoints on the same events; the report that `tron compare --json` prints.
+    """Evaluate all checkpoints on the same events; return the report of `tron compare --json`.
 
-    reference: place of the checkpoint that the others are compared with, from 0; measures and
-    cutoff default to its own. cutoff: length of the lists that the beyond-accuracy figures look at;
-    0 leaves these out and saves making the lists. Models are loaded one after the other, and of
+    reference: index of the checkpoint that the others are compared with, from 0; measures and
+    cutoff default to its own. cutoff: length of the lists for the beyond-accuracy figures; 0 omits
+    these and saves the time to make the lists. Models are loaded one after the other, and of
     their predictions only those of the reference are kept.
     Raises InputError where the checkpoints cannot be compared on this dataset.
     """
@@ -120,7 +120,7 @@ def compare(
             f": pass --cutoff, from 0 to {MAX_CUTOFF}, for shorter lists"
         )
     numbers = [_numbers(checkpoint, checkpoints[reference]) for checkpoint in checkpoints]
-    # Each under the item numbers of its checkpoint; the report and its lists are the reference's.
+    # Each dataset has the item numbers of its checkpoint; the report has the reference's.
     datasets = [fitted(checkpoint, dataset, protocol, options) for checkpoint in checkpoints]
     dataset = datasets[reference]
     sessions, _ = chosen_sessions(dataset, options)
@@ -171,13 +171,13 @@ def compare(
             )
         if of_reference is None:
             of_reference = predictions
-        del predictions  # before the next model's come
+        del predictions  # free the memory before the next model's arrive
     assert of_reference is not None
     events = len(of_reference.rank_E)
     num_sessions = int(np.count_nonzero(np.bincount(of_reference.session_E)))
     if num_sessions < FEW_SESSIONS:
         log.warning(
-            "only %d sessions: the intervals are too narrow where these differ much in length",
+            "only %d sessions: the intervals are too narrow if sessions differ much in length",
             num_sessions,
         )
     report = {
@@ -205,9 +205,9 @@ def compare(
 
 
 def _numbers(checkpoint: Checkpoint, reference: Checkpoint) -> np.ndarray | None:
-    """The reference's number of each item of a checkpoint: int32 [I + 1]; None where all agree.
+    """Return the reference's number of each item of a checkpoint, int32 [I + 1]; None if all agree.
 
-    Raises InputError where they have not the same items.
+    Raises InputError where the two do not have the same items.
     """
     if len({each.dataset["catalogue_fingerprint"] for each in (checkpoint, reference)}) == 1:
         return None
@@ -224,20 +224,21 @@ def _numbers(checkpoint: Checkpoint, reference: Checkpoint) -> np.ndarray | None
 
 
 def check_choice(checkpoints: int, reference: int) -> None:
-    """Raise InputError where there is nothing to compare, or not with this one (from 1)."""
+    """Raise InputError for fewer than two checkpoints, or a reference (from 1) out of range."""
     if checkpoints < 2:
-        raise InputError(f"expected two checkpoints or more to compare, got {checkpoints}")
+        raise InputError(f"expected at least two checkpoints to compare, got {checkpoints}")
     if not 1 <= reference <= checkpoints:
         raise InputError(
-            f"--reference is the place of a checkpoint, from 1 to {checkpoints}, got {reference}"
+            f"--reference is the number of a checkpoint: expected 1 to {checkpoints}, got {reference}"
         )
 
 
 def short_labels(paths: Sequence[Path]) -> list[str]:
-    """A short name for each checkpoint, unlike the others.
+    """Return a short, distinct label for each checkpoint.
 
-    From the name of the run's folder, or of the file where that is no run's folder; after the first
-    one, words between dashes that all names share are left out. Equal names get their folders'.
+    Labels come from the name of the run folder, or of the file if it is in no run folder. After the
+    first word, words between dashes that all names share are left out. Equal names are preceded by
+    the names of their folders.
     """
     above = 0
     names = [_name(path, above) for path in paths]
@@ -254,7 +255,7 @@ def short_labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _name(path: Path, above: int) -> str:
-    """Name of a checkpoint's run or file, behind those of `above` folders above it."""
+    """Return the name of a checkpoint's run or file, preceded by those of `above` parents."""
     named = path.parent if (path.parent / "config.json").exists() else path.with_suffix("")
     return "/".join(named.absolute().parts[1:][-1 - above :])
 
@@ -276,7 +277,7 @@ def _check_same_events(
             raise InputError(
                 f"{checkpoint.path} predicts the last {window} events of a session "
                 f"(its sequence_length), {base.path} the last {expected}: these are not the same "
-                "events; add --full-sessions, so that all of them predict every event"
+                "events; add --full-sessions, with which all of them predict every event"
             )
 
 
@@ -288,7 +289,7 @@ def _filter_rated(checkpoints: Sequence[Checkpoint], options: EvaluationOptions)
         if checkpoint.config.filter_rated != first.config.filter_rated:
             raise InputError(
                 f"{first.path} has filter_rated={first.config.filter_rated}, {checkpoint.path} "
-                f"filter_rated={checkpoint.config.filter_rated}; say --filter-rated or "
+                f"filter_rated={checkpoint.config.filter_rated}; pass --filter-rated or "
                 "--no-filter-rated for all of them"
             )
     return first.config.filter_rated
@@ -297,8 +298,8 @@ def _filter_rated(checkpoints: Sequence[Checkpoint], options: EvaluationOptions)
 def _differences(
     predictions: Predictions, of_reference: Predictions, values_of: dict[str, np.ndarray]
 ) -> dict[str, dict[str, Any]]:
-    """Paired difference of each measure, from its values by rank; ranks beyond them are misses."""
-    # Pairs are by place: it must be the same event.
+    """Return the paired difference of each measure; ranks beyond its values by rank are misses."""
+    # Entries are paired by position, so they must be the same events.
     assert np.array_equal(predictions.session_E, of_reference.session_E)
     assert np.array_equal(predictions.event_E, of_reference.event_E)
     differences = {}

@@ -1,4 +1,4 @@
-"""Checkpoint + prepared dataset -> an evaluation report: figures, and everything they rest on."""
+"""Evaluation report of a checkpoint on a prepared dataset: figures and what they are based on."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class EvaluationOptions:
     one_pass: bool = False
     limit_sessions: int | None = None
     sample_sessions: int | None = None
-    seed: int | None = None  # of the sample; None: SAMPLE_SEED
+    seed: int | None = None  # for sample_sessions; None: SAMPLE_SEED
     run: Path | None = None
     qrels: Path | None = None
     per_event: Path | None = None
-    by: tuple[str, ...] = ()  # of slices.KINDS
-    cutoff: int = 0  # length of the lists of the beyond-accuracy figures; 0: none of these
+    by: tuple[str, ...] = ()  # keys of slices.KINDS
+    cutoff: int = 0  # length of the lists for the beyond-accuracy figures; 0: omit these
     drop_unknown: bool = False  # leave out events on items that the checkpoint does not know
 
 
@@ -73,10 +73,10 @@ def assess(
     model = checkpoint.build_model(device)
     if options.one_pass and model.mask_item is not None:
         raise InputError(
-            f"--one-pass is not for model={config.model}, which predicts from a mask behind each "
+            f"--one-pass is not for model={config.model}, which predicts from a mask after each "
             "history, so that one pass predicts one event; leave it out"
         )
-    # All that is read of the dataset, before hours of ranking, in which it may be prepared again.
+    # Read everything before hours of ranking, during which the dataset may be prepared again.
     names = dataset.session_ids(options.split), dataset.user_ids(options.split)
     lost = dataset.lost_of_sessions(options.split)
     train_counts = None
@@ -152,10 +152,10 @@ def assess(
 def fitted(
     checkpoint: Checkpoint, dataset: Dataset, protocol: str, options: EvaluationOptions
 ) -> Dataset:
-    """Return the dataset under the item numbers of the checkpoint, by their original ids.
+    """Return the dataset with the item numbers of the checkpoint, matched by original id.
 
     Raises InputError where the checkpoint cannot be evaluated on the dataset under the protocol, or
-    lacks items of the split, unless `drop_unknown`; other training sessions are a warning.
+    lacks items of the split without `drop_unknown`; warns of other training sessions.
     """
     if protocol == "every-step" and dataset.protocol == "last-item":
         raise InputError(
@@ -168,7 +168,7 @@ def fitted(
         return _renumbered(checkpoint, dataset, protocol, options)
     if trained_on["train_fingerprint"] != dataset.split_info("train")["fingerprint"]:
         log.warning(
-            "%s was trained on other sessions than the training split of %s",
+            "%s was not trained on the training split of %s, but on other sessions",
             checkpoint.path,
             dataset.path,
         )
@@ -189,21 +189,23 @@ def _renumbered(
         f"{found.unknown_events:,} of its {events:,} events"
     )
     if found.unknown_events and not found.predictions:
-        raise InputError(f"{lacks}, and nothing is left to predict; name data of the same item ids")
+        raise InputError(
+            f"{lacks}, and nothing is left to predict; expected data with the same item ids"
+        )
     if found.unknown_events and not options.drop_unknown:
         raise InputError(
-            f"{lacks}; pass --drop-unknown to leave these out and count them as lost, or prepare "
+            f"{lacks}; pass --drop-unknown to leave them out and count them as lost, or prepare "
             "the data with --catalogue"
         )
     if found.unknown_events:
-        log.warning("%s: these are left out", lacks)
+        log.warning("%s: they are left out", lacks)
     return found
 
 
 def catalogue_entry(dataset: RenumberedDataset) -> dict[str, int]:
-    """Return the report's entry about a dataset whose catalogue is not that of the checkpoint.
+    """Return the report's entry about a dataset with another catalogue than the checkpoint's.
 
-    Items that only one of them has, and events of the split that are left out for it.
+    It counts the items that only one of them has and the events that are left out for that.
     """
     shared = int(np.count_nonzero(dataset.number_I))
     return {
@@ -214,23 +216,23 @@ def catalogue_entry(dataset: RenumberedDataset) -> dict[str, int]:
 
 
 def chosen_sessions(dataset: Dataset, options: EvaluationOptions) -> tuple[Sessions, np.ndarray]:
-    """Sessions of the split that are evaluated, and int64 [S], the number of each in the split.
+    """Return the sessions to evaluate, and the number of each in the split, int64 [S].
 
-    All, the first limit_sessions, or a sample of sample_sessions without replacement, in the order
-    of the split. Raises InputError where there are none, or where both are asked for.
+    These are all sessions, the first limit_sessions, or a sample of sample_sessions without
+    replacement, in the order of the split. Raises InputError if there are none or both are given.
     """
     if options.limit_sessions is not None and options.sample_sessions is not None:
         raise InputError(
-            "--limit-sessions takes the first sessions, --sample-sessions a random sample; leave "
-            "one of them out"
+            "--limit-sessions takes the first sessions and --sample-sessions a random sample; pass "
+            "one of them"
         )
     if options.seed is not None and options.sample_sessions is None:
-        raise InputError("--seed is that of --sample-sessions; give both, or neither")
+        raise InputError("--seed is the seed of --sample-sessions; pass both or neither")
     sessions = dataset.checked_split(options.split)
     if not len(sessions):
         raise InputError(
-            f"the {options.split} split of {dataset.path} is empty; prepare it with one, or "
-            "choose another --split"
+            f"the {options.split} split of {dataset.path} is empty; choose another "
+            "--split, or prepare the dataset with one"
         )
     if options.sample_sessions is None:
         number_S = np.arange(len(sessions))[: options.limit_sessions]
@@ -246,7 +248,7 @@ def chosen_sessions(dataset: Dataset, options: EvaluationOptions) -> tuple[Sessi
 
 
 def sample_of(dataset: Dataset, options: EvaluationOptions) -> dict[str, int]:
-    """The report's entry about a sample: its sessions, those it is drawn from, and its seed."""
+    """Return the report's entry about a sample: its size, that of the split, and its seed."""
     assert options.sample_sessions is not None
     population = dataset.split_info(options.split)["sessions"]
     return {
@@ -259,10 +261,10 @@ def sample_of(dataset: Dataset, options: EvaluationOptions) -> dict[str, int]:
 def left_out(
     dataset: Dataset, split: str, protocol: str, sessions: Sessions, events: int
 ) -> dict[str, int]:
-    """Count what `events` predicted events of the chosen sessions do not cover, by reason."""
+    """Count the events and sessions that the `events` predicted ones do not cover, by reason."""
     possible = int((sessions.lengths - 1).clip(min=0).sum())
     beyond_limit = len(dataset.split(split)) - len(sessions)
-    # Counted for the dataset's own protocol, over the whole sessions of the whole split.
+    # Preparation counted them for the dataset's own protocol, over whole sessions.
     lost = 0
     if beyond_limit == 0 and protocol == dataset.protocol:
         lost = dataset.split_info(split)["lost_predictions"]
@@ -285,8 +287,8 @@ def _check(options: EvaluationOptions, checkpoint: Checkpoint) -> None:
             raise InputError(f"{other} and {option} both name {path}; give each its own file")
     if options.per_event and options.per_event.suffix.lower() not in TABLE_SUFFIXES:
         raise InputError(
-            f"--per-event writes Parquet or CSV by the name of the file: expected one that ends in "
-            f"{' or '.join(TABLE_SUFFIXES)}, got {options.per_event}"
+            f"--per-event must name a file that ends in {' or '.join(TABLE_SUFFIXES)}, "
+            f"got {options.per_event}"
         )
     unknown = [kind for kind in options.by if kind not in KINDS]
     if unknown:
@@ -307,9 +309,9 @@ def _write_files(
     names: tuple[Ids, Ids],
     depth: int,
 ) -> None:
-    """Write the files asked for, with lists of up to depth.
+    """Write the requested files, with lists of up to depth items.
 
-    number_S: int64 [S], of the evaluated sessions in the split; names: the original ids of all
+    number_S: int64 [S], numbers of the evaluated sessions in the split. names: original ids of all
     sessions of the split, and of their users.
     """
     top_EK = predictions.top_EK
@@ -341,11 +343,11 @@ def _add_lost(
 ) -> None:
     """Add figures that count predictions lost in preparation as misses, of the whole split.
 
-    lost: as `Dataset.lost_of_sessions` returns it, `total` in all. The standard error, clustered by
-    session, is None where the dataset does not say which sessions lost them.
+    lost: from `Dataset.lost_of_sessions`; `total` is their sum. The standard error, clustered by
+    session, is None where the dataset does not record which sessions lost them.
     """
     known = lost is not None
-    if lost is None:  # in whichever session they are, the mean is the same
+    if lost is None:  # the mean does not depend on the session
         lost = np.array([total])
     found = figures(value_of, predictions.rank_E, predictions.session_E, lost)
     for name, figure in found.items():

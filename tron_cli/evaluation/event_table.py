@@ -1,4 +1,4 @@
-"""A row for each predicted event, as Parquet or CSV: from it every figure can be computed again."""
+"""Table of predicted events, as Parquet or CSV, from which every figure can be recomputed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def write_event_table(
     session_ids: Ids = None,
     user_ids: Ids = None,
 ) -> None:
-    """Columns session, [user], event, target, rank, a row for each event, written atomically.
+    """Write a row with session, [user], event, target and rank for each event, atomically.
 
-    session and user: original ids, where known (else the session's number in the split, and no
-    user); target: original item id. event: place of the target in the session, from 0. rank: null
-    (in CSV: empty) where the target was filtered out, which is a miss. Original session ids that
-    repeat come with a column session_number, which tells the sessions apart.
+    session and user: original ids, where known (else the number of the session in the split, and no
+    user). target: original item id. event: place of the target in the session, from 0. rank: null
+    (in CSV: empty) where the target was filtered out, which is a miss. Where original session ids
+    repeat, a column session_number distinguishes the sessions.
     """
     session_E = predictions.session_E
     columns: dict[str, Any] = {"session": session_E}
@@ -47,7 +47,7 @@ def write_event_table(
 
 
 def _series(name: str, values: np.ndarray) -> polars.Series:
-    """Make a column, of text where ids are text: polars would keep an array of objects as it is."""
+    """Make a column; text ids become strings, since polars would keep an array of objects as is."""
     if values.dtype == object:
         return polars.Series(name, values.tolist(), dtype=polars.String)
     return polars.Series(name, values)

@@ -1,4 +1,4 @@
-"""Ranks to figures: ir-measures' own numbers, each with a standard error clustered by session.
+"""Figures from ranks: ir-measures' own numbers, with standard errors clustered by session.
 
 With one relevant item per prediction a measure depends on the rank of that item alone. So
 ir-measures scores one synthetic query per rank 1..K (K = the largest cutoff) and one miss, and the
@@ -20,10 +20,10 @@ from ir_measures import Measure, Qrel, ScoredDoc
 
 from tron_cli.errors import InputError
 
-# The synthetic queries hold cutoff^2 documents: a second of work at this depth.
+# The synthetic queries hold cutoff^2 documents, which takes a second at this depth.
 MAX_CUTOFF = 1000
 
-# Names that the field uses for recall with one relevant item and that ir-measures does not know.
+# Common names for recall with one relevant item that ir-measures does not know.
 _RECALL_NAMES = {"hit", "hits", "hitrate", "hitratio", "hr"}
 
 
@@ -36,12 +36,12 @@ class Figure:
 
 
 def parse_measures(names: Sequence[str] | str) -> list[Measure]:
-    """Measures from "R@20 RR@20 nDCG@10" or "R@20,RR@20", or a list of names; each is kept once.
+    """Parse "R@20 RR@20 nDCG@10", "R@20,RR@20" or a list of names; keep each measure once.
 
     Any ir-measures measure with a cutoff that the rank of one relevant item determines is accepted.
     Raises InputError, with a suggestion, for anything else.
     """
-    # Not at a comma between the parameters of a measure.
+    # Do not split at a comma between the parameters of a measure.
     words = re.split(r"[\s,]+(?![^(]*\))", names) if isinstance(names, str) else list(names)
     words = [word for word in words if word]
     if not words:
@@ -52,15 +52,15 @@ def parse_measures(names: Sequence[str] | str) -> list[Measure]:
 def score(
     ranks: np.ndarray, sessions: np.ndarray, measures: Sequence[Measure]
 ) -> dict[str, Figure]:
-    """Mean of each measure over all events, by the measure's name as ir-measures prints it.
+    """Return the mean of each measure over all events, by its name in ir-measures.
 
-    measures: as parse_measures returns them; the rest is as in `figures`, which see.
+    measures: from `parse_measures`. ranks, sessions and errors are those of `figures`.
     """
     return figures(values_by_rank(measures), ranks, sessions)
 
 
 def values_by_rank(measures: Sequence[Measure]) -> dict[str, np.ndarray]:
-    """Each measure of one query whose target has rank 0 (a miss), 1, ..., the largest cutoff.
+    """Compute each measure for a target of rank 0 (a miss), 1, ..., the largest cutoff.
 
     Returns float64 [largest cutoff + 1] by name of the measure.
     """
@@ -74,11 +74,11 @@ def figures(
     sessions: np.ndarray,
     lost: np.ndarray | None = None,
 ) -> dict[str, Figure]:
-    """Mean of each measure over events, from its values by rank; ranks beyond these are misses.
+    """Return the mean of each measure over events; ranks beyond its values by rank are misses.
 
-    ranks: int [N], 1 = best, 0 = the target cannot be ranked (a miss in every measure).
+    value_of: from `values_by_rank`. ranks: int [N], 1 = best, 0 = a miss in every measure.
     sessions: int [N], index of the session of each event, in any order.
-    lost: int [G], further events of each session, which are misses; sessions may have these only.
+    lost: int [G], further events of each session, all misses; a session may have no others.
 
     The standard error treats the sessions as the independent sample: with G sessions of n_s events
     that sum to y_s, and mean m over N events, it is sqrt(G/(G-1) * sum_s (y_s - n_s*m)^2) / N.
@@ -99,9 +99,10 @@ def figures(
 
 
 def clustered_stderr(values: np.ndarray, sessions: np.ndarray, mean: float) -> float | None:
-    """Standard error of the mean of values (float [N]), clustered by session; None for one session.
+    """Return the standard error of a mean of values (float [N]), clustered by session.
 
-    sessions: int [N], index of the session of each value. The formula stands at `figures`.
+    sessions: int [N], index of the session of each value. `figures` states the formula. None for a
+    single session.
     """
     events_of_session = np.bincount(sessions)
     num_sessions = np.count_nonzero(events_of_session)
@@ -115,10 +116,10 @@ def clustered_stderr(values: np.ndarray, sessions: np.ndarray, mean: float) -> f
 def values_of_ranks(
     measures: Sequence[Measure], ranks: Sequence[int], depth: int
 ) -> dict[str, np.ndarray]:
-    """Each measure of one query per rank, whose list of `depth` items has the target there.
+    """Score one synthetic query per rank with ir-measures.
 
-    Rank 0 is a list without the target. Returns float64 [len(ranks)] by name of the measure;
-    raises KeyError where a measure has no value for some query.
+    Its list of `depth` items has the target at that rank, or nowhere for rank 0. Returns float64
+    [len(ranks)] by name of the measure. Raises KeyError if a measure has no value for some query.
     """
 
     def documents() -> Iterator[ScoredDoc]:
@@ -149,7 +150,7 @@ def _parse_measure(word: str) -> Measure:
             "spaces, such as R@20 RR@20 nDCG@10"
         ) from error
     if "cutoff" not in measure.SUPPORTED_PARAMS:
-        raise InputError(f"{word!r} takes no cutoff, so it is not supported; try R@20 or nDCG@10")
+        raise InputError(f"{word!r} takes no cutoff and is not supported; try R@20 or nDCG@10")
     if "cutoff" not in measure.params:
         raise InputError(f"the measure {word!r} needs a cutoff, such as {word}@20")
     cutoff = measure["cutoff"]
@@ -160,7 +161,7 @@ def _parse_measure(word: str) -> Measure:
         )
     try:
         measure.validate_params()
-        # Some measures, such as Accuracy, are undefined for a miss; a figure needs every event.
+        # Some measures, such as Accuracy, are undefined for a miss; figures need every event.
         (values,) = values_of_ranks([measure], [0, 1, cutoff + 1], cutoff + 1).values()
     except (AssertionError, TypeError, ValueError, KeyError, subprocess.SubprocessError) as error:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Model + sessions -> exact ranks of the items that followed.
+"""Exact ranks of the items that followed each history, by a model.
 
 Shapes: R rows (histories given to the model), E predicted events, D width.
 """
@@ -30,7 +30,7 @@ from tron_cli.evaluation.ranking import Catalogue, SeenItems
 from tron_cli.models.base import Model
 
 _SESSIONS_AT_ONCE = 1 << 14
-_EVENTS_AT_ONCE = 1 << 12  # ranked together: the more, the less often the table is read
+_EVENTS_AT_ONCE = 1 << 12  # ranked together; more events read the table less often
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def predict(
 
     protocol: every-step predicts each event of a session but the first, last-item the last one.
     Each is predicted from its own history of up to sequence_length events, exactly as in serving.
-    every-step predicts the last sequence_length events of a session, with full_sessions all.
-    one_pass: TRON's way instead: one pass over the last sequence_length + 1 events of a session.
+    every-step predicts the last sequence_length events of a session, or all with full_sessions.
+    one_pass: predict as TRON does, in one pass over the last sequence_length + 1 events.
     filter_rated: items of the whole history before the target cannot be recommended; a target
     among them is a miss. top_items: also return that many best items of each event, or the whole
     catalogue where it has fewer.
@@ -87,15 +87,15 @@ def predict(
             top_items=top_items,
             progress=progress,
         )
-    # The smallest and the largest value are NaN where any is.
+    # The smallest and the largest value are NaN if any value is.
     if not all(
         bool(torch.isfinite(torch.stack(parameter.aminmax())).all())
         for parameter in model.parameters()
     ):
-        # Not left to the scores: fused attention can turn NaN into zeros.
+        # Checking the scores is not enough: fused attention can turn NaN into zeros.
         raise RunError(
-            "the model's weights hold NaN or infinite values; no rank can be given; train again "
-            "with a lower lr or with clip_norm"
+            "the model's weights hold NaN or infinite values, so nothing can be ranked; train "
+            "again with a lower lr or with clip_norm"
         )
     was_training = model.training
     model.eval()
@@ -131,7 +131,7 @@ def predict(
 
 
 def _rows(block: Histories, *, shared: bool) -> _Rows:
-    """A row for each history, or where they are shared for all that begin at the same place."""
+    """Make one row per history, or if `shared` one for all that begin at the same place."""
     begins = np.ones(len(block), dtype=bool)
     if shared:
         begins[1:] = block.start_E[1:] != block.start_E[:-1]
@@ -144,7 +144,7 @@ def _rows(block: Histories, *, shared: bool) -> _Rows:
 def _hidden(
     model: Model, block: Histories, rows: _Rows, batch_size: int
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """Events of a block and what predicts each, from batches of rows of like lengths."""
+    """Yield events of a block with their hidden states, from batches of rows of similar length."""
     device = model.item_table.device
     order = np.argsort(rows.length_R, kind="stable")
     for low in range(0, len(order), batch_size):
@@ -165,7 +165,7 @@ def _hidden(
 def _gathered(
     batches: Iterable[tuple[np.ndarray, torch.Tensor]],
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """The same events, _EVENTS_AT_ONCE or a batch more at a time."""
+    """Join batches until they hold at least _EVENTS_AT_ONCE events."""
     indices: list[np.ndarray] = []
     states: list[torch.Tensor] = []
     for index_E, hidden_ED in batches:
@@ -185,7 +185,7 @@ def _rank(
     filter_rated: bool,
     top_items: int,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Rank and, if asked for, the best items of each event."""
+    """Return the rank of each target and, if requested, the best items of each event."""
     device = hidden_ED.device
     target_E = histories.target_E
     targets = torch.from_numpy(target_E).to(device)
@@ -203,7 +203,7 @@ def _rank(
     if not top_items:
         return rank_E, None
     if seen is not None and missed_E.any():
-        # A filtered target may not come up in the list either.
+        # A filtered target may not appear in the list either.
         missed = torch.from_numpy(np.flatnonzero(missed_E)).to(device)
         seen = SeenItems(
             torch.cat([seen.event_P, missed]), torch.cat([seen.item_P, targets[missed]])
@@ -213,9 +213,9 @@ def _rank(
 
 @contextmanager
 def _float32_arithmetic(device: torch.device) -> Iterator[None]:
-    """Turn off autocast, and the shorter formats in which torch may multiply float32 numbers.
+    """Turn off autocast and the shorter formats in which torch may multiply float32 numbers.
 
-    cuDNN's recurrent layers round to TF32 unless told otherwise, whatever matrix products do.
+    cuDNN's recurrent layers have a setting of their own and round to TF32 by default.
     """
     with _without_tf32(), torch.autocast(device.type, enabled=False):
         yield
@@ -234,7 +234,7 @@ def _without_tf32() -> Iterator[None]:
             torch.set_float32_matmul_precision(before[0])
             backends.cudnn.allow_tf32 = before[1]
         return
-    # One by one: torch refuses to read the flags above where operations differ.
+    # Set one by one: torch refuses to read the flags above if operations differ.
     operations = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
     operations += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
     modes = [operation.fp32_precision for operation in operations]

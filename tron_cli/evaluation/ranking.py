@@ -3,12 +3,12 @@
 rank = 1 + the number of other eligible items that score at least as high as the target, in exact
 arithmetic on the float32 hidden states and embeddings. Three stages, each exact about what it
 decides: a product in low precision decides all items outside its proved rounding bound around the
-target's score; float64 decides the few inside it, but for those within its own bound; a correctly
-rounded sum decides these. The result therefore does not depend on the platform, the threads, or
-how the work is cut.
+target's score; float64 decides the few inside it, except those within its own bound; a correctly
+rounded sum decides these. The result therefore does not depend on the platform, the number of
+threads, or how the work is divided.
 
-The first stage is a float32 matrix product, in chunks that the cache holds. On CUDA with Triton it
-is one kernel (`rank_kernel`), and the chunks remain for what that kernel leaves open.
+The first stage is a float32 matrix product, in chunks that fit the cache. On CUDA with Triton it is
+one kernel (`rank_kernel`); the chunks then rank only the events that the kernel leaves open.
 
 Shapes: E events, D width of the table, I items, C items of a chunk, P (event, item) pairs.
 """
@@ -28,14 +28,14 @@ from tron_cli.ops import rank_kernel
 from tron_cli.ops.products import rounded_up, row_products
 
 _EVENTS_AT_ONCE = 1 << 12
-_CHUNK_ELEMENTS = 1 << 20  # scores held at once: 4 MB, so that comparing finds them in the cache
+_CHUNK_ELEMENTS = 1 << 20  # scores held at once: 4 MB, which fit the cache
 _CHUNK_ELEMENTS_CUDA = 1 << 26
-_LIST_ELEMENTS = 1 << 24  # scores held at once for lists of the best items, of whole rows
+_LIST_ELEMENTS = 1 << 24  # scores held at once for lists of the best items, in whole rows
 _PAIRS_AT_ONCE = 1 << 10
 _ROWS_AT_ONCE = 1 << 12
-_SPARE_CANDIDATES = 32  # beyond the last place asked for, in case rounding swapped some
+_SPARE_CANDIDATES = 32  # beyond the last place requested, in case rounding swapped some
 _T = TypeVar("_T")
-_NO_RANKS = "no rank can be given; train again with a lower lr or with clip_norm"
+_NO_RANKS = "nothing can be ranked; train again with a lower lr or with clip_norm"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class SeenItems:
 
 @dataclass(frozen=True)
 class _Events:
-    """Events to rank. score_E: float64, of the targets; largest_E: float64, no score is larger."""
+    """Events to rank. score_E: float64, scores of the targets. largest_E: float64, upper bounds."""
 
     hidden_ED: torch.Tensor
     target_E: torch.Tensor
@@ -62,17 +62,17 @@ class _Events:
 
 
 class Catalogue:
-    """The item embeddings that events are ranked against.
+    """Item embeddings that events are ranked against.
 
-    table: float32 [I + 1, D], row i for item i; row 0 is no item. Raises RunError where it is not
-    finite: a rank among NaNs would mean nothing.
+    table: float32 [I + 1, D], row i for item i; row 0 is no item. Raises RunError if it is not
+    finite, since a rank among NaNs would be meaningless.
     """
 
     def __init__(self, table: torch.Tensor) -> None:
         self.table = table.detach().float().contiguous()
         self.num_items = len(table) - 1
-        # In float64 the squares of finite numbers neither overflow nor underflow, and those of
-        # others are not finite; in pieces the copy stays in the cache.
+        # In float64 the squares of finite float32 numbers neither overflow nor underflow, and all
+        # others stay infinite or NaN; in pieces the copy stays in the cache.
         norm_I = torch.cat([rows.double().norm(dim=1) for rows in self.table.split(_ROWS_AT_ONCE)])
         if not bool(torch.isfinite(norm_I).all()):
             raise RunError(f"the item embeddings hold NaN or infinite values; {_NO_RANKS}")
@@ -86,7 +86,7 @@ class Catalogue:
     def score(
         self, hidden_ED: torch.Tensor, event_P: torch.Tensor, item_P: torch.Tensor
     ) -> torch.Tensor:
-        """float64 [P]: scores of items at events, within `_relative_bound` of float64."""
+        """Return scores of items at events, float64 [P], within `_relative_bound` of float64."""
         by_kernel = self._by_kernel(lambda kernel: kernel.pair_scores(hidden_ED, event_P, item_P))
         if by_kernel is not None:
             return by_kernel
@@ -99,10 +99,10 @@ class Catalogue:
         return torch.cat(scores) if scores else hidden_ED.new_zeros(0, dtype=torch.float64)
 
     def _by_kernel(self, compute: Callable[[rank_kernel.CoarseTable], _T]) -> _T | None:
-        """What the kernel computes; None without one, or where it turns out not to run here.
+        """Return the result of the kernel; None without one, or if it fails to run.
 
-        Triton compiles a kernel when it is first called, for which it needs a C compiler, a folder
-        to write to, and a card that it knows.
+        Triton compiles a kernel on its first call, for which it needs a C compiler, a writable
+        folder and a supported GPU.
         """
         if self._kernel is None:
             return None
@@ -117,17 +117,17 @@ class Catalogue:
             return None
 
     def _relative_bound(self, dtype: torch.dtype) -> float:
-        """g such that a dot product computed in `dtype` errs by at most g * |h| * |e|.
+        """Return g such that a dot product in `dtype` has an error of at most g * |h| * |e|.
 
-        In whatever order it is summed, and with or without fused operations, g = n u / (1 - n u)
-        with u half the spacing of numbers at 1 (Higham, Accuracy and Stability of Numerical
-        Algorithms, 3.1). n is D, and four more for the roundings of thresholds and norms.
+        For any order of summation, with or without fused operations, g = n u / (1 - n u) with u
+        half the spacing of numbers at 1 (Higham, Accuracy and Stability of Numerical Algorithms,
+        3.1). n is D plus four for the rounding of thresholds and norms.
         """
         roundings = (self.table.shape[1] + 4) * torch.finfo(dtype).eps / 2
         return roundings / (1 - roundings) * (1 + 1e-6)
 
     def _largest_scores(self, hidden_ED: torch.Tensor) -> torch.Tensor:
-        """float64 [E]: |h| * |e| for the longest embedding, which no score exceeds."""
+        """Return |h| * |e| for the longest embedding, which no score exceeds, float64 [E]."""
         norm_E = hidden_ED.double().norm(dim=1)
         if not bool(torch.isfinite(norm_E).all()):
             raise RunError(f"the model's hidden states hold NaN or infinite values; {_NO_RANKS}")
@@ -137,18 +137,18 @@ class Catalogue:
         return largest_E
 
     def _float32_bound(self, largest_E: torch.Tensor) -> torch.Tensor:
-        """float64 [E]: how far a float32 score can be from the exact one."""
-        # Products may underflow to zero, which loses less than the smallest normal number each.
+        """Return the largest possible error of a float32 score, float64 [E]."""
+        # A product may underflow to zero, which loses less than the smallest normal number.
         underflow = torch.finfo(torch.float32).tiny * self.table.shape[1]
         return largest_E * self._relative_bound(torch.float32) + underflow
 
     def ranks(
         self, hidden_ED: torch.Tensor, target_E: torch.Tensor, seen: SeenItems | None = None
     ) -> torch.Tensor:
-        """int64 [E]: rank of each target, 1 the best, among all items that are not `seen`.
+        """Return the rank of each target, int64 [E], 1 = best, among all items that are not `seen`.
 
         hidden_ED: float32; target_E: int64 item ids. Ties count against the target. Raises
-        RunError where hidden states are not finite or scores leave the range of float32.
+        RunError if hidden states are not finite or scores leave the range of float32.
         """
         hidden_ED = hidden_ED.float().contiguous()
         largest_E = self._largest_scores(hidden_ED)
@@ -166,9 +166,9 @@ class Catalogue:
         return rank_E
 
     def _compare(self, events: _Events) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """int64 [E]: how many items certainly score higher; event and item of all pairs in doubt.
+        """Return how many items certainly score higher, int64 [E], and the undecided pairs.
 
-        The target is in doubt with itself.
+        Pairs are two arrays: event and item. The target is among its own undecided items.
         """
         pieces = max(1, math.ceil(len(events.target_E) / _EVENTS_AT_ONCE))
         size = max(1, math.ceil(len(events.target_E) / pieces))
@@ -183,8 +183,10 @@ class Catalogue:
     def _compare_in_kernel(
         self, events: _Events
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `_compare_in_chunks`, which takes the events that have too many items in doubt, and
-        all events where there is no kernel."""
+        """Compare as `_compare_in_chunks`, by the kernel where there is one.
+
+        Events with more undecided items than the kernel holds are compared in chunks.
+        """
         compared = self._by_kernel(lambda kernel: kernel.compare(events.hidden_ED, events.score_E))
         if compared is None:
             return self._compare_in_chunks(events)
@@ -205,14 +207,14 @@ class Catalogue:
     def _compare_in_chunks(
         self, events: _Events
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Float32 scores of a few items at a time."""
+        """Compare by float32 scores, some items at a time; return as `_compare` does."""
         num_events, hidden_ED = len(events.hidden_ED), rounded_up(events.hidden_ED)
         bound_E = self._float32_bound(events.largest_E)
         above_E1 = (events.score_E + bound_E).float()[:, None]
         below_E1 = (events.score_E - bound_E).float()[:, None]
         elements = _CHUNK_ELEMENTS if hidden_ED.device.type == "cpu" else _CHUNK_ELEMENTS_CUDA
         columns = min(max(1, elements // max(1, num_events)), max(1, self.num_items))
-        # Comparing into float32 and adding that up is several times as fast as with booleans.
+        # Comparing into float32 and summing is several times as fast as with booleans.
         is_so_EC = hidden_ED.new_empty(num_events, columns)
         ahead_E = torch.zeros_like(events.target_E)
         in_doubt: list[torch.Tensor] = []
@@ -232,10 +234,10 @@ class Catalogue:
     def _at_least(
         self, events: _Events, event_P: torch.Tensor, item_P: torch.Tensor
     ) -> torch.Tensor:
-        """bool [P]: whether the item scores at least as high as the target of the event."""
+        """Return where the item scores at least as high as the target of the event, bool [P]."""
         lead_P = self.score(events.hidden_ED, event_P, item_P) - events.score_E[event_P]
         at_least_P = lead_P >= 0
-        # A bound of zero is that of a hidden state of zeros: everything ties.
+        # The bound is zero for a hidden state of zeros, where everything ties.
         bound_E = 2 * self._relative_bound(torch.float64) * events.largest_E
         open_P = ((lead_P.abs() <= bound_E[event_P]) & (bound_E[event_P] > 0)).nonzero()[:, 0]
         for pairs in open_P.split(_PAIRS_AT_ONCE):
@@ -256,9 +258,9 @@ class Catalogue:
         limit: int,
         seen: SeenItems | None = None,
     ) -> torch.Tensor:
-        """int64 [E, limit]: the items in the order that `ranks` implies; 0 where there are no more.
+        """Return the best items in the order of `ranks`, int64 [E, limit]; 0 where none are left.
 
-        Equal scores are ordered by item id, but the target comes last among its equals.
+        Equal scores are ordered by item id, except that the target comes last among its equals.
         """
         hidden_ED = hidden_ED.float().contiguous()
         largest_E = self._largest_scores(hidden_ED)
@@ -303,9 +305,10 @@ class Catalogue:
         target_e: torch.Tensor,
         close_e: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Items of each event as `_ordered` has them, and whether float64 tells each from the next.
+        """Return the items of each event as `_ordered` does, and where float64 decides the order.
 
-        Item 0 is none, and comes last.
+        The second array is true where an item differs enough from the next. Item 0 is no item and
+        comes last.
         """
         rank_ek = item_ek.masked_fill(item_ek == target_e[:, None], self.num_items + 1)
         item_ek = item_ek.gather(1, rank_ek.argsort(dim=1))
@@ -316,7 +319,7 @@ class Catalogue:
         score_ek, order_ek = score_ek.masked_fill(item_ek == 0, -torch.inf).sort(
             dim=1, descending=True, stable=True
         )
-        # Differences to and among those of item 0 are infinite or NaN: neither is close.
+        # Differences that involve item 0 are infinite or NaN, so they are not close.
         near_ek = (score_ek[:, :-1] - score_ek[:, 1:] <= close_e[:, None]) & (close_e > 0)[:, None]
         last_e1 = torch.zeros_like(item_ek[:, :1], dtype=torch.bool)
         return item_ek.gather(1, order_ek), ~torch.cat([near_ek, last_e1], dim=1)
@@ -328,9 +331,9 @@ class Catalogue:
         target: torch.Tensor,
         close: torch.Tensor,
     ) -> torch.Tensor:
-        """Items (ascending ids) by exact score; the target last among its equals.
+        """Sort items (given by ascending id) by exact score, the target last among its equals.
 
-        close: float64, the largest distance of scores whose order float64 does not tell.
+        close: float64, the largest difference of scores that float64 cannot order.
         """
         item_C = item_C[torch.argsort((item_C == target).long(), stable=True)]
         score_C = (self.table[item_C].double() * hidden_D.double()).sum(dim=1)
@@ -347,8 +350,8 @@ class Catalogue:
 
 
 def _sign_of_difference(hidden_D: torch.Tensor, row_D: torch.Tensor, other_D: torch.Tensor) -> int:
-    """-1, 0 or 1: how the score of one row compares with another's, without rounding."""
-    # Products of float32 numbers are exact in float64, and fsum rounds the exact sum.
+    """Return the sign of the difference of the scores of two rows, computed without rounding."""
+    # Products of float32 numbers are exact in float64, and fsum rounds only the exact sum.
     terms = torch.cat([row_D, -other_D]).double() * hidden_D.double().repeat(2)
     difference = math.fsum(terms.tolist())
     return (difference > 0) - (difference < 0)

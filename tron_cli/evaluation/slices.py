@@ -1,6 +1,6 @@
-"""Predicted events by what is known of them: length, position, popularity, repeat.
+"""Figures of slices of the predicted events: by length, position, popularity and repeat.
 
-The slices of a kind partition the events. Those without an event are not there.
+The slices of a kind partition the events. Empty slices are omitted.
 
 Shapes: E predicted events, N events of the sessions, I items.
 """
@@ -16,11 +16,11 @@ from tron_cli.data.dataset import Sessions
 from tron_cli.data.histories import Predictions
 from tron_cli.evaluation.metrics import figures
 
-# Kinds of slices, and what the events of one have in common.
+# Kinds of slices, and the property that defines them.
 KINDS = {
     "length": "events of the whole session",
     "position": "place of the target in its session, from 1: one more than the history has events",
-    "popularity": "training events of the target's item; items in order of popularity are cut "
+    "popularity": "training events of the target's item; items sorted by popularity are cut "
     "where they hold a fifth, two fifths, ... of all training events, equals staying together",
     "repeat": "whether the target's item is among the earlier events of its session",
 }
@@ -35,11 +35,11 @@ def sliced_figures(
     sessions: Sessions,
     train_events_I: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
-    """Figures of each slice of a kind, in order: label, events, sessions and metrics.
+    """Return label, events, sessions and metrics of each slice of a kind, in order.
 
-    value_of: as metrics.values_by_rank returns it. predictions: of `sessions`. train_events_I:
-    int64 [I + 1], training events of each item, needed by popularity. Standard errors are clustered
-    by session, as everywhere; those of a slice rest on the sessions that have an event in it.
+    value_of: from metrics.values_by_rank. predictions: those of `sessions`. train_events_I: int64
+    [I + 1], training events of each item, needed for popularity. Standard errors are clustered by
+    session, over the sessions with an event in the slice.
     """
     labels, slice_E = _slices(kind, predictions, sessions, train_events_I)
     found = []
@@ -66,7 +66,7 @@ def _slices(
     sessions: Sessions,
     train_events_I: np.ndarray | None,
 ) -> tuple[list[str], np.ndarray]:
-    """Labels of slices, and int64 [E], the slice of each event."""
+    """Return the labels of slices and the slice of each event, int64 [E]."""
     if kind == "popularity":
         assert train_events_I is not None
         labels, slice_I = _by_popularity(train_events_I)
@@ -86,13 +86,13 @@ def _slices(
 
 
 def _by_popularity(train_events_I: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Labels, and int64 [I + 1], the slice of each item: by the share that more popular ones hold.
+    """Return labels and the slice of each item, int64 [I + 1], by the share of more popular items.
 
-    The last slice is that of items without a training event.
+    The last slice holds the items without a training event.
     """
     count, item_I = np.unique(train_events_I, return_inverse=True)
     events = count * np.bincount(item_I)
-    before = events.sum() - np.cumsum(events)  # those of all more popular items
+    before = events.sum() - np.cumsum(events)  # events of all more popular items
     part = np.where(count > 0, before * _PARTS // max(1, events.sum()), _PARTS)
     labels = []
     for number in range(_PARTS):
@@ -103,10 +103,10 @@ def _by_popularity(train_events_I: np.ndarray) -> tuple[list[str], np.ndarray]:
 
 
 def _repeats(sessions: Sessions) -> np.ndarray:
-    """bool [N]: whether the item of an event is among the earlier ones of its session."""
+    """Return where an event has an item of an earlier event of its session, bool [N]."""
     item_N = np.asarray(sessions.items[: sessions.offsets[-1]], dtype=np.int64)
     session_N = np.repeat(np.arange(len(sessions)), sessions.lengths)
-    order = np.lexsort((item_N, session_N))  # stable: the earliest of equals comes first
+    order = np.lexsort((item_N, session_N))  # stable: the earliest event of an item comes first
     item_N, session_N = item_N[order], session_N[order]
     repeat_N = np.zeros(len(order), dtype=bool)
     repeat_N[order[1:]] = (item_N[1:] == item_N[:-1]) & (session_N[1:] == session_N[:-1])

@@ -1,10 +1,10 @@
-"""Predictions as TREC files, which any evaluation tool scores to the same figures.
+"""Predictions as TREC files, from which other tools compute the same figures.
 
 The query of an event is `<session>_e<event>`, with the original id of the session, or of its user
-where sessions have no id of their own; where these repeat in the split, it is
-`<id>_s<number>_e<event>`, and `s<number>_e<event>` where there are none. The number is that of the
-session in the split, and event is the place of the target in the session, both from 0. What stands
-behind the last `_e` and the last `_s` are digits only, so that queries are unique whatever the ids.
+where sessions have no id of their own. Where these repeat in the split, it is
+`<id>_s<number>_e<event>`, and where there are none `s<number>_e<event>`. number is that of the
+session in the split, and event is the place of the target in the session, both from 0. Only digits
+follow the last `_e` and the last `_s`, so queries are unique for any ids.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Ids = np.ndarray | TextIds | None
 def write_qrels(
     path: Path, predictions: Predictions, item_ids: np.ndarray, session_ids: Ids = None
 ) -> None:
-    """Write `<query> 0 <item> 1`, a line for each predicted event.
+    """Write a line `<query> 0 <item> 1` for each predicted event.
 
-    session_ids: of all sessions of the split.
+    session_ids: ids of all sessions of the split.
     """
     names = _names(item_ids)
     with written_alone(path) as file:
@@ -42,9 +42,9 @@ def write_qrels(
 def write_run(
     path: Path, predictions: Predictions, item_ids: np.ndarray, session_ids: Ids = None
 ) -> None:
-    """Write `<query> Q0 <item> <rank> <score> tron`, ranks from 1.
+    """Write lines `<query> Q0 <item> <rank> <score> tron`, ranks from 1.
 
-    The scores fall strictly with the rank, so that no tool's rule for ties can change the order.
+    Scores fall strictly with the rank, so that no tool's rule for ties can change the order.
     """
     assert predictions.top_EK is not None
     names = _names(item_ids)
@@ -61,7 +61,7 @@ def write_run(
 
 
 def repeat(ids: np.ndarray | TextIds) -> bool:
-    """Return whether any id of a split occurs twice."""
+    """Return True if an id of a split occurs twice."""
     rows = ids[np.arange(len(ids))]
     return len(set(rows.tolist())) < len(rows)
 
@@ -80,7 +80,7 @@ def _queries(predictions: Predictions, session_ids: Ids) -> Iterator[str]:
 
 
 def _names(ids: np.ndarray) -> list[str]:
-    """Ids without whitespace: it becomes %XX, as does the % that such an escape begins with."""
+    """Return ids as text, with whitespace and % escaped as %XX."""
 
     def escape(match: re.Match[str]) -> str:
         return "".join(f"%{byte:02X}" for byte in match.group().encode())
