@@ -229,7 +229,7 @@ def check_choice(checkpoints: int, reference: int) -> None:
         raise InputError(f"expected at least two checkpoints to compare, got {checkpoints}")
     if not 1 <= reference <= checkpoints:
         raise InputError(
-            f"--reference is the number of a checkpoint: expected 1 to {checkpoints}, got {reference}"
+            f"--reference is a checkpoint's number: expected 1 to {checkpoints}, got {reference}"
         )
 
 
