@@ -1,7 +1,8 @@
-# make demo   environment, embedded data, prepare, train, evaluate, a table of results
-# make test   the test suite
-# make lint   format, lint and types
-# make bench  the benchmarks
+# make demo   install into .venv, generate data, prepare, train, evaluate, print a table of results
+# make test   run the tests
+# make lint   check format, lint and types
+# make bench  run the benchmarks
+# make clean  remove .venv, caches and build files
 # Another build of PyTorch: make demo TORCH="torch==2.9.1 --index-url ..."
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/tron demo
 
-# Tests are many and small: one process a core, each with one thread.
+# The tests are many and small: one process per core, each with one thread.
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
