@@ -443,14 +443,14 @@ def test_bad_choices_exit_with_2_and_a_sentence(
     another = write_dataset(tmp_path, name="another", train=[[1, 2]], test=[[1, 2]], item_ids=ids)
     foreign = checkpoint_file(another, tmp_path / "foreign.pt")
     for words, sentence in [
-        ([first], "two checkpoints or more to compare, got 1"),
+        ([first], "at least two checkpoints to compare, got 1"),
         ([first, second, "--reference", 3], "expected 1 to 2, got 3"),
         ([first, second, "--reference", 0], "expected 1 to 2, got 0"),
         ([first, foreign], "different catalogues: 60 items are in one"),
         ([first, tmp_path / "none.pt"], "no checkpoint at"),
         ([first, second, "--dataset", "nowhere"], "no prepared dataset"),
         ([first, second, "--metrics", "HR@5"], "did you mean R@5"),
-        ([first, second, "--sample-sessions", 2, "--limit-sessions", 2], "leave one of them out"),
+        ([first, second, "--sample-sessions", 2, "--limit-sessions", 2], "pass one of them"),
         ([first, second, "--sample-sessions", 0], "--sample-sessions"),
         ([first, second, "--seed", 3], "--seed is the seed of --sample-sessions"),
         ([first, second, "--cutoff", 2000], "--cutoff must be from 0 to 1000"),

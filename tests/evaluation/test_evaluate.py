@@ -200,7 +200,7 @@ def test_the_error_of_a_sample_is_how_far_samples_lie_apart(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"sample_sessions": 3, "limit_sessions": 3}, "leave one of them out"),
+        ({"sample_sessions": 3, "limit_sessions": 3}, "pass one of them"),
         ({"seed": 3}, "--seed is the seed of --sample-sessions"),
         ({"cutoff": -1}, "--cutoff must be from 0 to 1000, got -1"),
         ({"cutoff": 1001}, "--cutoff must be from 0 to 1000, got 1001"),
