@@ -7,10 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from tron_cli.data.batches import Batch, pack
-from tron_cli.ops.attention import attention, packed_attention
+from tron_cli.ops.attention import packed_attention
 
 LENGTHS = [1, 2, 2, 3, 5, 5, 6, 7, 12, 13]
 
@@ -95,18 +94,15 @@ def test_dropout_of_weights_keeps_the_mean(causal):
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-def test_attention_with_dropout_drops_weights_of_causal_attention(heads):
-    """Over many draws its mean is attention without dropout; the future has no influence."""
+def test_dropout_drops_or_scales_each_weight(heads):
+    """The first event of a causal row attends to itself alone: its value is dropped or scaled."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 5, 4) for _ in range(3))
-    exact = attention(q, k, v, 0.0)
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(exact, expected)
-    many = [tensor.expand(4000, *tensor.shape).flatten(0, 1) for tensor in (q, k, v)]
-    found = attention(*many, 0.3).view(4000, *q.shape)
-    error = found.std(dim=0) / 4000**0.5
-    assert ((found.mean(dim=0) - exact).abs() < 6 * error + 1e-6).all()
-    # The first place sees itself alone: dropped, or scaled up.
-    first = found[:, :, :, 0]
-    scale = first / v[:, :, 0]
+    many = make_batch([5] * 4000)
+    qkv_N3D = torch.randn(len(many.inputs_N), 24)
+    found = packed_attention(qkv_N3D, many.groups, num_heads=heads, dropout_rate=0.3)
+    first = torch.arange(0, len(many.inputs_N), 5)
+    scale = (found[first] / qkv_N3D[first, 16:]).unflatten(1, (heads, -1))
     assert ((scale.abs() < 1e-6) | ((scale - 1 / 0.7).abs() < 1e-3)).all()
+    dropped = (scale[:, :, 0] == 0).double()
+    torch.testing.assert_close(scale, scale[:, :, :1].expand_as(scale), rtol=0, atol=1e-3)
+    assert dropped.mean().item() == pytest.approx(0.3, abs=6 * (0.21 / dropped.numel()) ** 0.5)

@@ -6,13 +6,10 @@ width, H heads, d = D / H, V keys of a row: W, or one more where padding is atte
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn import functional as F
-
-from tron_cli.ops.dropout import drop
 
 if TYPE_CHECKING:
     from tron_cli.data.batches import AttentionGroup
@@ -51,7 +48,7 @@ def packed_attention(
         if group.keep is None:
             qkv = query_key_value_N3D[group.start : group.end]
         else:
-            qkv = _Padded.apply(query_key_value_N3D, group.gather_RW.flatten(), group.keep)
+            qkv = query_key_value_N3D.index_select(0, group.gather_RW.flatten())
         q_RHWd, k_RHVd, v_RHVd = qkv.view(rows, width, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
         bias = None
         if not causal and group.keep is not None:
@@ -60,37 +57,17 @@ def packed_attention(
             count_R = padding.count_B[first_row : first_row + rows]
             k_RHVd, v_RHVd, bias = _with_padding(padding, count_R, k_RHVd, v_RHVd, bias, causal)
         first_row += rows
-        out_RHWd = attention(q_RHWd, k_RHVd, v_RHVd, dropout_rate, causal=causal, bias=bias)
+        out_RHWd = F.scaled_dot_product_attention(
+            q_RHWd,
+            k_RHVd,
+            v_RHVd,
+            attn_mask=bias,
+            dropout_p=dropout_rate,
+            is_causal=causal and bias is None,
+        )
         out_ND = out_RHWd.transpose(1, 2).reshape(rows * width, -1)
         attended.append(out_ND if group.keep is None else out_ND.index_select(0, group.keep))
     return torch.cat(attended)
-
-
-def attention(
-    q_RHWd: torch.Tensor,
-    k_RHVd: torch.Tensor,
-    v_RHVd: torch.Tensor,
-    dropout_rate: float,
-    *,
-    causal: bool = True,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """F.scaled_dot_product_attention, which has no fast way for dropout on the CPU.
-
-    causal: without a bias, place w sees the keys up to w. bias: added to the scores [R, H, W, V],
-    to whose shape it is broadcast; -inf hides a key.
-    """
-    causal = causal and bias is None
-    if not dropout_rate or q_RHWd.is_cuda:
-        return F.scaled_dot_product_attention(
-            q_RHWd, k_RHVd, v_RHVd, attn_mask=bias, dropout_p=dropout_rate, is_causal=causal
-        )
-    scores_RHWV = q_RHWd @ (k_RHVd / math.sqrt(q_RHWd.shape[3])).transpose(2, 3)
-    if causal:
-        bias = _hidden_future(q_RHWd)
-    if bias is not None:
-        scores_RHWV = scores_RHWV + bias
-    return drop(scores_RHWV.softmax(dim=3), dropout_rate) @ v_RHVd
 
 
 def _with_padding(
@@ -125,22 +102,3 @@ def _hidden_padding(like: torch.Tensor, keep: torch.Tensor, rows: int, width: in
     """Return a bias [R, 1, 1, W] that hides the places past the end of each row."""
     bias = like.new_full((rows * width,), -torch.inf).index_fill_(0, keep, 0.0)
     return bias.view(rows, 1, 1, width)
-
-
-class _Padded(torch.autograd.Function):
-    """Events at the places of padded rows. What attention computes at padding is dropped, and no
-    event attends to it, so only the events themselves have gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_ND: torch.Tensor, gather: torch.Tensor, keep: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(gather[keep], keep)
-        ctx.num_events = len(x_ND)
-        return x_ND.index_select(0, gather)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        event, keep = ctx.saved_tensors
-        grad_ND = grads[0].new_zeros(ctx.num_events, grads[0].shape[1])
-        return grad_ND.index_copy_(0, event, grads[0].index_select(0, keep)), None, None
