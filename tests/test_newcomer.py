@@ -35,7 +35,7 @@ config = ExperimentConfig(
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package with what the page adds, and sessions whose next item is known."""
+    """Copy the package, add the code of the page, and write sessions whose next item is known."""
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(
         ROOT / "tron_cli", folder / "tron_cli", ignore=shutil.ignore_patterns("__pycache__")
@@ -53,7 +53,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(3)
 
     def sessions(count: int) -> list[list[int]]:
-        """Each item is followed by the next one, the last by the first."""
+        """Draw sessions in which each item is followed by the next one, the last by the first."""
         starts, lengths = random.integers(CYCLE, size=count), random.integers(2, 8, size=count)
         return [
             [(start + place) % CYCLE + 1 for place in range(length)]
@@ -95,7 +95,7 @@ def test_the_page_adds_a_model_a_loss_and_a_sampler():
     ids=" ".join,
 )
 def test_newcomers_are_trained_and_evaluated(checkout, settings):
-    """And learn what there is to learn: the item after the last one, on sessions never seen."""
+    """The models learn to predict the following item on unseen sessions."""
     trained = tron(checkout, "train", "--config", "cyclic.py", *settings)
     report = tron(checkout, "evaluate", trained["checkpoint"])
     assert report["items"] == CYCLE

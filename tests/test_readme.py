@@ -1,12 +1,16 @@
 """README.md and docs/ agree with the code: settings, commands, figures, links."""
 
+import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import field as benchmark
@@ -40,10 +44,10 @@ def commands() -> list[str]:
 NO_NEGATIVES = ["num_uniform_negatives=0", "num_batch_negatives=0", "topk_sampling=False"]
 
 
-def section(heading: str) -> str:
-    """Return a section of docs/models-and-losses.md."""
-    page = PAGES["docs/models-and-losses.md"]
-    return re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE).group(1)
+def section(heading: str, page: str = "docs/models-and-losses.md") -> str:
+    """Return a section of a page."""
+    found = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGES[page], re.DOTALL | re.MULTILINE)
+    return found.group(1)
 
 
 @cache
@@ -107,6 +111,41 @@ def test_every_command_has_the_options_it_is_shown_with(command):
             load_config(name, overrides)
 
 
+def test_the_four_commands_of_the_readme_compare_two_models_on_a_log(tmp_path):
+    """Run them as they stand, then all commands of docs/ about these runs; one epoch is enough."""
+    random = np.random.default_rng(7)
+    rows = ["session,item,time"]
+    for session in range(400):
+        start = datetime(2025, 3, 1) + timedelta(days=float(random.random() * 20))
+        first, length = random.integers(50), random.integers(2, 9)
+        rows += [
+            f"v{session},SKU-{(first + place) % 50},{start + timedelta(minutes=int(place))}"
+            for place in range(length)
+        ]
+    (tmp_path / "events.csv").write_text("\n".join(rows) + "\n")
+    four = section("Your own data", "README.md").split("```")[1].strip().splitlines()
+    assert [line.split()[1] for line in four] == ["prepare", "train", "train", "compare"]
+    about_them = [
+        line
+        for line in commands()
+        if re.match(r"tron (evaluate|compare|check) (shop|runs/(tron|knn)-shop)", line)
+    ]
+    assert len(about_them) >= 7
+    words = [shlex.split(line)[1:] for line in [*four, *about_them]]
+    words = [[*line, "max_epochs=1"] if line[0] == "train" else line for line in words]
+    script = (
+        "import json, sys\nfrom tron_cli.cli import _run\n"
+        "for words in json.loads(sys.argv[1]): assert _run(words, False) == 0, words"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(words)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "difference from tron" in done.stdout
+    assert {"shop.run", "shop.qrels", "shop.parquet"} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_the_results_are_those_of_the_committed_files():
     shown = PAGES["docs/results.md"].partition(BEGIN)[2].partition(END)[0].strip()
     assert shown == table()
@@ -140,7 +179,7 @@ def test_every_packaged_config_is_named_and_every_named_one_exists():
 
 
 def test_settings_of_the_published_forms_are_accepted():
-    """Each run of settings in the table of models, by the model of its row or of those above."""
+    """Every group of settings in the table of models is accepted for the model of its row."""
     model, tried = "", 0
     for row in re.findall(r"^\|.*\|$", section("Models"), flags=re.MULTILINE)[2:]:
         name, _, form, _ = (cell.strip() for cell in row.strip("|").split("|"))
@@ -157,7 +196,7 @@ def test_settings_of_the_published_forms_are_accepted():
 
 @pytest.mark.parametrize("setting", ["num_uniform_negatives=8", "topk_sampling=True"])
 def test_losses_refuse_what_the_table_says(setting):
-    """And take what it does not name."""
+    """Settings that the table does not name are accepted."""
     rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\| (\w+) \| .*\|$", section("Losses"), re.M))
     assert {name for name, negatives in rows.items() if negatives == "none"} == {*CATALOGUE_LOSSES}
     for loss in rows:
@@ -189,7 +228,7 @@ def test_the_readme_is_one_screen_and_leads_to_every_page():
 
 
 def test_every_module_stands_in_the_architecture():
-    """By its name, and in the folder that the table gives it."""
+    """The table gives the name and the folder of every module."""
     named = set()
     for cell in re.findall(r"^\| (`.*?`) \|", PAGES["ARCHITECTURE.md"], flags=re.MULTILINE):
         folder = Path()

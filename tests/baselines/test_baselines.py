@@ -49,7 +49,7 @@ NEIGHBORS, SAMPLE = 3, 6
 
 
 def session_knn(train: Rows, history: Sequence[int]) -> Scores:
-    """On weights rounded to multiples of 2^-28, so that equal sums are equal."""
+    """Score items by votes, with weights rounded to multiples of 2^-28, so that equal sums tie."""
 
     def on_grid(weight: float) -> int:
         return round(weight * 2**28)
@@ -99,7 +99,7 @@ def fitted(name: str, train: Rows, num_items: int = NUM_ITEMS) -> Baseline:
 def ranked(
     train: Rows, scores: Scores, target: int, seen: Sequence[int] = (), num_items: int = NUM_ITEMS
 ) -> tuple[int, list[int]]:
-    """Rank of the target and all eligible items in order."""
+    """Return the rank of the target and all eligible items in order."""
     count = Counter(item for row in train for item in row)
 
     def value(item: int) -> tuple[bool, Any, int]:
@@ -123,7 +123,7 @@ def expected(
     full_sessions: bool = False,
     one_pass: bool = False,
 ) -> list[tuple[int, int, int, int, list[int]]]:
-    """(session, event, target, rank, best items) of each predicted event."""
+    """Return (session, event, target, rank, best items) of each predicted event."""
     found = []
     for number, row in enumerate(split):
         first = len(row) - 1 if protocol == "last-item" else len(row) - LENGTH
@@ -155,13 +155,13 @@ def check(baseline: Baseline, split: Rows, wanted: list[Any], top_items: int, **
 
 @pytest.fixture
 def train(rng: np.random.Generator) -> list[list[int]]:
-    """Items 1 to 10 only: 11 and 12 are in the catalogue without being in training."""
+    """Training sessions of items 1 to 10; 11 and 12 are in the catalogue but not in training."""
     return random_sessions(rng, 25, NUM_ITEMS - 2, longest=6)
 
 
 @pytest.fixture
 def split(rng: np.random.Generator) -> list[list[int]]:
-    """Lengths 0 to 10 around a window of 4, with repeats and items that training lacks."""
+    """Sessions of 0 to 10 events for a window of 4, with repeats and items that training lacks."""
     rows = random_sessions(rng, 15, NUM_ITEMS, longest=10, shortest=0)
     return [*rows, [3, 3, 7, 3, 3, 7], [1], [], [12, 11, 12]]
 
@@ -191,7 +191,7 @@ def test_ranks_and_lists_are_those_of_scoring_everything(
 @pytest.mark.parametrize("name", ORACLES)
 @pytest.mark.parametrize("seed", range(15))
 def test_any_data(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few items, hence many ties and repeats; cut into small pieces."""
+    """Few items make many ties and repeats; the work is cut into small pieces."""
     rng = np.random.default_rng(seed)
     monkeypatch.setattr(predict, "_ROWS_AT_ONCE", int(rng.integers(1, 8)))
     monkeypatch.setattr(predict, "_WORK_AT_ONCE", int(rng.integers(1, 100)))
@@ -254,7 +254,7 @@ def test_ranks_of_a_large_catalogue(name: str) -> None:
 
 
 def ease_oracle(train: Rows, l2: float, num_items: int = NUM_ITEMS) -> np.ndarray:
-    """Column by column: ridge regression of an item on all the others."""
+    """Compute EASE column by column, as ridge regression of an item on all others."""
     x = np.zeros((len(train), num_items))
     for number, row in enumerate(train):
         x[number, np.asarray(row, dtype=int) - 1] = 1

@@ -1,4 +1,4 @@
-"""Coverage, popularity, novelty, serendipity and intersection: by hand, and by a plain loop."""
+"""Coverage, popularity, novelty, serendipity and intersection, checked by hand and by a loop."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def by_loop(
     num_items: int,
     references: list[list[int]],
 ) -> dict[str, float]:
-    """The formulas, list by list and item by item."""
+    """Evaluate the formulas list by list and item by item."""
     events = Counter(item for session in train for item in session)
     held = Counter(item for session in train for item in set(session))
     popularity_rank = {
@@ -89,7 +89,7 @@ def random_lists(rng: np.random.Generator, count: int, depth: int, num_items: in
 def test_equals_a_loop_over_lists_and_items(
     seed: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also in pieces; with empty and short lists, and items that training never shows."""
+    """The input has empty and short lists and items without events, and is cut in pieces."""
     monkeypatch.setattr(module, "_EVENTS_AT_ONCE", at_once)
     monkeypatch.setattr(module, "_PLACES_AT_ONCE", at_once)
     rng = np.random.default_rng(seed)

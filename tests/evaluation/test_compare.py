@@ -38,7 +38,7 @@ T_TABLE = {1: 12.7062, 4: 2.7764, 9: 2.2622, 29: 2.0452, 99: 1.9842}
 
 
 def checkpoint_file(dataset: Dataset, file: Path, *, seed: int = 1, **changes: Any) -> Path:
-    """A model with random weights."""
+    """Write the checkpoint of a model with random weights."""
     config = ExperimentConfig(**tiny_settings(dataset_name=dataset.name, **changes))
     torch.manual_seed(seed)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def test_equal_values_differ_by_exactly_nothing() -> None:
 
 
 def test_a_difference_of_either_sign_can_stand_out() -> None:
-    """Whatever the sessions are worth: the better model is better in each by about the same."""
+    """The better model is better by about the same in every session, easy or hard."""
     rng = np.random.default_rng(0)
     sessions = np.repeat(np.arange(100), 5)
     reference = rng.random(100)[sessions]
@@ -124,7 +124,7 @@ REPLICATIONS = 2000
 def coverage(
     sessions_each: int, length: int, *, clustered: bool = True, like_lengths: bool = False
 ) -> float:
-    """How often the interval holds the known difference of two models' RR@20.
+    """Return the share of intervals that contain the known difference of two models' RR@20.
 
     Sessions are of geometric lengths of this mean, or all of it.
     A session is easy or hard for both models at once, and for each again by itself. Given that, the
@@ -184,12 +184,12 @@ def test_the_intervals_hold_the_truth_as_often_as_they_say() -> None:
 
 
 def test_intervals_that_take_events_for_independent_do_not() -> None:
-    """The events of the simulation do hang together, or it would show nothing."""
+    """The simulated events of a session are correlated; otherwise the test would show nothing."""
     assert coverage(150, 5, clustered=False) < 0.85
 
 
 def test_they_hold_for_few_sessions_of_like_lengths() -> None:
-    """Student's quantile, not the normal one, with which 91 % of 9 sessions' intervals hold."""
+    """The normal quantile instead of Student's would cover only 91 % with 9 sessions."""
     assert coverage(9, 60, like_lengths=True) > 0.95 - NOISE
 
 
@@ -379,7 +379,7 @@ def test_a_run_is_called_by_its_folder(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_json(command: Command, tmp_path: Path, dataset: Dataset) -> None:
-    """A copy of a model differs from it by nothing, to the last bit."""
+    """The difference between a model and its copy is exactly zero."""
     first = checkpoint_file(dataset, tmp_path / "first.pt", seed=1)
     shutil.copy(first, tmp_path / "copy.pt")
     other = checkpoint_file(dataset, tmp_path / "other.pt", seed=2)
@@ -464,7 +464,7 @@ def test_bad_choices_exit_with_2_and_a_sentence(
 def test_two_seeds_differ_little_and_popularity_and_random_weights_much(
     command: Command, tmp_path: Path
 ) -> None:
-    """In a shop where the next item is mostly the one after, and else any."""
+    """The next item is mostly the following one and otherwise any."""
     rng = np.random.default_rng(3)
 
     def walk() -> list[int]:

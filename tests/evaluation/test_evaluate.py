@@ -1,4 +1,4 @@
-"""Checkpoint + dataset -> report: refusals, warnings, and what the figures are taken over."""
+"""Reports of `tron evaluate`: refusals, warnings, and the events behind the figures."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_a_sample_is_seeded_and_without_replacement(
 def test_the_error_of_a_sample_is_how_far_samples_lie_apart(
     rng: np.random.Generator, tmp_path: Path
 ) -> None:
-    """Of a split so large that a correction for its finite size would not matter."""
+    """The split is so large that a finite-population correction would not matter."""
     test = random_sessions(rng, 3000, 20, longest=6)
     data = write_dataset(tmp_path, train=TRAIN, test=test, num_items=20)
     checkpoint = random_checkpoint(data, tmp_path / "model.pt")
@@ -259,7 +259,7 @@ def test_events_lost_in_preparation_are_also_counted_as_misses(tmp_path: Path) -
 def test_the_error_with_lost_events_as_misses_is_clustered_by_the_sessions_that_lost_them(
     tmp_path: Path, shuffled: bool
 ) -> None:
-    """From the raw log: an event without a predicted row is a miss of its session."""
+    """Count from the raw log: an event without a predicted row is a miss of its session."""
     rng = np.random.default_rng(4)
     lengths: dict[int, int] = {}  # of the test sessions
     lines = []
@@ -328,7 +328,7 @@ def test_each_lost_prediction_of_leave_one_out_data_is_a_session(tmp_path: Path)
 def test_lost_events_count_as_misses_only_where_whole_sessions_are_predicted(
     tmp_path: Path,
 ) -> None:
-    """They were counted over whole sessions, so the last events of long ones cannot bear them."""
+    """Lost events were counted over whole sessions, not over the last events of long ones."""
     data = write_dataset(
         tmp_path, train=TRAIN, test=[[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]], num_items=20,
         lost_predictions=17,
@@ -344,7 +344,7 @@ def test_lost_events_count_as_misses_only_where_whole_sessions_are_predicted(
 def test_lost_predictions_count_only_for_the_protocol_they_were_counted_for(
     tmp_path: Path,
 ) -> None:
-    """Events that every-step lost say nothing about how many last items were lost."""
+    """The number of events lost for every-step does not tell how many last items were lost."""
     data = write_dataset(
         tmp_path, train=TRAIN, test=[[1, 2], [3, 4]], num_items=20, lost_predictions=17
     )

@@ -1,4 +1,4 @@
-"""The table of events: the figures can be computed from it again."""
+"""Table of predicted events: the figures can be recomputed from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
-    """Read without polars where that is possible."""
+    """Read the rows of a table, without polars where possible."""
     if file.suffix.lower() == ".parquet":
         return polars.read_parquet(file).to_dicts()
     with file.open(encoding="utf-8", newline="") as lines:

@@ -1,4 +1,4 @@
-"""Figures from ranks against ir-measures run on every query, and a bootstrap over sessions."""
+"""Figures from ranks, compared with ir-measures on every query and a bootstrap over sessions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if shutil.which("perl"):  # ir-measures runs these two in a perl script
 def every_query(
     ranks: np.ndarray, num_items: int, measures: list[ir_measures.Measure]
 ) -> dict[str, float]:
-    """ir-measures on one full ranking of the catalogue per event; a miss lacks its target."""
+    """Run ir-measures on a full ranking of the catalogue per event; a miss lacks its target."""
     qrels, run = [], []
     for event, rank in enumerate(ranks):
         qrels.append(Qrel(str(event), "target", 1))

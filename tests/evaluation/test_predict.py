@@ -1,4 +1,4 @@
-"""Predicted ranks against a loop that serves one event at a time."""
+"""Predicted ranks, compared with a loop that serves one event at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUM_ITEMS, LENGTH = 40, 5
 
 
 def make_model(positions: str, *, seed: int = 0, **changes: Any) -> SASRec:
-    """An untrained model with weights large enough that order and positions matter."""
+    """Make an untrained model with weights large enough that order and positions matter."""
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
         "num_items": NUM_ITEMS,
@@ -47,14 +47,14 @@ def make_model(positions: str, *, seed: int = 0, **changes: Any) -> SASRec:
 
 @torch.no_grad()
 def hidden_states(model: SASRec, inputs: Sequence[int]) -> torch.Tensor:
-    """[len(inputs), D]: a batch of one row."""
+    """Return the hidden states of a batch of one row, [len(inputs), D]."""
     items = np.asarray(inputs, dtype=np.int32)
     batch = pack(items, np.array([0]), np.array([len(items)]), with_targets=False)
     return model(batch)
 
 
 def rank_of(model: SASRec, hidden_D: torch.Tensor, target: int, seen: Sequence[int] = ()) -> int:
-    """1 + the other eligible items that score at least as high; 0 for a filtered target."""
+    """Return 1 + the number of other eligible items that score at least as high; 0 if filtered."""
     if target in seen:
         return 0
     scores = (model.item_table.double() @ hidden_D.double()).tolist()
@@ -70,7 +70,7 @@ def one_event_at_a_time(
     filter_rated: bool = False,
     full_sessions: bool = False,
 ) -> Iterator[tuple[int, int, int, int]]:
-    """(session, event, target, rank), each from the last events of its own prefix."""
+    """Return (session, event, target, rank), each from the last events of its own prefix."""
     for number, session in enumerate(sessions):
         last = len(session) - 1
         first = last if protocol == "last-item" else 1
@@ -86,7 +86,7 @@ def one_event_at_a_time(
 def one_pass_over_each(
     model: SASRec, sessions: Sequence[Sequence[int]], protocol: str
 ) -> Iterator[tuple[int, int, int, int]]:
-    """The same from a single pass over the last LENGTH + 1 events of a session."""
+    """Return (session, event, target, rank) from one pass over the last LENGTH + 1 events."""
     for number, session in enumerate(sessions):
         if len(session) < 2:
             continue
@@ -105,7 +105,7 @@ def table(found: Predictions) -> list[tuple[int, ...]]:
 
 @pytest.fixture
 def sessions(rng: np.random.Generator) -> list[list[int]]:
-    """Lengths 0 to 14 around a window of 5, with repeats."""
+    """Sessions of 0 to 14 events for a window of 5, with repeats."""
     rows = random_sessions(rng, 12, NUM_ITEMS, longest=14, shortest=0)
     return [*rows, [3, 3, 7, 3, 3, 7], [1], [], [2, 9]]
 
@@ -243,7 +243,7 @@ def test_defect_mean_of_batch_means_the_figure_is_a_mean_over_events(
 def test_defect_half_precision_ranks_are_the_same_for_any_batch_and_thread_count(
     rng: np.random.Generator,
 ) -> None:
-    """Ranked in float32 also within autocast, where half precision would make ties."""
+    """Ranking is float32 also within autocast, where half precision would make ties."""
     model = make_model("end", num_items=3000, embedding_dim=64)
     with torch.no_grad():  # scores close to each other: half precision could not tell them apart
         model.item_table.copy_(1 + 1e-3 * torch.randn(3001, 64))
@@ -308,7 +308,7 @@ def test_sessions_without_anything_to_predict_give_empty_predictions(rows: list[
 
 @pytest.mark.parametrize(("part", "place"), [("query", 0), ("key", 8), ("value", 16)])
 def test_a_model_that_is_not_finite_is_an_error(part: str, place: int) -> None:
-    """Also where torch's fused attention turns the NaN scores of a query or key into zeros."""
+    """Torch's fused attention turns NaN scores of a query or key into zeros."""
     model = make_model("end")
     with torch.no_grad():
         model.blocks[0].query_key_value.bias[place] = torch.nan

@@ -1,4 +1,4 @@
-"""Exact ranks against a brute-force sort in exact arithmetic."""
+"""Exact ranks, compared with a brute-force sort in exact arithmetic."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_ranks_do_not_depend_on_which_events_are_ranked_together() -> None:
 
 
 class BrokenKernel:
-    """Stands for `rank_kernel.CoarseTable` where Triton fails at the first call of a kernel."""
+    """Stand-in for `rank_kernel.CoarseTable` whose first kernel call fails in Triton."""
 
     error: Exception
     scores_first = False
@@ -247,7 +247,7 @@ def test_ranks_go_on_without_a_kernel_that_does_not_compile(
     reason: str,
     scores_first: bool,
 ) -> None:
-    """Here and in every later catalogue of the process; one warning says why."""
+    """The kernel is disabled for the whole process, and one warning says why."""
     monkeypatch.setattr(broken_kernel, "error", error, raising=False)
     monkeypatch.setattr(broken_kernel, "scores_first", scores_first)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Slices of the events: definitions by a loop, means that add up, errors by hand."""
+"""Slices of the events: definitions checked by a loop, means that add up, errors by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def range_label(value: int) -> str:
 
 
 def popularity_labels(train: list[list[int]], num_items: int) -> dict[int, str]:
-    """By the definition: an item's fifth is that in which the share of more popular ones falls."""
+    """Apply the definition: an item's fifth follows from the share of more popular items."""
     count = {item: sum(row.count(item) for row in train) for item in range(1, num_items + 1)}
     total = sum(count.values())
     fifth = {
@@ -58,7 +58,7 @@ def clustered(values: list[float], sessions: list[int]) -> float | None:
 
 @pytest.fixture
 def train(rng: np.random.Generator) -> list[list[int]]:
-    """Of very unequal popularity, and without the last two items."""
+    """Training sessions of very unequal popularity, without the last two items."""
     return [(rng.zipf(1.5, 6).clip(max=18)).tolist() for _ in range(60)]
 
 

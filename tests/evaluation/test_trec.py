@@ -1,4 +1,4 @@
-"""TREC files: any evaluation tool scores them to the figures that `tron evaluate` gives."""
+"""TREC files, from which other tools compute the figures of `tron evaluate`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MEASURES = "R@20 nDCG@10 RR@20"
 def evaluated(
     folder: Path, item_ids: np.ndarray, test: list[list[int]], **options: Any
 ) -> dict[str, Any]:
-    """A random model with many ties, its predictions written to run.trec and qrels.trec."""
+    """Evaluate a random model with many ties and write run.trec and qrels.trec."""
     dataset = write_dataset(folder, test=test, item_ids=item_ids)
     config = ExperimentConfig(**tiny_settings(recommendation_limit=5))
     torch.manual_seed(1)
@@ -203,7 +203,7 @@ def test_no_two_events_share_a_query(ids: list[str], tmp_path: Path) -> None:
 def test_files_of_a_prepared_log_join_back_to_it(
     source: str, limits: dict[str, int], tmp_path: Path
 ) -> None:
-    """Every query leads to a session of the log that holds the target."""
+    """Every query leads to a session of the log that contains the target."""
     rng = np.random.default_rng(2)
     log: dict[str, list[str]] = {}
     lines = ["user,session,item,time"]
