@@ -324,7 +324,7 @@ def test_a_linked_dataset_is_replaced_where_the_link_leads(tmp_path: Path) -> No
     assert Dataset.open(real).split("train")[0].tolist() == [2, 1, 2]
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["big"]
     shutil.rmtree(real)
-    with pytest.raises(InputError, match=r"is a link to .*, which is not there"):
+    with pytest.raises(InputError, match=r"is a link to .*, which does not exist"):
         DatasetWriter(link, force=True)
 
 

@@ -1,4 +1,4 @@
-"""ML-1M (gSASRec's split) and files with one session a line, against published counts and files."""
+"""ML-1M (gSASRec's split) and files of one session per line, against published counts and files."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_ml1m_bad_lines(tmp_path: Path) -> None:
     assert rows(dataset, "test") == [[1, 2, 3, 1]]
 
 
-# One session a line ---------------------------------------------------------------------------
+# One session per line ---------------------------------------------------------------------------
 
 
 @needs_shared

@@ -364,7 +364,7 @@ def test_pipes_are_refused(tmp_path: Path) -> None:
     """A pipe gives its bytes once, and without a writer reading one waits for ever."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(InputError, match="pipe is no plain file"), open_raw(pipe):
+    with pytest.raises(InputError, match="pipe is not a plain file"), open_raw(pipe):
         pass
 
 

@@ -45,9 +45,9 @@ class Batch:
     (`lanes.py`), where a row is one event and place 0 the beginning of a session. lengths_B: int64.
     rows_N: int64, the row of each event.
     places_N: int64, place of each event in its row, from 0. groups: how attention splits the rows.
-    padded: whether shapes are rounded up, for a device that computes the same shapes again and
-    again: the last events may be padding, with item 0, target 0, row 0 and place 0, and all rows
-    are one group. memory: int64, of which all the tensors are views, where they are.
+    padded: shapes are rounded up, for a device that computes the same shapes again and again: the
+    last events may be padding, with item 0, target 0, row 0 and place 0, and all rows are one
+    group. memory: int64, of which all the tensors are views, where they are.
     """
 
     inputs_N: torch.Tensor
@@ -63,11 +63,11 @@ class Batch:
 
     @property
     def target_rows_P(self) -> torch.Tensor:
-        """int64: the row of each target."""
+        """Row of each target: int64."""
         return self.rows_N if self.predicting_P is None else self.rows_N[self.predicting_P]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`, to which it goes in one copy that nothing waits for."""
+        """Return the batch on `device`, copied there at once and without waiting."""
         if device.type == "cpu":
             return self
 
@@ -76,7 +76,7 @@ class Batch:
         return whole._over(whole.memory.to(device, non_blocking=True))
 
     def in_one_piece(self, *, pinned: bool) -> Batch:
-        """The same batch with all of its tensors in one stretch of memory, for one copy."""
+        """Return the batch with all of its tensors in one stretch of memory, for a single copy."""
         tensors = self._tensors()
         size = sum(tensor.numel() for tensor in tensors)
         memory = torch.empty(size, dtype=torch.int64, pin_memory=pinned)
@@ -94,7 +94,7 @@ class Batch:
         return tensors
 
     def _over(self, memory: torch.Tensor) -> Batch:
-        """A batch of these shapes whose tensors are views of `memory`."""
+        """Return a batch of these shapes whose tensors are views of `memory`."""
         tensors = self._tensors()
         parts = memory.split([tensor.numel() for tensor in tensors])
         views = (part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
@@ -132,9 +132,9 @@ def pack(
     """Pack the slices items[start : start + length], each of at least one event.
 
     items: int32 [E]; starts_B, lengths_B: int64, lengths ascending. with_targets: whether
-    items[start + 1 : start + length + 1] are the targets. appended_item: one more event, put behind
-    each slice. padded_width: pad the batch, with rows of
-    this width in attention, that of the longest or more.
+    items[start + 1 : start + length + 1] are the targets. appended_item: one more event behind
+    each slice. padded_width: pad the batch; rows have this width in attention, at least that of
+    the longest.
     """
     if appended_item is not None:
         lengths_B = lengths_B + 1
@@ -144,7 +144,7 @@ def pack(
     places_N = np.arange(total) - first_B[rows_N]
     source_N = starts_B[rows_N] + places_N
     if appended_item is not None:
-        source_N[first_B + lengths_B - 1] = 0  # for now: what lies behind may be no item at all
+        source_N[first_B + lengths_B - 1] = 0  # a placeholder: what lies behind may not be an item
     inputs_N = items[source_N].astype(np.int64)
     if appended_item is not None:
         inputs_N[first_B + lengths_B - 1] = appended_item
@@ -204,7 +204,7 @@ def _attention_groups(lengths_B: np.ndarray, first_B: np.ndarray) -> Iterator[At
 def training_batch(
     sessions: Sessions, chosen: np.ndarray, sequence_length: int, *, padded: bool = False
 ) -> Batch:
-    """The last sequence_length + 1 events of each chosen session: inputs, and what follows each.
+    """Pack the last sequence_length + 1 events of each chosen session: inputs and their targets.
 
     chosen: int64 [B], sessions of at least two events. padded: see `Batch`.
     """
@@ -228,7 +228,7 @@ def cloze_batch(
     mask_probability: float,
     random: np.random.Generator,
 ) -> Batch:
-    """The last sequence_length + 1 events of each chosen session, of which some are to be guessed.
+    """Pack the last sequence_length + 1 events of each chosen session, some of them masked.
 
     BERT4Rec's cloze task (Sun et al., CIKM 2019), as RecTools trains it: each event is a target
     with mask_probability, and is then shown as a mask (item num_items + 1) in 80 % of the cases, as
@@ -236,7 +236,7 @@ def cloze_batch(
     masked, as in prediction.
     """
     starts, lengths = training_windows(sessions, chosen, sequence_length)
-    lengths = lengths + 1  # and the last event
+    lengths = lengths + 1  # with the last event
     order = np.argsort(lengths, kind="stable")
     lengths = lengths[order]
     batch = pack(sessions.items, starts[order], lengths, with_targets=False)
@@ -260,7 +260,7 @@ def cloze_batch(
 def prepared_ahead(
     prepare: Callable[[int], Batch], steps: range, thread: Executor
 ) -> Iterator[Batch]:
-    """prepare(step) of each step, the next one meanwhile in a thread; what it raises is raised."""
+    """Yield prepare(step) of each step while a thread prepares the next one; errors are raised."""
     waiting = [thread.submit(prepare, step) for step in steps[:1]]
     for step in steps:
         batch = waiting.pop().result()
@@ -270,7 +270,7 @@ def prepared_ahead(
 
 
 def session_order(num_sessions: int, style: str, *, seed: int, epoch: int) -> np.ndarray:
-    """int64 [S]: the order in which an epoch visits the sessions, a function of seed and epoch."""
+    """Return the order in which an epoch visits the sessions, by seed and epoch: int64 [S]."""
     if style == "no_shuffling":
         return np.arange(num_sessions)
     random = np.random.default_rng([seed, epoch])

@@ -38,7 +38,7 @@ class RenumberedDataset(Dataset):
     def __init__(
         self, original: Dataset, item_ids: np.ndarray, *, split: str, protocol: str
     ) -> None:
-        """item_ids: the original ids of the catalogue; protocol: that of the evaluation."""
+        """Renumber a split. item_ids: original ids; protocol: that of the evaluation."""
         self._original, self._split = original, split
         self.number_I = np.append(np.int32(0), numbers_among(item_ids, original.item_ids))
         sessions = original.checked_split(split)
@@ -75,7 +75,7 @@ class RenumberedDataset(Dataset):
         return self.split(name)
 
     def lost_of_sessions(self, split: str) -> np.ndarray | None:
-        """As `Dataset.lost_of_sessions`, with those that are lost with unknown items."""
+        """Return `Dataset.lost_of_sessions` plus the predictions lost with unknown items."""
         before = self._original.lost_of_sessions(split)
         if before is None or split != self._split:
             return before
@@ -92,7 +92,7 @@ class RenumberedDataset(Dataset):
         return replace(predictions, event_E=self._place_E[place_E])
 
     def _renumbered(self, sessions: Sessions, is_kept: np.ndarray) -> Sessions:
-        """Sessions of the kept events (bool [E])."""
+        """Return the sessions of the kept events (bool [E])."""
         offsets = np.concatenate([[0], np.cumsum(is_kept)])[sessions.offsets]
         times = None if sessions.times is None else sessions.times[is_kept]
         return Sessions(self.number_I[sessions.items[is_kept]], offsets, times)

@@ -2,12 +2,12 @@
 
     DATA_DIR/NAME/
         dataset.json              name, protocol, options, counts, checksums, fingerprints
-        item_ids.npy | .txt       original id of item i in entry i - 1 (int64, or one a line)
+        item_ids.npy | .txt       original id of item i in entry i - 1 (int64, or one per line)
         train|val|test/items.npy      int32, the items of all sessions back to back
         train|val|test/offsets.npy    int64, session s is items[offsets[s]:offsets[s + 1]]
         train|val|test/times.npy      int64 milliseconds since 1970 UTC, where the source has times
         train|val|test/session_ids.npy    int64, original id of each session, where it has one; or
-        train|val|test/session_ids.txt    UTF-8, one a line, where not all are integers, and
+        train|val|test/session_ids.txt    UTF-8, one per line, where not all are integers, and
         train|val|test/session_ids_offsets.npy    int64: id s is txt[offsets[s]:offsets[s + 1] - 1]
         train|val|test/lost_predictions.npy    int32: predictions that each session lost because the
                                   catalogue lacks their item, and behind these those of each session
@@ -71,12 +71,12 @@ class Sessions:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [S], events of each session."""
+        """Number of events of each session: int64 [S]."""
         return np.diff(self.offsets)
 
 
 def are_repeats(sessions: Sessions) -> np.ndarray:
-    """bool [E]: events that show the item of the event before them in their session."""
+    """Mark the events that repeat the item of the event before them in their session: bool [E]."""
     items = sessions.items
     repeats = np.zeros(len(items), bool)
     repeats[1:] = items[1:] == items[:-1]
@@ -86,7 +86,7 @@ def are_repeats(sessions: Sessions) -> np.ndarray:
 
 
 class TextIds:
-    """Ids that are text, mapped from disk: `ids[rows]` reads those of the rows asked for.
+    """Text ids, mapped from disk: `ids[rows]` reads only the ids of those rows.
 
     text: uint8, UTF-8 with a line feed behind each id; offsets: int64 [S + 1], where each begins.
     """
@@ -99,7 +99,7 @@ class TextIds:
         return len(self._offsets) - 1
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """The ids of some rows (int64 [n]): str objects [n]."""
+        """Read the ids of some rows (int64 [n]): str objects [n]."""
         ids = np.empty(len(rows), object)
         starts, ends = self._offsets[rows], self._offsets[rows + 1] - 1
         for at, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
@@ -153,7 +153,7 @@ class Dataset:
             items = _map(folder / "items.npy", np.int32)
             offsets = _map(folder / "offsets.npy", np.int64)
             times = _map(times_file, np.int64) if times_file.exists() else None
-        except Exception as error:  # of a damaged header NumPy raises almost anything
+        except Exception as error:  # NumPy raises almost anything for a damaged header
             raise self._damaged(f"the {name} split", error) from error
         flaw = flaw_of_ends(items, offsets, times, self.split_info(name))
         if flaw is not None:
@@ -161,7 +161,7 @@ class Dataset:
         return Sessions(items, offsets, times)
 
     def checked_split(self, name: str, *, fully: bool = False) -> Sessions:
-        """Map a split and read it once, for whoever is to read it anyway.
+        """Map a split and read it once to check it, for callers that read all of it anyway.
 
         Its offsets and items must be possible, and it and the catalogue must have their
         fingerprints; where these would take more than a second, only if `fully`. Raises InputError.
@@ -283,7 +283,7 @@ class Dataset:
         return InputError(f"{what} of {self.path} is damaged ({reason}); prepare it again")
 
     def split_info(self, name: str) -> dict[str, Any]:
-        """Counts of a split: sessions, events, mean_length, median_length, fingerprint, ..."""
+        """Return the counts of a split: sessions, events, mean_length, fingerprint, ..."""
         return self.info["splits"][name]
 
 
@@ -296,7 +296,7 @@ def _map(file: Path, dtype: type[np.generic]) -> np.ndarray:
 
 
 class DatasetWriter:
-    """Writes a dataset beside its final place and renames it there when it is complete.
+    """Writes a dataset atomically: into a temporary folder, which is renamed when complete.
 
         with DatasetWriter(data_dir / "shop", force=False) as writer:
             writer.write_items(original_ids)
@@ -310,7 +310,7 @@ class DatasetWriter:
         self.path = path
         self._place = DatasetFolder(path, replace=force)
         self._folder = self._place.new
-        self.scratch = self._place.scratch  # a folder for what preparation spools to disk
+        self.scratch = self._place.scratch  # a folder for temporary files of preparation
         self._splits: dict[str, dict[str, Any]] = {}
         self._catalogue: dict[str, Any] = {}
 
@@ -327,7 +327,7 @@ class DatasetWriter:
         self._place.__exit__(kind, error, trace)
 
     def write_items(self, ids: np.ndarray) -> None:
-        """Original ids in the order of the new ones: integers, or strings without line feeds."""
+        """Write the original ids of items 1, 2, ...: integers, or strings without line feeds."""
         if np.issubdtype(ids.dtype, np.integer):
             ids = np.ascontiguousarray(ids, dtype=np.int64)
             np.save(self._folder / "item_ids.npy", ids)
@@ -336,7 +336,7 @@ class DatasetWriter:
             broken = next((item for item in ids if "\n" in item), None)
             if broken is not None:
                 raise InputError(
-                    f"item ids are kept one a line, but the id {broken!r} holds a line feed; "
+                    f"item ids are kept one per line, but the id {broken!r} holds a line feed; "
                     "replace it in the source"
                 )
             content = "".join(f"{item}\n" for item in ids).encode()
@@ -433,14 +433,14 @@ class DatasetWriter:
 
 
 class _IdsFile:
-    """The ids of one split's sessions on their way to disk: nothing is there before the first."""
+    """Files of the ids of one split's sessions; they are created with the first id."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self._text, self._numbers = folder / f"{kind}.txt", folder / f"{kind}.npy"
         self._raw, self._offsets = folder / f"{kind}.bin", folder / f"{kind}_offsets.npy"
 
     def append(self, ids: np.ndarray) -> None:
-        """Ids of further sessions: all int64, or all str objects."""
+        """Append the ids of further sessions: all int64, or all str objects."""
         values = ids
         if ids.dtype == object:
             texts = [f"{text}\n".encode() for text in ids]
@@ -451,7 +451,7 @@ class _IdsFile:
             out.write(np.ascontiguousarray(values, np.int64).data)
 
     def finish(self) -> None:
-        """Turn what was appended into arrays."""
+        """Turn the appended ids into arrays."""
         if self._text.exists():
             ends = np.cumsum(np.fromfile(self._raw, np.int64))
             np.save(self._offsets, np.concatenate(([0], ends)))

@@ -1,12 +1,12 @@
-"""The folder of a dataset while it is written: locked, replaced at once, mended after a kill.
+"""The folder of a dataset while it is written: locked, replaced atomically, recovered after a kill.
 
     DATA_DIR/.NAME.lock               held while NAME is prepared
-    DATA_DIR/.NAME.partial/new        the dataset that comes
-    DATA_DIR/.NAME.partial/scratch    whatever preparation spools to disk
-    DATA_DIR/.NAME.partial/replaced   the dataset that goes, until the new one has its place
+    DATA_DIR/.NAME.partial/new        the new dataset
+    DATA_DIR/.NAME.partial/scratch    temporary files of preparation
+    DATA_DIR/.NAME.partial/replaced   the old dataset, until the new one is in place
 
-Whoever prepares anything in DATA_DIR first removes what killed processes left there, of any name
-whose lock is free, and puts a replaced dataset back where the new one never came.
+Each preparation in DATA_DIR first removes what killed processes left there, under any name whose
+lock is free, and puts a replaced dataset back where the new one was never completed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ log = logging.getLogger("tron")
 
 
 class DatasetFolder:
-    """Keeps other processes from the place of a dataset, and replaces what is there at the end.
+    """Locks the place of a dataset, and replaces what is there at the end.
 
-    `path` may be a link to a folder elsewhere: then that is replaced. Raises InputError where
-    something stands there and `replace` does not hold, or it is not a prepared dataset.
+    `path` may be a link to a folder elsewhere: then that folder is replaced. Raises InputError
+    where something is there and `replace` is false, or where it is not a prepared dataset.
     """
 
     def __init__(self, path: Path, *, replace: bool) -> None:
@@ -55,7 +55,7 @@ class DatasetFolder:
                 f"another tron prepare writes {self.path}; wait for its end, or pass another --name"
             )
             self._lock.enter_context(locked(_lock_file(self._place), busy, patience=1))
-            self._check()  # again: it may have come from another process, or from the leftovers
+            self._check()  # again: another process or the leftovers may have put one there
             self.new.mkdir(parents=True)
             self.scratch.mkdir()
         except (OSError, InputError) as error:
@@ -75,7 +75,7 @@ class DatasetFolder:
             _clear(self._work, self._place)
 
     def put_in_place(self) -> None:
-        """Let the new dataset take the place of the old one."""
+        """Move the new dataset to its place, where an old one may be."""
         if self._place.exists():
             self._place.replace(self._work / "replaced")
         self.new.replace(self._place)
@@ -84,8 +84,8 @@ class DatasetFolder:
         if not self.path.exists():
             if self.path.is_symlink():
                 raise InputError(
-                    f"{self.path} is a link to {self._place}, which is not there; make that folder "
-                    "or remove the link"
+                    f"{self.path} is a link to {self._place}, which does not exist; make that "
+                    "folder or remove the link"
                 )
             return
         if not self._replace:
@@ -106,9 +106,9 @@ class DatasetFolder:
 
 
 def remove_leftovers(data_dir: Path) -> None:
-    """Remove what killed preparations left in a folder of datasets, but for those of live ones."""
+    """Remove what killed preparations left in a folder of datasets; live ones are kept."""
     for work in data_dir.glob(".*"):
-        # Before there were locks, process ids and random letters followed.
+        # Versions without locks appended process ids and random letters.
         found = re.fullmatch(r"\.(.+)\.(partial(-\d+)?|spool-\w+)", work.name)
         if not found or not work.is_dir() or {entry.name for entry in work.iterdir()} - _LEFTOVERS:
             continue
@@ -121,7 +121,7 @@ def remove_leftovers(data_dir: Path) -> None:
 
 
 def _clear(work: Path, place: Path) -> None:
-    """Remove a work folder; the dataset that it took from its place goes back if none came."""
+    """Remove a work folder; a replaced dataset goes back if the new one is not in place."""
     if (work / "replaced").exists() and not place.exists():
         (work / "replaced").replace(place)
         log.warning("%s is back as it was before a killed `tron prepare --force`", place)
@@ -147,7 +147,7 @@ def made_with(path: Path, **facts: object) -> bool:
 
 
 def _foreign_entries(path: Path) -> list[str]:
-    """List what a folder holds besides a prepared dataset; a file is foreign as a whole."""
+    """List the entries of a folder that no prepared dataset has; of a file, its name."""
     if not path.is_dir():
         return [path.name]
     own = {*_FILES, *SPLITS}

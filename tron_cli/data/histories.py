@@ -16,7 +16,7 @@ from tron_cli.data.dataset import Sessions
 
 @dataclass(frozen=True)
 class Predictions:
-    """One predicted event an entry, in the order of the sessions and of their events.
+    """Predicted events, one per entry, in the order of the sessions and of their events.
 
     session_E, event_E: int64, session of the split and place of the target in it, both from 0.
     target_E: int64 item ids. rank_E: int64, 1 the best; 0 where the target is filtered out: a miss.
@@ -32,7 +32,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Histories:
-    """Events to predict, each with its history. All int64, places counted among all of `items`.
+    """Events to predict, each with its history. All arrays are int64, places are those in `items`.
 
     items: of the whole split. session_E: sessions of the split. begin_E: where the session begins.
     start_E: where the history begins, cut to the window. position_E: where the target is; the
@@ -59,26 +59,26 @@ class Histories:
 
     @property
     def target_E(self) -> np.ndarray:
-        """int64 item ids of the targets."""
+        """Item ids of the targets: int64."""
         return self.items[self.position_E].astype(np.int64)
 
     @property
     def last_E(self) -> np.ndarray:
-        """int64 item ids of the last event of each history."""
+        """Item id of the last event of each history: int64."""
         return self.items[self.position_E - 1].astype(np.int64)
 
     @property
     def length_E(self) -> np.ndarray:
-        """int64, events of each history."""
+        """Number of events of each history: int64."""
         return self.position_E - self.start_E
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Event, item and step (1 the last event before the target) of each history's events."""
+        """Return event, item and step (1: the one before the target) of each history's events."""
         event_P, place_P = ranges(self.start_E, self.position_E)
         return event_P, self.items[place_P].astype(np.int64), self.position_E[event_P] - place_P
 
     def seen(self) -> tuple[np.ndarray, np.ndarray]:
-        """Event and item of the distinct items before each target, from the session's beginning."""
+        """Return event and item of the distinct items before each target in its whole session."""
         event_P, place_P = ranges(self.begin_E, self.position_E)
         item_P = self.items[place_P].astype(np.int64)
         return distinct_pairs(event_P, item_P)
@@ -94,7 +94,7 @@ def predicted_events(
     first: int = 0,
     last: int | None = None,
 ) -> Histories:
-    """The predicted events of sessions first..last - 1, in order.
+    """Return the predicted events of sessions first..last - 1, in order.
 
     protocol: every-step predicts each event of a session but the first (of its last `window`
     events, with full_sessions of all), last-item the last one. Each has a history of up to `window`
@@ -119,7 +119,7 @@ def predicted_events(
 def count_predicted(
     sessions: Sessions, *, window: int, protocol: str, full_sessions: bool = False
 ) -> int:
-    """Number of the predicted events of all sessions."""
+    """Count the predicted events of all sessions."""
     first_target_S = _first_targets(sessions.lengths, window, protocol, full_sessions)
     return int((sessions.lengths - first_target_S).clip(min=0).sum())
 
@@ -127,7 +127,7 @@ def count_predicted(
 def training_windows(
     sessions: Sessions, chosen: np.ndarray | slice, window: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Begin (place among all items) and length of the history of each chosen session's last event.
+    """Return begin (place in `items`) and length of the history of chosen sessions' last events.
 
     Both int64. A training step predicts from them what follows each of their events.
     """
@@ -137,14 +137,14 @@ def training_windows(
 
 
 def _history_start(begin_E: np.ndarray, target_E: np.ndarray, window: int) -> np.ndarray:
-    """Places where histories begin, given those of their sessions and of their targets."""
+    """Return where histories begin, given the places of their sessions and of their targets."""
     return np.maximum(begin_E, target_E - window)
 
 
 def _first_targets(
     length_S: np.ndarray, window: int, protocol: str, full_sessions: bool
 ) -> np.ndarray:
-    """Place in each session of the first event that is predicted; that of no event where none."""
+    """Return the place of each session's first predicted event, or one past its end if none is."""
     if protocol == "last-item":
         first_S = length_S - 1
     elif full_sessions:
@@ -161,7 +161,7 @@ def collect(
     top_items: int,
     progress: str | None,
 ) -> Predictions:
-    """Predictions in order, from some events at a time with their ranks and best items.
+    """Join predictions in order, from some events at a time with their ranks and best items.
 
     expected: number of events, of which a bar shows how many are done. progress: its title; None:
     no bar. Best items are None unless top_items are asked for.
@@ -193,15 +193,15 @@ def collect(
 
 
 def distinct_pairs(row_P: np.ndarray, item_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row and item (int64, neither negative) of each pair once, in ascending order."""
+    """Return row and item (int64, not negative) of each distinct pair, in ascending order."""
     width = int(item_P.max(initial=0)) + 1
-    # Sorted, not np.unique: that hashes, and takes a hundred times as long.
+    # np.unique hashes, which takes a hundred times as long.
     key_P = np.sort(row_P * width + item_P)
     return np.divmod(key_P[np.diff(key_P, prepend=-1) > 0], width)
 
 
 def ranges(low_R: np.ndarray, high_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row and number of each whole number from low to high - 1 of each row."""
+    """Return row and number of each integer from low to high - 1 of each row."""
     count_R = np.maximum(high_R - low_R, 0)
     row = np.repeat(np.arange(len(count_R)), count_R)
     return row, np.arange(len(row)) + np.repeat(low_R - (np.cumsum(count_R) - count_R), count_R)

@@ -1,4 +1,4 @@
-"""Flaws of a prepared dataset, from arrays and the entries of dataset.json alone.
+"""Checks of a prepared dataset, from its arrays and the entries of dataset.json alone.
 
 Each function returns the first flaw in a few words, or None.
 """
@@ -17,7 +17,7 @@ PROTOCOLS = ("every-step", "last-item")
 
 
 def flaw_of_description(info: dict[str, Any]) -> str | None:
-    """Look for entries of dataset.json that are missing or cannot be."""
+    """Look for entries of dataset.json that are missing or impossible."""
     if info.get("protocol") not in PROTOCOLS:
         return f"protocol is {info.get('protocol')!r}, not {' or '.join(PROTOCOLS)}"
     if not _is_count(info.get("num_items")):
@@ -66,7 +66,7 @@ def flaw_of_contents(items: np.ndarray, offsets: np.ndarray, num_items: int) -> 
 
 
 def fingerprint(*arrays: np.ndarray) -> str:
-    """SHA-256 of the bytes of arrays, one after the other."""
+    """Return the SHA-256 of the bytes of arrays, one after the other."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
@@ -74,7 +74,7 @@ def fingerprint(*arrays: np.ndarray) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, read a few megabytes at a time."""
+    """Return the SHA-256 of a file, read a few megabytes at a time."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

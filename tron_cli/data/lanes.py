@@ -25,7 +25,7 @@ _SESSIONS_AT_ONCE = 1 << 13
 
 
 class Lanes:
-    """The batch of each step, from an endless row of passes over the sessions.
+    """Batches of session-parallel training, from an endless series of passes over the sessions.
 
     Of a session its last sequence_length + 1 events are seen. A pass begins when the one before has
     no more sessions to give, while its last ones are still under way: no lane is ever idle.
@@ -42,8 +42,11 @@ class Lanes:
         seed: int,
         padded: bool = False,
     ) -> None:
-        """sessions: of at least two events each. style, seed: see `session_order`. padded: batches
-        say that their shapes are fixed (`Batch.padded`), which those of lanes are anyway."""
+        """Start before step 0.
+
+        sessions: of at least two events each. style, seed: see `session_order`. padded: batches say
+        that their shapes are fixed (`Batch.padded`), which is so for lanes in any case.
+        """
         self._sessions = sessions
         self._lanes = lanes
         self._style = style
@@ -60,9 +63,9 @@ class Lanes:
         self._begun = 0  # sessions of the chunk
 
     def batch(self, step: int) -> Batch:
-        """One event of each lane in a row of its own; places_N says where in its session it is.
+        """Return one event per lane, each in a row of its own; places_N are places in the sessions.
 
-        Steps are asked for in ascending order, from any first one: what lies before it is only
+        Steps must be asked for in ascending order. The first may be any: those before it are only
         scheduled, ten million sessions in seconds.
         """
         assert step >= self._step
@@ -85,7 +88,7 @@ class Lanes:
         )
 
     def _begin_until(self, step: int) -> bool:
-        """Begin the sessions of the chunk that are due; whether it has others for later."""
+        """Begin the sessions of the chunk that are due; return whether others are left."""
         begin_C, lane_C, session_C = self._chunk
         end = int(np.searchsorted(begin_C, step, side="right"))
         # Backwards, so that the first session found of a lane is its last one.
@@ -97,7 +100,7 @@ class Lanes:
         return end < len(begin_C)
 
     def _schedule(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """The step at which each session begins, its lane and its number, in order of beginning."""
+        """Yield first step, lane and number of the sessions, in order of their first step."""
         # A heap of step * lanes + lane: when each lane becomes free.
         free = list(range(self._lanes))
         for data_pass in itertools.count():

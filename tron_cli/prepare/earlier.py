@@ -28,7 +28,7 @@ class Earlier:
 
     @property
     def lacks(self) -> str:
-        """Why a step dropped unknown items."""
+        """Reason why a step dropped unknown items."""
         return f"--catalogue {self.given} lacks them"
 
     def numbers(self, item_ids: np.ndarray) -> np.ndarray:
@@ -96,7 +96,7 @@ def _of_checkpoint(path: Path) -> np.ndarray:
             item_ids = np.array(data.decode().split("\n")[:-1], object)
         if len(item_ids) != num_items:
             raise ValueError(f"{len(item_ids):,} ids of {num_items:,} items")
-    except Exception as error:  # of a damaged pickle Python raises almost anything
+    except Exception as error:  # Python raises almost anything for a damaged pickle
         raise InputError(
             f"--catalogue {path} is damaged or no tron checkpoint ({type(error).__name__}); name "
             "another, or the dataset that it was trained on"
@@ -106,14 +106,14 @@ def _of_checkpoint(path: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Where a checkpoint keeps the numbers of a tensor, and of which kind they are."""
+    """Place of a tensor's numbers in a checkpoint, and their type."""
 
     kind: str
     key: str
 
 
 class _Description(pickle.Unpickler):
-    """A checkpoint's entries with a `_Storage` in place of each tensor; runs none of its code."""
+    """Unpickler that puts a `_Storage` in place of each tensor; it never runs code."""
 
     def persistent_load(self, pid: Any) -> _Storage:
         return _Storage(kind=pid[1], key=pid[2])

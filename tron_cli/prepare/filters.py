@@ -23,7 +23,7 @@ def drop_rare_items(parts: list[Sessions], min_count: int) -> list[Sessions]:
 
 
 def are_duplicates(sessions: Sessions) -> np.ndarray:
-    """bool [E]: events whose item and time an earlier event of their session has as well."""
+    """Mark the events with item and time of an earlier event of their session: bool [E]."""
     assert sessions.times is not None
     row = np.repeat(np.arange(len(sessions)), sessions.lengths)
     times = sessions.times
@@ -39,7 +39,7 @@ def are_duplicates(sessions: Sessions) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Cleaning:
-    """Kinds of events and sessions that a log loses before the filters, in this order.
+    """Cleanings that are applied before the filters, in this order.
 
     drop_duplicates: further events of the same session, item and time. collapse_repeats: events
     with the item of the event before. max_session_length: sessions with more events than this are
@@ -51,7 +51,7 @@ class Cleaning:
     max_session_length: int | None = None
 
     def apply(self, parts: list[Sessions], steps: Steps) -> list[Sessions]:
-        """The sessions (with times) that are left, and a step for each kind of cleaning."""
+        """Return the sessions (with times) that are left; record a step for each cleaning."""
         if self.drop_duplicates:
             parts = [drop_events(part, ~are_duplicates(part)) for part in parts]
             steps.record("duplicates", parts, "same session, item and time")
@@ -65,7 +65,7 @@ class Cleaning:
 
 
 class Steps:
-    """The way from what came in to what is kept, step by step, for dataset.json and the summary.
+    """Record of what each step of preparation kept and dropped, for dataset.json and the summary.
 
     A step's entry: {step, sessions, events, items, dropped_sessions, dropped_events, why}; the
     counts are those after the step.
@@ -75,7 +75,7 @@ class Steps:
         self.entries: list[dict[str, Any]] = []
 
     def record(self, step: str, parts: list[Sessions], why: str) -> None:
-        """Note what `step` left over, in all the parts."""
+        """Record what `step` left over, in all the parts."""
         items = np.concatenate([part.items for part in parts])
         distinct = int(np.count_nonzero(np.bincount(items))) if len(items) else 0
         self.count(step, sum(map(len, parts)), len(items), distinct, why)
@@ -83,7 +83,7 @@ class Steps:
     def count(
         self, step: str, sessions: int | None, events: int, items: int | None, why: str
     ) -> None:
-        """Note the counts after `step`; None where a count is not known."""
+        """Record the counts after `step`; None where a count is not known."""
         before: dict[str, Any] = (
             self.entries[-1] if self.entries else {"sessions": sessions, "events": events}
         )
@@ -103,7 +103,7 @@ class Steps:
         )
 
     def drop(self, step: str, sessions: int, events: int, why: str) -> None:
-        """Note what `step` dropped; how many items are left is not counted."""
+        """Record what `step` dropped; the items that are left are not counted."""
         last = self.entries[-1]
         self.count(step, last["sessions"] - sessions, last["events"] - events, None, why)
 
@@ -111,9 +111,10 @@ class Steps:
 def apply_filters(
     parts: list[Sessions], steps: Steps, *, min_session_length: int, min_item_count: int
 ) -> list[Sessions]:
-    """Drop short sessions, rare items, short sessions again: once each, in TRON's order.
+    """Drop short sessions, rare items, then short sessions again: once each, in TRON's order.
 
-    Of several parts the last one tests: it has no say in which items are rare, and keeps them.
+    The last of several parts is the test split: it does not count for which items are rare, and
+    keeps them.
     """
     short = f"fewer than {min_session_length} events"
     parts = [drop_short(part, min_session_length) for part in parts]

@@ -1,4 +1,4 @@
-"""Columns -> events -> sessions in time order. Nothing here is done event by event in Python."""
+"""Columns to events to sessions in time order, all with array operations."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Events:
 
 
 class ItemIndex:
-    """Gives every distinct id a position, in order of first appearance; ids come in blocks."""
+    """Numbers distinct ids in order of first appearance; ids come in blocks."""
 
     def __init__(self) -> None:
         self._positions: dict[int | str, int] = {}
 
     def positions(self, ids: pl.Series) -> np.ndarray:
-        """int32 [n]: the position of each id; ids not seen before get the next free ones."""
+        """Return the position of each id: int32 [n]; new ids get the next free ones."""
         distinct = ids.unique(maintain_order=True)
         known = self._positions
         codes = [known.setdefault(item, len(known)) for item in distinct.to_list()]
@@ -54,7 +54,7 @@ class ItemIndex:
         )
 
     def ids(self) -> np.ndarray:
-        """The distinct ids by position: int64 where every one is an integer's plain spelling."""
+        """Return the distinct ids by position: int64 if all are integers, plainly spelled."""
         ids = list(self._positions)
         if not ids or not isinstance(ids[0], str):
             return np.array(ids, np.int64)
@@ -63,9 +63,9 @@ class ItemIndex:
 
 
 class IdKeys:
-    """Gives int64 keys to the ids of sessions or users, which come in blocks, and takes them back.
+    """Maps ids of sessions or users, which come in blocks, to int64 keys and back.
 
-    An integer is its own key. The key of a text is its 64-bit hash: what is kept in memory is each
+    An integer is its own key. The key of a text is its 64-bit hash, so that memory holds each
     distinct text once, whatever the number of events.
     """
 
@@ -74,7 +74,7 @@ class IdKeys:
         self._new: list[pl.DataFrame] = []
 
     def keys(self, ids: pl.Series, users: pl.Series | None = None) -> np.ndarray:
-        """int64 [n]: the key of each id; with users, ids are told apart by their user as well."""
+        """Return the key of each id: int64 [n]; with users, equal ids of two users differ."""
         if users is not None:
             keys = pl.DataFrame([ids.alias("id"), users.alias("user")]).hash_rows()
         elif ids.dtype == pl.Int64:
@@ -94,12 +94,12 @@ class IdKeys:
 
     @cached_property
     def _distinct(self) -> pl.Series:
-        """The ids in ascending order of their keys, when all blocks have come."""
+        """Ids in ascending order of their keys, after all blocks."""
         self._gather()
         return plain_integers(self._texts["text"])
 
     def ids(self, keys: np.ndarray) -> np.ndarray:
-        """Original id of each key: int64 where all ids are integers' plain spelling, else str."""
+        """Return the original id of each key: int64 if all are plain integers, else str."""
         if not len(self._distinct):
             return keys
         places = self._texts["key"].search_sorted(pl.Series(keys, dtype=pl.Int64))
@@ -108,7 +108,7 @@ class IdKeys:
 
 
 def plain_integers(texts: pl.Series) -> pl.Series:
-    """The texts as Int64 where every one is an integer's plain spelling, else as they are."""
+    """Return texts as Int64 if all are integers, plainly spelled (7, not 007), else unchanged."""
     numbers = texts.cast(pl.Int64, strict=False)
     return numbers if (numbers.cast(pl.String) == texts).fill_null(False).all() else texts
 
@@ -116,7 +116,7 @@ def plain_integers(texts: pl.Series) -> pl.Series:
 def collect_events(
     file: Path, blocks: Iterable[Columns], bad: BadLines, index: ItemIndex | None = None
 ) -> Events:
-    """One log of all blocks: int64 columns session, time and perhaps user; item of any ids.
+    """Join blocks into one log: int64 columns session, time and perhaps user; item of any ids.
 
     index: of logs that share their items; item_ids are those of the logs so far.
     """
@@ -145,9 +145,9 @@ def collect_events(
 
 
 def to_sessions(events: Events) -> Sessions:
-    """Group events into sessions, in the order in which the file first shows them.
+    """Group events into sessions, in order of first appearance in the file.
 
-    The events of each are stably sorted by time: of equal times the file's first comes first. The
+    The events of each are sorted by time; those of equal times keep the order of the file. The
     items stay positions in item_ids; session_ids and user_ids are the numbers of the events.
     """
     codes, ids = _by_appearance(events.sessions)
@@ -164,7 +164,7 @@ def to_sessions(events: Events) -> Sessions:
 
 
 def joined(parts: list[Sessions]) -> Sessions:
-    """The sessions of all parts, one after the other; what one of them lacks, all lose."""
+    """Concatenate the sessions of all parts; times and ids that one part lacks are left out."""
 
     def whole(arrays: list[np.ndarray | None]) -> np.ndarray | None:
         held = [array for array in arrays if array is not None]
@@ -180,19 +180,19 @@ def joined(parts: list[Sessions]) -> Sessions:
 
 
 def by_first_event(sessions: Sessions) -> Sessions:
-    """Sessions (none empty) stably sorted by when they start; as they are where times lack."""
+    """Sort sessions (none empty) stably by their start; without times they stay as they are."""
     return take(sessions, order_by_first_event(sessions))
 
 
 def order_by_first_event(sessions: Sessions) -> np.ndarray:
-    """int64 [S]: the rows that `by_first_event` takes."""
+    """Return the order of rows that `by_first_event` takes: int64 [S]."""
     if sessions.times is None:
         return np.arange(len(sessions))
     return np.argsort(first_times(sessions), kind="stable")
 
 
 def split_at_gaps(users: np.ndarray, times: np.ndarray, gap: int) -> np.ndarray:
-    """int64 [E], session numbers: one ends where the user's next event is over `gap` ms away."""
+    """Number sessions, which end where a user's next event is over `gap` ms away: int64 [E]."""
     order = np.lexsort((times, users))
     users, times = users[order], times[order]
     starts = np.ones(len(order), bool)
@@ -203,7 +203,7 @@ def split_at_gaps(users: np.ndarray, times: np.ndarray, gap: int) -> np.ndarray:
 
 
 def take(sessions: Sessions, rows: np.ndarray) -> Sessions:
-    """The sessions of `rows` (int64, in that order), packed."""
+    """Return the sessions of `rows` (int64, in that order), packed."""
     if np.array_equal(rows, np.arange(len(sessions))):
         return sessions
     lengths = sessions.lengths[rows]
@@ -214,7 +214,7 @@ def take(sessions: Sessions, rows: np.ndarray) -> Sessions:
 
 
 def take_where(sessions: Sessions, keep: np.ndarray) -> Sessions:
-    """The sessions where `keep` (bool [S]) holds."""
+    """Return the sessions where `keep` (bool [S]) holds."""
     if keep.all():
         return sessions
     kept = drop_events(sessions, np.repeat(keep, sessions.lengths))
@@ -235,7 +235,7 @@ def drop_events(sessions: Sessions, keep: np.ndarray) -> Sessions:
 
 
 def _ids_at(sessions: Sessions, rows: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The session and user ids of some rows (int64, or bool [S])."""
+    """Return session and user ids of some rows (int64, or bool [S])."""
     session_ids, user_ids = sessions.session_ids, sessions.user_ids
     return (
         None if session_ids is None else session_ids[rows],
@@ -244,13 +244,13 @@ def _ids_at(sessions: Sessions, rows: np.ndarray) -> tuple[np.ndarray | None, np
 
 
 def first_times(sessions: Sessions) -> np.ndarray:
-    """int64 [S] ms: when each session (none empty) starts."""
+    """Return when each session (none empty) starts: int64 [S], ms."""
     assert sessions.times is not None
     return sessions.times[sessions.offsets[:-1]]
 
 
 def last_times(sessions: Sessions) -> np.ndarray:
-    """int64 [S] ms: when each session (none empty) ends."""
+    """Return when each session (none empty) ends: int64 [S], ms."""
     assert sessions.times is not None
     return sessions.times[sessions.offsets[1:] - 1]
 
@@ -262,8 +262,8 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def _by_appearance(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 [E] with the distinct keys numbered in order of first appearance, these keys)."""
-    # Logs mostly hold a session's events together, so only the runs of equal keys are sorted.
+    """Number keys in order of first appearance: (int64 [E], the distinct keys in that order)."""
+    # Logs mostly keep a session's events together, so only runs of equal keys are sorted.
     starts = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
     distinct, first, inverse = np.unique(keys[starts], return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")

@@ -1,4 +1,4 @@
-"""Splits: which sessions train, which validate, which test, and what is left out on the way."""
+"""Splits of the sessions into train, val and test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DAY = 86_400_000  # ms
 WHY_LATE = "in or after a held-out stretch, and sessions with fewer than 2 before it"
 
 Rule = Callable[[Sessions, float], np.ndarray]
-"""(sessions, days) -> bool [S]: which sessions make up the last stretch of `days` days."""
+"""(sessions, days) -> bool [S]: the sessions of the last `days` days."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Splits:
     """Sessions of the three splits; items are positions in the original ids.
 
     period: the whole training period, whose items are the catalogue. train and val come from it.
-    in_others: of leave-one-out, bool [S], which histories of test train or validate as well.
+    in_others: with leave-one-out, bool [S], the histories of test that are in train or val as well.
     """
 
     period: Sessions
@@ -35,25 +35,27 @@ class Splits:
 
 
 def moment(ms: int) -> str:
-    """A time as text, to the minute. Of numpy, whose years do not end with 9999."""
+    """Format a time to the minute. By NumPy, whose years do not end with 9999."""
     return str(np.datetime64(int(ms), "ms").astype("datetime64[m]")).replace("T", " ")
 
 
 def by_last_event(sessions: Sessions, days: float) -> np.ndarray:
-    """TRON's rule for Yoochoose: ends at most `days` before the latest start of any session."""
+    """Hold out sessions that end at most `days` before the latest start: TRON's for Yoochoose."""
     return last_times(sessions) >= first_times(sessions).max() - days * DAY
 
 
 def by_start_day(sessions: Sessions, days: float) -> np.ndarray:
-    """TRON's rule for Diginetica: starts on the day (UTC) of the latest start, or up to `days`
-    calendar days before it; so the stretch has days + 1 calendar days."""
+    """Hold out sessions that start in the last days + 1 calendar days (UTC).
+
+    This is TRON's rule for Diginetica: the day of the latest start, and `days` before it.
+    """
     starts = first_times(sessions)
     midnight = starts.max() // DAY * DAY
     return starts >= midnight - days * DAY
 
 
 def by_start(sessions: Sessions, days: float) -> np.ndarray:
-    """Starts at most `days` before the latest start of any session."""
+    """Hold out sessions that start at most `days` before the latest start."""
     starts = first_times(sessions)
     return starts >= starts.max() - days * DAY
 
@@ -73,11 +75,11 @@ def split_by_time(
     val_from: int | None = None,
     test: Sessions | None = None,
 ) -> Splits:
-    """Test by the rule, then validation from the training period by the same rule (0 days: none).
+    """Hold out test by the rule, then val from the training period by the same rule (0 days: none).
 
     test_from, val_from (ms): hold out the sessions that start then or later instead. test: the test
     sessions, where the source gives them. latest: the latest time of `sessions` as they were read
-    (ms), and where it stands.
+    (ms), and its file and line.
     cut_late_events: sessions that start earlier than a held-out stretch lose the events that lie in
     it, and are dropped where fewer than two remain. (The published splits of Yoochoose and
     Diginetica keep them.)
@@ -144,7 +146,7 @@ def check_latest(starts: np.ndarray, is_held_out: np.ndarray, latest: int, place
 def split_last_items(
     histories: Sessions, val_rows: np.ndarray, steps: Steps, *, train_without: np.ndarray
 ) -> Splits:
-    """Leave-one-out: every row of test is a whole history, whose last item is the target.
+    """Split leave-one-out: every row of test is a whole history, whose last item is the target.
 
     val_rows: int64, histories that also validate, on their second last item. train_without: int64
     [S], how many of its last events each history keeps from training.
@@ -170,7 +172,7 @@ def split_last_items(
 
 
 def sample(sessions: Sessions, most: int, seed: int, steps: Steps) -> Sessions:
-    """A seeded sample of at most `most` validation sessions, in their order."""
+    """Draw a seeded sample of at most `most` validation sessions, in their order."""
     sampled = take(sessions, sample_rows(len(sessions), most, seed))
     steps.drop(
         "validation sample", len(sessions) - len(sampled), len(sessions.items) - len(sampled.items),
@@ -180,7 +182,7 @@ def sample(sessions: Sessions, most: int, seed: int, steps: Steps) -> Sessions:
 
 
 def sample_rows(count: int, most: int, seed: int) -> np.ndarray:
-    """int64: at most `most` of the rows 0..count - 1, chosen with the seed, ascending."""
+    """Draw at most `most` of the rows 0..count - 1 with the seed: int64, ascending."""
     if count <= most:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))

@@ -1,4 +1,4 @@
-"""Tables that `tron prepare` prints at its end, from dataset.json alone."""
+"""Tables that `tron prepare` prints when it is done, from dataset.json alone."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ _SCALE = {"k": 1_000, "M": 1_000_000}
 
 
 def print_summary(dataset: Dataset) -> None:
-    """Print what came in, what was dropped and why, the splits, and the published sizes."""
+    """Print what was read, what was dropped and why, the splits, and the published sizes."""
     print(summary_text(dataset))
 
 
 def summary_text(dataset: Dataset) -> str:
-    """The tables of `print_summary`."""
+    """Return the tables of `print_summary`."""
     info = dataset.info
     parts = [f"{dataset.path}: {info['protocol']}, {info['num_items']:,} items"]
-    # A source with a file of its own for test has filters of its own for it.
+    # A source with a separate test file has separate filters for it.
     for title, key in (("step", "filters"), ("step of the test file", "test_filters")):
         if info.get(key):
             parts.append(_steps_table(title, info[key]))
@@ -105,7 +105,7 @@ def _splits_table(splits: dict[str, dict[str, Any]]) -> str:
 
 
 def _repeats(split: dict[str, Any]) -> float | None:
-    """Share of the events behind another of their session that repeat its item."""
+    """Return the share of events, first ones left out, that repeat the item before them."""
     followers = split["events"] - split["sessions"]
     if "repeated_events" not in split or not followers:
         return None
@@ -121,7 +121,7 @@ def _moment(ms: int | None) -> str:
 
 
 def _notes(info: dict[str, Any]) -> list[str]:
-    """A sentence for whatever was skipped, lost or odd; none for what did not happen."""
+    """Return a sentence for everything that was skipped, lost or looks odd."""
     notes = []
     bad = info.get("bad_lines") or {"count": 0}
     if bad["count"]:
@@ -180,7 +180,7 @@ def _notes(info: dict[str, Any]) -> list[str]:
 
 def _published_table(info: dict[str, Any]) -> str:
     period, test = info["training_period"], info["splits"]["test"]
-    # A source whose publication counts at another place of the way gives the counts of that place.
+    # Where a publication counts before the last step, the source gives the counts of that step.
     ours = info.get("published_counts") or {
         "train sessions": period["sessions"],
         "train events": period["events"],

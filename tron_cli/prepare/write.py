@@ -27,13 +27,13 @@ from tron_cli.prepare.sessions import (
 )
 from tron_cli.prepare.split import Splits
 
-CHUNK_SESSIONS = 1 << 18  # written at a time: ids that are text are objects meanwhile
+CHUNK_SESSIONS = 1 << 18  # written at a time, since text ids are Python objects until then
 
 
 def dataset_path(data_dir: Path, name: str, *inputs: Path | None) -> Path:
-    """DATA_DIR/NAME; refuses a name that is not a plain folder name, and the downloads' own.
+    """Return DATA_DIR/NAME; raise InputError unless NAME is a plain folder name other than raw.
 
-    inputs: what is read for it. It may not lie in the folder, which --force replaces.
+    inputs: the files that are read, which may not lie in the folder, since --force replaces it.
     """
     if name == "raw" or len(name.encode()) > 100 or not re.fullmatch(DATASET_NAME, name):
         raise InputError(
@@ -48,11 +48,11 @@ def dataset_path(data_dir: Path, name: str, *inputs: Path | None) -> Path:
 
 
 def in_order_of_appearance(sessions: Sessions) -> np.ndarray:
-    """int64: the distinct items, in the order in which sessions sorted by first event show them."""
+    """Return the distinct items in order of appearance, sessions sorted by first event: int64."""
     sessions = by_first_event(sessions)
     events = len(sessions.items)
     first = np.full(int(sessions.items.max(initial=-1)) + 1, events)
-    first[sessions.items[::-1]] = np.arange(events)[::-1]  # of repeated positions the last one wins
+    first[sessions.items[::-1]] = np.arange(events)[::-1]  # the last one written wins
     order = np.argsort(first, kind="stable")
     return order[: np.count_nonzero(first < events)]
 
@@ -192,7 +192,7 @@ def check_books(steps: Steps, written: list[dict[str, Any]], protocol: str) -> N
 
 
 def lost_predictions(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions lost by sessions that are kept, and, if any, by each that became too short.
+    """Count predictions lost by kept sessions, and, if any, by each that became too short.
 
     int64 each; before, after: int64 [S], lengths with and without the unknown items.
     """
@@ -222,7 +222,7 @@ Counts = dict[str, dict[str, Any]]  # of each split, for DatasetWriter.write_spl
 def _drop_unknown_items(
     splits: Splits, known: np.ndarray, steps: Steps, earlier: Earlier | None
 ) -> tuple[Splits, Counts]:
-    """Drop unknown items, then short sessions; train and val have such of `earlier` only."""
+    """Drop unknown items, then short sessions; train and val have some with `earlier` only."""
     counts: Counts = {}
     kept: dict[str, Sessions] = {}
     short_sessions = short_events = 0
@@ -247,7 +247,7 @@ def _drop_unknown_items(
 def _drop_unknown_targets(
     splits: Splits, known: np.ndarray, steps: Steps, earlier: Earlier | None
 ) -> tuple[Splits, Counts]:
-    """Drop histories whose last item is unknown: no other can be."""
+    """Drop histories whose last item is unknown; their other items are all known."""
     test = splits.test
     is_known = known[test.items[test.offsets[1:] - 1]]
     kept = take_where(test, is_known)

@@ -27,7 +27,7 @@ BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class _Member:
-    """A member that is no folder: name with its path, bytes, CRC-32, whether it is a plain file."""
+    """File of an archive. name: with its path; size: bytes; regular: not a link or the like."""
 
     name: str
     size: int
@@ -46,7 +46,7 @@ def unpack(archive: Path, wanted: Sequence[str], folder: Path) -> dict[str, Path
     """Unpack the members called `wanted`, in whatever folder of the archive, to folder/NAME.
 
     Files that are there already with the archived size and CRC-32 are kept. The names to write to
-    are ours, never the archive's, and each file is written aside and renamed when it is complete.
+    are ours, never the archive's, and each file is written atomically.
     Raises InputError for a damaged archive, a missing member, one that is a link or whose path
     leaves the archive, and for too little disk space.
     """
@@ -98,11 +98,13 @@ def _reading(archive: Path) -> Iterator[None]:
     except PasswordRequired as error:
         raise _encrypted(archive) from error
     except OSError as error:
-        if error.filename is not None or error.errno == errno.ENOSPC:  # ours: no right, no space
+        if (
+            error.filename is not None or error.errno == errno.ENOSPC
+        ):  # from us: no permission, no space
             raise InputError(f"unpacking {archive} failed: {error}") from error
         raise _damaged(archive, error) from error
     except Exception as error:
-        # Damage shows as whatever it leads to in these libraries: struct, Type, Index, LZMA errors.
+        # These libraries raise anything for damage: struct.error, TypeError, LZMAError, ...
         raise _damaged(archive, error) from error
 
 
@@ -116,7 +118,7 @@ def _damaged(archive: Path, error: Exception) -> InputError:
 
 
 def _choose(archive: Path, listing: list[_Member], name: str) -> _Member:
-    """The one member called `name`, after checking that it is what it should be."""
+    """Return the one member called `name`, if it is a plain file within the archive."""
     found = [member for member in listing if PurePosixPath(member.name).name == name]
     if len(found) != 1:
         number = "no" if not found else "more than one"
@@ -196,14 +198,14 @@ def _extract_7z(archive: Path, outputs: dict[str, Path], progress: Callable[[int
 
 
 class _Writers(WriterFactory):
-    """Gives py7zr a file of ours to write a member to: it never decides a path itself."""
+    """Gives py7zr our file for each member, so that it never chooses a path itself."""
 
     def __init__(self, outputs: dict[str, Path], progress: Callable[[int], object]) -> None:
         self.outputs = outputs
         self.progress = progress
 
     def create(self, filename: str) -> Py7zIO:
-        # py7zr has put a folder before the member's name.
+        # py7zr puts a folder before the member's name.
         return _Writer(self.outputs[PurePosixPath(filename).name], self.progress)
 
 

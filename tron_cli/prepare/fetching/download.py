@@ -1,4 +1,4 @@
-"""Downloading a large file: with a bar, resumed where it broke off, renamed when complete."""
+"""Download of a large file, with a progress bar, resumed where it broke off."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def download(
     attempts: int = 5,
     pause: float = 1.0,
 ) -> Path:
-    """Download `url` to `target`, going on from a transfer that broke off now or in an earlier run.
+    """Download `url` to `target`, resuming a transfer that broke off, also in an earlier run.
 
-    What has come lies in TARGET.part, with what identifies the server's file (ETag or
-    Last-Modified, and size) in TARGET.part.json: only the rest is asked for, and only if the file
-    is still the same. A server that cannot do that sends the whole again. Gives up after `attempts`
-    transfers in a row that brought nothing; waits `pause` seconds, doubling, between them. Raises
-    InputError when the server refuses, the connection fails, or the checksum differs.
+    The bytes received so far are in TARGET.part, and what identifies the server's file (ETag or
+    Last-Modified, and size) is in TARGET.part.json: only the rest is requested, and only if the
+    file is still the same. A server that cannot do that sends the whole file again. Gives up after
+    `attempts` transfers in a row that brought nothing; waits `pause` seconds, doubling, between
+    them. Raises InputError when the server refuses, the connection fails, or the checksum differs.
     """
     part = target.with_name(target.name + ".part")
     about = target.with_name(target.name + ".part.json")
@@ -75,7 +75,7 @@ def download(
 
 
 def _transfer(url: str, part: Path, about: Path) -> str | None:
-    """One request: append to `part` what it brings. None when complete, else why it is not."""
+    """Append the answer to one request to `part`; return None if complete, else why it is not."""
     identity = _read_identity(about, url) or {}
     have = _size(part) if identity else 0
     request = urllib.request.Request(url, headers={"User-Agent": "tron-recsys"})
@@ -89,7 +89,7 @@ def _transfer(url: str, part: Path, about: Path) -> str | None:
     except urllib.error.HTTPError as error:
         if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or not have:
             raise
-        part.unlink()  # the file at the server is another, and shorter
+        part.unlink()  # the server has another, shorter file now
         return "the file has changed"
     except _BROKEN as error:
         return _reason(error)
@@ -127,7 +127,7 @@ def _transfer(url: str, part: Path, about: Path) -> str | None:
 
 
 def _identity(url: str, headers: Message) -> dict[str, Any]:
-    """What tells one state of a file at a server from another."""
+    """Return what identifies the version of a file on a server."""
     etag = headers.get("ETag")
     length = headers.get("Content-Length")
     return {
@@ -140,7 +140,7 @@ def _identity(url: str, headers: Message) -> dict[str, Any]:
 
 
 def _read_identity(about: Path, url: str) -> dict[str, Any] | None:
-    """The identity of the file in part, or None where there is none to resume with."""
+    """Return the identity of the partial file, or None if it cannot be resumed."""
     try:
         identity = json.loads(about.read_text())
         resumable = identity["url"] == url and (identity["etag"] or identity["modified"])
@@ -150,7 +150,7 @@ def _read_identity(about: Path, url: str) -> dict[str, Any] | None:
 
 
 def _same(came: dict[str, Any], identity: dict[str, Any]) -> bool:
-    """Whether a partial answer is of the same file; it need not repeat what it was asked with."""
+    """Return whether a partial answer is of the same file; it may leave out ETag and date."""
     repeated = [key for key in ("etag", "modified") if came[key] is not None]
     return all(came[key] == identity[key] for key in ("size", *repeated))
 

@@ -1,4 +1,4 @@
-"""Where the raw files of the known sources come from, and finding them on this machine."""
+"""Raw files of the public sources: where they come from, finding and opening them."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ _NO_TEXT = {
 
 @dataclass(frozen=True)
 class Source:
-    """One public data set: what `prepare` reads of it, and where a person or a program gets it.
+    """Public data set: the files that `prepare` reads, and where to get them.
 
     files: names of the plain files that are read.
     downloads: names under which the file or archive reaches people's disks, the first one first.
-    page: the page for a person. url: a direct address, or None where an account or a browser is
+    page: the page for people. url: a direct address, or None where an account or a browser is
     needed. sha256: of the file at url, where known.
     """
 
@@ -126,7 +126,7 @@ def locate(source: str, raw: Path | None, data_dir: Path) -> dict[str, Path]:
 
 
 def _from_raw(known: Source, raw: Path, folder: Path) -> dict[str, Path]:
-    """The files of a source out of what --raw names; an archive is unpacked into `folder`."""
+    """Find the files of a source in what --raw names; an archive is unpacked into `folder`."""
     wanted = " and ".join(known.files)
     mode = mode_of(raw)
     if stat.S_ISDIR(mode):
@@ -162,17 +162,17 @@ def _from_raw(known: Source, raw: Path, folder: Path) -> dict[str, Path]:
 
 
 def _search(known: Source, folder: Path) -> dict[str, Path] | None:
-    """All files of the source in a folder, plain, .gz or .zst; None where one is missing."""
+    """Find all files of the source in a folder, plain, .gz or .zst; None if one is missing."""
     found = {name: _find_one(folder, (name, name + ".gz", name + ".zst")) for name in known.files}
     complete = {name: path for name, path in found.items() if path is not None}
     return complete if len(complete) == len(found) else None
 
 
 def _find_one(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The first of these names that the folder has, else one that a subfolder has."""
+    """Find the first of these names in the folder, else in a subfolder."""
     if not folder.is_dir():
         return None
-    # Folders with a leading dot are ours, in the middle of unpacking, or not meant to be seen.
+    # Folders with a leading dot are hidden, or being unpacked by us.
     nested = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     for level in ([folder], nested):
         for name in names:
@@ -205,7 +205,7 @@ def first_bytes(path: Path) -> bytes:
     if stat.S_ISDIR(mode):
         raise InputError(f"{path} is a folder: name the file in it")
     if mode and not stat.S_ISREG(mode):
-        raise InputError(f"{path} is no plain file, but such as a pipe: write it to a file first")
+        raise InputError(f"{path} is not a plain file, but a pipe, say: write it to a file first")
     try:
         with path.open("rb") as file:
             return file.read(512)
@@ -214,7 +214,7 @@ def first_bytes(path: Path) -> bytes:
 
 
 def is_compressed(path: Path) -> bool:
-    """Tell by its first bytes if `open_raw` decompresses a file."""
+    """Return whether `open_raw` decompresses a file, by its first bytes."""
     return first_bytes(path).startswith((GZIP_MAGIC, *ZSTD_MAGIC))
 
 

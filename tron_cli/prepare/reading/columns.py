@@ -1,10 +1,9 @@
-"""Text and Parquet files -> columns, block by block, with the line number of every row.
+"""Text and Parquet files to columns, block by block, with the line number of every row.
 
 A text file is read in blocks of whole lines. Where the lines of a block end and how many fields
-each has is found in one vectorized look at its bytes: blank lines are stepped over, ragged ones are
-known by number, and polars parses only lines of the right shape. The columns of a text file come
-out as strings; a source turns them into values with `Columns.parse`, which names the line of a bad
-one.
+each has is found by array operations on its bytes: blank lines are skipped, ragged ones are known
+by number, and polars parses only lines of the right shape. The columns of a text file are strings;
+a source turns them into values with `Columns.parse`, which names the line of a bad value.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from tron_cli.prepare.reading.quotes import loose_quotes, quoted_bytes, requoted
 BLOCK_BYTES = 1 << 24
 MAX_LINE_BYTES = 1 << 26
 PARQUET_ROWS = 1 << 21
-NOT_TEXT = "\0\0"  # begins a value of JSON that is no id, so that it is none as text either
+NOT_TEXT = "\0\0"  # marks a value of JSON that is not an id, and is not valid in one
 
 
 class BadLines:
-    """What becomes of a line that cannot be read: an InputError, or it is skipped and counted.
+    """Policy for lines that cannot be read: an InputError, or they are skipped and counted.
 
     max_share: the largest share of all lines that may be skipped; None sets no limit.
     """
@@ -48,7 +47,7 @@ class BadLines:
         self.first: str | None = None
 
     def reject(self, file: Path, line: int, problem: str, *, unit: str = "line") -> None:
-        """One bad line (of a Parquet file: row), numbered from 1."""
+        """Refuse, or skip and count, one bad line (of a Parquet file: row), numbered from 1."""
         if not self.skip:
             raise InputError(
                 f"{file}, {unit} {line}: {problem}; correct it, or pass --skip-bad-lines"
@@ -68,10 +67,10 @@ class BadLines:
 
 @dataclass
 class Parser:
-    """How the values of a column are read: `parse` makes a null of what is not `expected`.
+    """Reads the values of a column: `parse` turns what is not `expected` into null.
 
-    It raises TypeError for a column whose type cannot be that. null_tokens: texts that stand for
-    nothing.
+    It raises TypeError for a column of an unsuitable type. null_tokens: texts that mean a missing
+    value.
     """
 
     parse: Callable[[pl.Series], pl.Series]
@@ -84,7 +83,7 @@ INTEGER = Parser(lambda column: column.cast(pl.Int64, strict=False), "an integer
 
 @dataclass(frozen=True)
 class Columns:
-    """Some rows of a file: the wanted columns in `frame`; `lines` int64 [rows], from 1."""
+    """Rows of a file: the wanted columns in `frame`, line numbers (int64, from 1) in `lines`."""
 
     file: Path
     frame: pl.DataFrame
@@ -92,7 +91,7 @@ class Columns:
     unit: str = "line"
 
     def parse(self, parsers: dict[str, Parser], bad: BadLines) -> Columns:
-        """The named columns with their values parsed; rows with a bad value are rejected."""
+        """Return the named columns with values parsed; rows with a bad value are rejected."""
         frame = pl.DataFrame({name: self._parsed(name, parsers[name]) for name in parsers})
         valid = {name: frame[name].is_not_null().to_numpy() for name in parsers}
         keep = np.logical_and.reduce(list(valid.values()))
@@ -104,7 +103,7 @@ class Columns:
         return replace(self, frame=frame).where(keep)
 
     def where(self, keep: np.ndarray) -> Columns:
-        """The rows where `keep` (bool [rows]) holds."""
+        """Return the rows where `keep` (bool [rows]) holds."""
         if keep.all():
             return self
         return replace(self, frame=self.frame.filter(pl.Series(keep)), lines=self.lines[keep])
@@ -120,7 +119,7 @@ class Columns:
         except InputError as error:
             raise InputError(f"{self.file}, column {name}: {error}") from error
         except (pl.exceptions.PolarsError, TypeError):
-            pass  # a type of Parquet that cannot become what is expected
+            pass  # a Parquet type that cannot be converted
         raise InputError(
             f"{self.file}: expected {parser.expected} in {name}, found the type {column.dtype}; "
             "convert the column"
@@ -144,7 +143,7 @@ def read_delimited(
     names: list[str] | None = None,
     quoted: bool = False,
 ) -> Iterator[Columns]:
-    """The wanted columns of a delimited text file, plain or compressed, as strings.
+    """Yield the wanted columns of a delimited text file, plain or compressed, as strings.
 
     names: the columns of a file without header line. quoted: double quotes may enclose fields,
     which may then hold separators and line breaks. Raises InputError where no line can be read.
@@ -181,9 +180,10 @@ def read_delimited(
 def read_json_lines(
     file: Path, wanted: list[str], bad: BadLines, ids: Collection[str] = ()
 ) -> Iterator[Columns]:
-    """Yield the wanted keys of a file with one JSON object a line, plain or compressed, as strings.
+    """Yield the wanted keys of a file of JSON lines, one object each, as strings.
 
-    ids: those of which a value that is neither text nor an exact number begins with NOT_TEXT.
+    The file may be compressed. ids: columns in which a value that is neither text nor an exact
+    number begins with NOT_TEXT.
     """
     keys: list[str] = []
     found = False
@@ -196,7 +196,7 @@ def read_json_lines(
             )
         if not found and re.match(rb"\s*\{\s*\n", records.block):
             raise InputError(
-                f"{file} has objects of several lines: expected one a line, as jq -c . writes"
+                f"{file} has objects of several lines: expected one per line, as jq -c . writes"
             )
         keys = keys or _json_keys(file, records.block, wanted)
         parse = _JsonParser(dict(zip(keys, wanted, strict=True)), ids)
@@ -204,11 +204,11 @@ def read_json_lines(
             found = True
             yield Columns(file, frame, lines)
     if not found:
-        raise InputError(f"{file} holds no readable line: expected JSON objects, one a line")
+        raise InputError(f"{file} holds no readable line: expected JSON objects, one per line")
 
 
 def _json_keys(file: Path, block: bytes, wanted: list[str]) -> list[str]:
-    """The keys that fit the wanted names, looked for in the first lines, then in all of a block."""
+    """Find the keys that fit the wanted names, in the first lines, then in the whole block."""
     lines = block.split(b"\n")
     names: dict[str, None] = {}
     for part in (lines[:1000], lines[1000:]):
@@ -224,7 +224,7 @@ def _json_keys(file: Path, block: bytes, wanted: list[str]) -> list[str]:
         else:
             return [list(names)[at] for at in found]
     if not names:
-        return wanted  # not a line of it can be read
+        return wanted  # no line can be read
     raise problem
 
 
@@ -270,7 +270,7 @@ class _JsonParser:
 def _from_json(line: bytes, **options: Any) -> Any:
     try:
         return json.loads(line, **options)
-    except (ValueError, RecursionError) as error:  # of what polars steps over
+    except (ValueError, RecursionError) as error:  # in what polars skips
         raise pl.exceptions.ComputeError(str(error)) from error
 
 
@@ -320,7 +320,7 @@ def _from_arrow(column: Any) -> pl.Series:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what a library says."""
+    """Return the first line of a library's message."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 
@@ -335,9 +335,9 @@ def find_columns(file: Path, names: list[str], wanted: list[str]) -> list[int]:
 
 
 def find_column(file: Path, names: list[str], wanted: str) -> int:
-    """Position of a column: by its name, or by its name before a RecBole type (`item_id:token`).
+    """Find a column by its name, or by its name before a RecBole type (`item_id:token`).
 
-    Case and underscores do not count where nothing fits exactly (`sessionId` is `session_id`).
+    Case and underscores are ignored if nothing fits exactly (`sessionId` is `session_id`).
     """
     for spelling in (str, _without_type, _plain):
         fitting = [at for at, name in enumerate(names) if spelling(name) == spelling(wanted)]
@@ -357,7 +357,7 @@ def _plain(name: str) -> str:
 
 
 def text_blocks(file: Path, separator: str | None = None) -> Iterator[tuple[bytes, int]]:
-    """(whole lines with \\n as their ends, number of the first line) until the end of the file.
+    """Yield (whole lines that end with \\n, number of the first line) until the end of the file.
 
     separator: of fields that may be quoted; then whole records, whose fields may hold line ends.
     """
@@ -368,7 +368,7 @@ def text_blocks(file: Path, separator: str | None = None) -> Iterator[tuple[byte
             total=file.stat().st_size, desc=file.name, unit="B", unit_scale=True, disable=None
         ) as bar,
     ):
-        compressed = getattr(content, "fileobj", content)  # whose position is that in the file
+        compressed = getattr(content, "fileobj", content)  # its position is that in the file
         while data := content.read(BLOCK_BYTES):
             bar.update(compressed.tell() - bar.n)
             if line == 1 and not rest:
@@ -376,7 +376,7 @@ def text_blocks(file: Path, separator: str | None = None) -> Iterator[tuple[byte
                     raise InputError(f"{file} ends its lines with \\r; save it with \\n or \\r\\n")
                 data = data.removeprefix(b"\xef\xbb\xbf")
             rest += data
-            # A quote that is not closed for so long never will be.
+            # A quote that is still open after so many bytes is taken for a loose one.
             cut = _last_end(rest, separator, complete=len(rest) > MAX_LINE_BYTES) + 1
             if cut:
                 yield rest[:cut].replace(b"\r\n", b"\n"), line
@@ -393,7 +393,7 @@ def text_blocks(file: Path, separator: str | None = None) -> Iterator[tuple[byte
 
 
 def _last_end(text: bytes, separator: str | None, *, complete: bool) -> int:
-    """Position of the last line end outside quotes, -1 where there is none."""
+    """Return the position of the last line end outside quotes, -1 if there is none."""
     if separator is None or b'"' not in text:
         return text.rfind(b"\n")
     is_end = np.frombuffer(text, np.uint8) == ord("\n")
@@ -403,8 +403,11 @@ def _last_end(text: bytes, separator: str | None, *, complete: bool) -> int:
 
 @dataclass(frozen=True)
 class _Records:
-    """A block of text and of each record in it, [R]: its bytes with the line end; its line number;
-    its fields (0: it is blank); whether it has loose quotes; whether one of them opens a field."""
+    """Records of a block of text. All arrays are [R].
+
+    sizes: bytes with the line end; lines: line numbers; fields: how many, 0 in a blank line;
+    loose: has loose quotes; unclosed: one of them opens a field.
+    """
 
     block: bytes
     sizes: np.ndarray
@@ -418,7 +421,7 @@ class _Records:
         return self.block[start : start + self.sizes[record]]
 
     def where(self, keep: np.ndarray) -> _Records:
-        """The records where `keep` (bool [R]) holds."""
+        """Return the records where `keep` (bool [R]) holds."""
         if keep.all():
             return self
         block = np.frombuffer(self.block, np.uint8)[np.repeat(keep, self.sizes)].tobytes()
@@ -426,7 +429,7 @@ class _Records:
         return _Records(block, *(of_each[keep] for of_each in rest))
 
     def requoted(self, separator: str) -> _Records:
-        """Without loose quotes, which polars does not read."""
+        """Quote the fields with loose quotes, which polars does not read."""
         if not self.loose.any():
             return self
         stops = np.cumsum(self.sizes)
@@ -484,8 +487,10 @@ class _CsvParser:
 def _parse(
     file: Path, records: _Records, parse: Callable[[bytes], pl.DataFrame], bad: BadLines
 ) -> Iterator[tuple[pl.DataFrame, np.ndarray]]:
-    """The parsed records with their line numbers; where they cannot be parsed they are halved until
-    the very lines that are to blame are alone, and rejected."""
+    """Yield parsed records with their line numbers.
+
+    What cannot be parsed is halved until the bad lines are alone, which are rejected.
+    """
     lines = records.lines
     if not len(lines):
         return

@@ -1,4 +1,4 @@
-"""Files, folders of parts and patterns -> the files to read, in order."""
+"""Files, folders of parts and patterns to the files to read, in order."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tron_cli.prepare.fetching.raw import mode_of
 def input_files(inputs: Sequence[Path], option: str) -> list[Path]:
     """Return the files that the inputs name: a folder's and a pattern's in sorted order.
 
-    A folder is searched with its subfolders, but for names that begin with `_` or `.`, as Spark and
-    file systems write beside the parts. Raises InputError where an input names no file.
+    A folder is searched with its subfolders; names that begin with `_` or `.`, which Spark and file
+    systems write beside the parts, are left out. Raises InputError where an input names no file.
     """
     files: list[Path] = []
     for given in inputs:
@@ -38,7 +38,7 @@ def input_files(inputs: Sequence[Path], option: str) -> list[Path]:
 
 
 def check_distinct(files: Sequence[Path]) -> None:
-    """Raise InputError where one file is given twice, be it by another name."""
+    """Raise InputError where one file is given twice, also under two names."""
     seen: dict[tuple[int, int], Path] = {}
     for file in files:
         place = _place(file)
@@ -49,7 +49,7 @@ def check_distinct(files: Sequence[Path]) -> None:
 
 
 def _place(path: Path) -> tuple[int, int]:
-    """Return what hard and symbolic links to a file or folder have in common."""
+    """Return what identifies a file or folder, whichever link leads to it."""
     found = path.stat()
     return found.st_dev, found.st_ino
 
@@ -59,7 +59,7 @@ def _parts(folder: Path, option: str) -> list[Path]:
         raise InputError(f"{option} {error.filename} cannot be read: {error.strerror}") from error
 
     parts: list[Path] = []
-    entered: set[tuple[int, int]] = set()  # links to folders may go in a circle
+    entered: set[tuple[int, int]] = set()  # links to folders may form a cycle
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         entered.add(_place(Path(place)))
         folders[:] = [

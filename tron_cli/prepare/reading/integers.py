@@ -1,4 +1,4 @@
-"""Text files that hold nothing but numbers: a session, or a user and an item, a line."""
+"""Text files of numbers: one session, or a user and an item, per line."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 
 from tron_cli.prepare.reading.columns import BadLines, text_blocks
 
-MAX_DIGITS = 19  # whatever has no more fits uint64
+MAX_DIGITS = 19  # numbers of so many digits fit uint64
 LARGEST = 2**63 - 1
 _BLANKS = b" ,\t"
-_HOLE = re.compile(rb",[ \t]*,")  # where a number is missing
+_HOLE = re.compile(rb",[ \t]*,")  # a missing number
 
 
 def read_integer_lines(
     file: Path, bad: BadLines, *, per_line: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Non-negative integers separated by blanks, commas or tabs, in blocks of whole lines.
+    """Yield non-negative integers separated by blanks, commas or tabs, in blocks of whole lines.
 
-    Yields (numbers int64 [n], how many each line that has any holds, int64 [lines], these lines'
-    numbers from 1, int64 [lines]). per_line: how many every line must hold. Blank lines are stepped
-    over; the file may be compressed.
+    Each block is (numbers int64 [n], numbers per line int64 [lines], line numbers from 1 int64
+    [lines]). per_line: how many every line must hold. Blank lines are skipped; the file may be
+    compressed.
     """
     for block, first_line in text_blocks(file):
         data = np.frombuffer(block, np.uint8)
@@ -33,7 +33,9 @@ def read_integer_lines(
             np.searchsorted(ends, np.flatnonzero(is_foreign)), minlength=len(ends)
         )
         numbers, digits, lines = _numbers(data, ends)
-        is_large = (digits > MAX_DIGITS) | (numbers < 0)  # these beyond int64 have wrapped
+        is_large = (digits > MAX_DIGITS) | (
+            numbers < 0
+        )  # a negative number has wrapped: it exceeds int64
         holes = [match.start() for match in _HOLE.finditer(block)]
         hole = np.bincount(np.searchsorted(ends, np.array(holes, np.int64)), minlength=len(ends))
         large = np.bincount(lines[is_large], minlength=len(ends))
@@ -55,7 +57,7 @@ def _is_digit(data: np.ndarray) -> np.ndarray:
 
 
 def _numbers(data: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The runs of digits: their values, their lengths, and the line (from 0) of each."""
+    """Return value, number of digits and line (from 0) of each run of digits."""
     edges = np.flatnonzero(np.diff(_is_digit(data), prepend=False))  # the text ends in a line end
     starts, digits = edges[::2], edges[1::2] - edges[::2]
     values = np.zeros(len(starts), np.int64)

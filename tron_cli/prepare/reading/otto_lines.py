@@ -1,4 +1,4 @@
-"""Lines of OTTO's jsonl -> arrays of clicks, at the speed of array operations.
+"""Lines of OTTO's jsonl to arrays of clicks, by array operations.
 
 Lines written exactly as the published files are,
 
@@ -6,10 +6,10 @@ Lines written exactly as the published files are,
 
 with or without the spaces that json.dumps puts, are read without an object per event: the braces of
 a piece of text are found at once, every other byte has its place relative to a brace, and each is
-compared with what it must be. A piece in which one byte is anything else goes through `json`, line
-by line: any valid JSON is read, and what is broken is reported with its line.
+compared with the expected one. A piece with any other byte goes through `json`, line by line: any
+valid JSON is read, and broken lines are reported by number.
 
-Operations on long arrays let go of the interpreter's lock: threads can read side by side.
+Operations on long arrays release the interpreter's lock, so that threads read in parallel.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ PIECE_BYTES = 1 << 21  # long arrays, which still fit into a core's cache
 
 @dataclass
 class Clicks:
-    """The clicks of some lines, session after session, each session stably sorted by time.
+    """Clicks of some lines, session after session, each session stably sorted by time.
 
     sessions: int64 [S], the session numbers, -1 where a line has none; lengths: int64 [S], clicks
-    of each session, also zero; aids: int32 [E]; times: int64 [E] ms;
-    other_aids: int32, of the events that are no clicks. lines: how many were read, blank ones
-    included; bad: (line within these lines from 1, what is wrong) of those that could not be read.
+    of each session, possibly zero; aids: int32 [E]; times: int64 [E] ms; other_aids: int32, of the
+    events that are not clicks. lines: number of lines read, blank ones included; bad: (line within
+    these lines from 1, what is wrong) of those that could not be read.
     """
 
     sessions: np.ndarray
@@ -69,7 +69,7 @@ def read_clicks(text: bytearray) -> Clicks:
 
 
 def _pieces(text: bytearray) -> Iterator[tuple[int, int]]:
-    """Where pieces of whole lines start and stop in a padded text."""
+    """Yield start and stop of pieces of whole lines in a padded text."""
     start, size = 0, len(text) - len(_PADDING)
     while start < size:
         stop = text.find(b"\n", min(start + PIECE_BYTES, size) - 1) + 1
@@ -82,7 +82,7 @@ def _sorted_by_time(
 ) -> tuple[np.ndarray, np.ndarray]:
     starts_session = np.zeros(len(times) + 1, bool)
     starts_session[np.cumsum(lengths)] = True
-    # From one session to the next time may go back.
+    # Between sessions, time may go back.
     if not ((times[1:] < times[:-1]) & ~starts_session[1:-1]).any():
         return aids, times
     order = np.lexsort((times, np.repeat(np.arange(len(lengths)), lengths)))
@@ -110,13 +110,13 @@ _AFTER_TYPE = np.array([_word(b) for b in (b'},{"aid"', b',{"aid":', b'}]}\n{"se
 
 
 def _read_canonical(text: bytearray, start: int, stop: int) -> Clicks | None:
-    """Read the lines from start to stop, exactly as published; None where a byte is not as it must.
+    """Read the lines from start to stop; None unless each byte is as in the published files.
 
-    A brace opens every line and every event. From one to the next each byte is compared, so that
-    what is accepted is nothing else, whatever the search for braces found.
+    A brace opens every line and every event. Every byte from one to the next is compared, so that
+    nothing else is accepted, whatever the search for braces found.
     """
-    # Spaces after the colon of a key or after a comma may go: where the text is accepted without
-    # them, they stood between tokens, and there JSON ignores them.
+    # Remove spaces after colons and commas. If the text is accepted without them, they stood
+    # between tokens, where JSON ignores them.
     if text.find(b'": ', start, min(start + 64, stop)) >= 0:
         lines = text[start:stop]
         lines = lines.replace(b'": ', b'":').replace(b', "', b',"').replace(b", {", b",{")
@@ -127,7 +127,7 @@ def _read_canonical(text: bytearray, start: int, stop: int) -> Clicks | None:
     words = np.ndarray((size,), "<u8", text, start, strides=(1,))
     windows = np.ndarray((size,), "V64", text, start, strides=(1,))
 
-    # Braces. Eight bytes at a time, which hold one at most: an eighth of the places to look at.
+    # Braces. Eight bytes hold at most one, so that only an eighth of the places is looked at.
     is_brace = np.zeros(size // 8 * 8 + 8, bool)
     np.equal(data[:size], _BRACE, out=is_brace[:size])
     is_brace[size] = True  # of the padding
@@ -144,15 +144,15 @@ def _read_canonical(text: bytearray, start: int, stop: int) -> Clicks | None:
         return None
     first, event = np.flatnonzero(is_line)[:-1], np.flatnonzero(~is_line)
 
-    # Sizes. Of a line's head all is fixed but the number of the session, of an event all but the
-    # article and the type. That they are what they can be also keeps all positions within bounds.
+    # Sizes. In a line's head only the session number varies, in an event the article and the type.
+    # Checking them keeps all positions within bounds.
     line = brace[first]
     is_empty = is_line[first + 1]
     opened = brace[first + 1] - 3 * is_empty  # behind the bracket of the list
     session_digits = opened - line - len('{"session":,"events":[')
     begin = brace[event]
     is_last = is_line[event + 1]
-    ts_end = brace[event + 1]  # goes back from there
+    ts_end = brace[event + 1]  # moved back step by step
     ts_end -= len('"clicks"},')
     ts_end -= is_last
     ts_end -= is_last
@@ -233,8 +233,7 @@ _JUNK = np.arange(64, -1, -8).astype(np.uint64)  # bits before the last so many 
 
 
 def _last_digits(text: np.ndarray, digits: np.ndarray | int) -> np.ndarray | None:
-    """int64: the number that the last `digits` (1 to 8) bytes of each word spell; None if one
-    does not."""
+    """Parse the last `digits` (1 to 8) bytes of each word: int64, or None if one is no number."""
     junk = _JUNK[digits]
     word: np.ndarray = text ^ _ZEROS  # a byte per digit, the first one lowest
     word >>= junk
@@ -243,7 +242,7 @@ def _last_digits(text: np.ndarray, digits: np.ndarray | int) -> np.ndarray | Non
     check |= word
     if np.bitwise_or.reduce(check) & _HIGH_BITS:
         return None
-    # Neighbours into numbers of two digits, then of eight, all within the word.
+    # Combine neighbours into numbers of two digits, then of four and eight, within the word.
     seconds = word >> _1_BYTE
     word *= _PAIRS
     word += seconds
@@ -295,7 +294,7 @@ def _read_any(text: bytes) -> Clicks:
 
 
 def _session(line: bytes) -> tuple[int, list[tuple[int, int, bool]]]:
-    """(number, (aid, time, is it a click) of each event) of a line; ValueError: what is wrong."""
+    """Return (number, [(aid, time, is_click)]) of a line; ValueError says what is wrong."""
     try:
         session = json.loads(line.decode(), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:

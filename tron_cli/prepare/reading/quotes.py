@@ -1,6 +1,8 @@
-"""Quotes in delimited text, by RFC 4180: one opens a field only at its start and closes it only at
-its end, and two stand for one within. Any other is loose: a character of an unquoted field, such as
-the inches of `1.5" nail`, and no reason to take the following lines for the same field.
+"""Quotes in delimited text, by RFC 4180.
+
+A quote opens a field only at its start and closes it only at its end; two within a field stand for
+one. Any other quote is loose: a character of an unquoted field, as in `1.5" nail`, which does not
+make the following lines part of the field.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ _QUOTE = ord('"')
 
 
 def quoted_bytes(text: bytes, separator: str, *, complete: bool) -> np.ndarray:
-    """bool [bytes]: what belongs to quoted fields, their quotes included.
+    """Mark the bytes of quoted fields, their quotes included: bool [bytes].
 
-    The text starts with a record. complete: it also ends with one, so that a quote it never closes
-    is loose; else the field goes on behind the text.
+    The text starts with a record. complete: it also ends with one, so that a quote that it never
+    closes is loose; else the field continues behind the text.
     """
     data = np.frombuffer(text, np.uint8)
     is_quote = data == _QUOTE
@@ -32,8 +34,8 @@ def quoted_bytes(text: bytes, separator: str, *, complete: bool) -> np.ndarray:
         and (before[data[opening - 1]] | (opening == 0)).all()
         and after[data[np.minimum(closing + 1, len(data) - 1)]].all()
     ):
-        # None is loose: every second quote closes, also the first of two that stand for one.
-        # Their count may wrap in uint8, its parity does not.
+        # No quote is loose: every second one closes, also the first of two that stand for one.
+        # The count may wrap in uint8, which keeps its parity.
         return (np.cumsum(is_quote, dtype=np.uint8) % 2 == 1) | is_quote
     spans = np.array([match.span() for match in _fields(separator, complete).finditer(text)])
     steps = np.zeros(len(data) + 1, np.int8)
@@ -43,7 +45,7 @@ def quoted_bytes(text: bytes, separator: str, *, complete: bool) -> np.ndarray:
 
 
 def loose_quotes(text: bytes, separator: str, quoted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (int64) of the loose quotes, and which of them (bool) stand at a field's start."""
+    """Return positions (int64) of the loose quotes, and which (bool) are at a field's start."""
     data = np.frombuffer(text, np.uint8)
     loose = np.flatnonzero((data == _QUOTE) & ~quoted)
     before = data[loose - 1]
@@ -51,11 +53,11 @@ def loose_quotes(text: bytes, separator: str, quoted: np.ndarray) -> tuple[np.nd
 
 
 def requoted(record: bytes, separator: str) -> bytes:
-    """A record with its line end, its fields with loose quotes quoted and these quotes doubled.
+    """Quote the fields of a record that have loose quotes, and double these quotes.
 
-    One that the csv module does not read, because of a field of megabytes, say, stays as it is.
+    A record that the csv module does not read, for a field of megabytes, say, stays as it is.
     """
-    # Any bytes are Latin-1, and quotes and separators are the same there.
+    # Latin-1 decodes any bytes, and keeps quotes and separators.
     try:
         fields = next(csv.reader([record.decode("latin-1")], delimiter=separator))
     except csv.Error:
@@ -66,7 +68,7 @@ def requoted(record: bytes, separator: str) -> bytes:
 
 
 def _fields(separator: str, complete: bool) -> re.Pattern[bytes]:
-    """Finds the quoted fields."""
+    """Return a pattern that finds the quoted fields."""
     mark = re.escape(separator)
     end = rf'"(?=[{mark}\r\n]|\Z)' if complete else rf'(?:"(?=[{mark}\r\n]|\Z)|\Z)'
     return re.compile(rf'(?:\A|(?<=[{mark}\n]))"[^"]*(?:""[^"]*)*{end}'.encode())

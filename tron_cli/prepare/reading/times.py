@@ -1,4 +1,4 @@
-"""Times as people write them -> milliseconds since 1970 UTC."""
+"""Times in usual notations to milliseconds since 1970 UTC."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tron_cli.prepare.reading.columns import Parser
 UNITS = ("s", "ms", "us", "ns")
 
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
-# The typical size up to which `auto` takes numbers for seconds, and so on: the year 5138.
+# `auto` takes numbers whose median is smaller for seconds, and so on: up to the year 5138.
 _LARGEST = {"s": 1e11, "ms": 1e14, "us": 1e17}
 _NAMES = {
     "s": "seconds",
@@ -22,7 +22,7 @@ _NAMES = {
     "ns": "nanoseconds",
     "iso": "ISO 8601",
 }
-_YEARS = (1980, 2100)  # in which people's logs are written
+_YEARS = (1980, 2100)  # of usual logs
 _YEAR = 31_556_952_000  # ms
 _USUAL = tuple((year - 1970) * _YEAR for year in _YEARS)
 CALENDAR = (-62_135_596_800_000, 253_402_300_799_999)  # the years 1 to 9999
@@ -38,9 +38,9 @@ class TimeParser(Parser):
     """Reads one column of times, block after block, into int64 milliseconds since 1970 UTC.
 
     unit: s, ms, us or ns for numbers (fractions allowed), or auto: dates and times in ISO 8601
-    (without an offset: UTC), or numbers, whose unit follows from the size of their median. Most of
-    the first block says which; what is of another kind or unit is no time of this column. Only the
-    years 1 to 9999 are read.
+    (without an offset: UTC), or numbers, whose unit follows from the size of their median. The
+    majority of the first block decides; values of another kind or unit are invalid. Only the years
+    1 to 9999 are read.
     """
 
     def __init__(self, unit: str) -> None:
@@ -50,11 +50,13 @@ class TimeParser(Parser):
         super().__init__(self._read, expected)
         self._is_auto = unit == "auto"
         self._unit = None if self._is_auto else unit
-        self._counts: Counter[str] = Counter()  # times of each kind, of any but the own as nulls
+        self._counts: Counter[str] = (
+            Counter()
+        )  # times of each kind; those of other kinds become null
         self._is_checked = False
 
     def check(self, file: Path) -> None:
-        """Refuse a column of which most is not what its first block is."""
+        """Refuse a column that is mostly of another kind than its first block."""
         most, count = max(self._counts.items(), key=lambda entry: entry[1], default=("", 0))
         if count > self._counts[self._unit or ""]:
             raise InputError(
@@ -72,10 +74,10 @@ class TimeParser(Parser):
         count = len(column) - numbers.null_count()
         nothing = iso = pl.repeat(None, len(column), dtype=pl.Int64, eager=True)
         if self._is_auto and count + column.null_count() < len(column):
-            iso = from_iso(column)  # a date such as 20240131 is a number only
+            iso = from_iso(column)  # a date such as 20240131 counts as a number
             self._counts["iso"] += len(iso) - iso.null_count()
         if self._unit is None:
-            if not count and iso.null_count() == len(iso):  # says nothing about the others
+            if not count and iso.null_count() == len(iso):  # nothing to decide the unit by
                 return nothing
             self._unit = "iso" if count <= self._counts["iso"] else _unit_of(numbers)
             kind = "an ISO 8601 time" if self._unit == "iso" else f"a number of {self._unit}"
@@ -93,7 +95,7 @@ class TimeParser(Parser):
         return self._without_other_units(numbers, times) if self._is_auto else times
 
     def _without_other_units(self, numbers: pl.Series, times: pl.Series) -> pl.Series:
-        """Null what makes an unusual year in this unit and a usual one in another."""
+        """Null the times whose year is unusual in this unit and usual in another."""
         assert self._unit is not None
         usual = times.is_between(_USUAL[0], _USUAL[1])
         if usual.sum() < len(numbers) - numbers.null_count():
@@ -113,7 +115,7 @@ def _unit_of(numbers: pl.Series) -> str:
 
 
 def _check_year(column: pl.Series, numbers: pl.Series, unit: str) -> None:
-    """Refuse numbers of another unit, or such as 20240131: they would spoil the split silently."""
+    """Refuse numbers of another unit, and dates such as 20240131, which would spoil the split."""
     typical = numbers.median()
     assert isinstance(typical, float)
     year = 1970 + typical * 1000 / _PER_SECOND[unit] / _YEAR
@@ -127,7 +129,7 @@ def _check_year(column: pl.Series, numbers: pl.Series, unit: str) -> None:
 
 
 def _from_numbers(column: pl.Series, numbers: pl.Series, unit: str) -> pl.Series:
-    """int64: integers exactly, and fractions rounded to milliseconds."""
+    """Convert numbers to milliseconds, int64: integers exactly, fractions rounded."""
     limits = [limit * _PER_SECOND[unit] // 1000 for limit in CALENDAR]
     low, high = max(limits[0], -(2**63)), min(limits[1], 2**63 - 1)
     rounded = (within(numbers, low, high) / _PER_SECOND[unit] * 1000).round().cast(pl.Int64)
@@ -139,7 +141,7 @@ def _from_numbers(column: pl.Series, numbers: pl.Series, unit: str) -> pl.Series
 
 
 def within(numbers: pl.Series, low: int, high: int) -> pl.Series:
-    """Null what lies outside."""
+    """Null the numbers outside of low..high."""
     outside = ~numbers.is_between(low, high)
     return numbers.set(outside, None) if outside.any() else numbers
 

@@ -1,1 +1,1 @@
-"""One file a source."""
+"""Sources of datasets, one per file."""

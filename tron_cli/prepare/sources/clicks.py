@@ -1,4 +1,4 @@
-"""TRON's way from a log of clicks to a split by time, shared by Yoochoose and Diginetica."""
+"""TRON's preparation of a log of clicks, split by time; for Yoochoose and Diginetica."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MIN_ITEM_COUNT = 5
 
 @dataclass(frozen=True)
 class ClickLog:
-    """A published log of clicks: its file, how that is read, and how it is split.
+    """Published log of clicks: its file, how it is read, and how it is split.
 
-    read: raw file -> blocks with the int64 columns session, item and time (ms since 1970 UTC).
+    read: yields blocks of the raw file with int64 columns session, item and time (ms, UTC).
     """
 
     source: str

@@ -1,4 +1,4 @@
-"""MovieLens-1M in Kang's version (`user item` a line, in time order per user), leave-one-out.
+"""MovieLens-1M in Kang's version (`user item` per line, in time order per user), leave-one-out.
 
 gSASRec's split exactly: every user is tested on the last item, 512 drawn users validate on the
 second last one and train on all but their last three; the others train on all but the last two.
@@ -82,10 +82,10 @@ def prepare_ml1m(
 
 
 def _read(file: Path, bad: BadLines) -> tuple[Sessions, np.ndarray]:
-    """(histories in the order of the file with their users, original item ids ascending)."""
+    """Read (histories in the order of the file with their users, original item ids ascending)."""
     pairs = np.concatenate([block for block, *_ in read_integer_lines(file, bad, per_line=2)])
     if not len(pairs):
-        raise InputError(f"{file} holds no event: expected `user item` a line")
+        raise InputError(f"{file} holds no event: expected `user item` per line")
     users, items = pairs[::2], pairs[1::2]
     item_ids, positions = np.unique(items, return_inverse=True)
     lines = np.arange(len(users))  # in place of times

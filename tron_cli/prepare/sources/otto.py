@@ -1,10 +1,10 @@
-"""OTTO: clicks of an online shop, one session a line of JSON (Kaggle data set otto/recsys-dataset).
+"""OTTO: clicks of an online shop, one session per line of JSON (Kaggle: otto/recsys-dataset).
 
 TRON's protocol: clicks only, no filter by support, the data set's own training and test file; the
 catalogue is every item that is clicked in the training file. Two passes keep 11 GB out of memory:
-the training file is read block by block and its clicks go to a spool on disk; then, the catalogue
-and the end of the period being known, they are split, indexed and written in the order of the file.
-In both passes threads do what takes time per event, and the results are collected in order.
+the first reads the training file block by block and writes its clicks to a spool on disk; the
+second, which knows the catalogue and the end of the period, splits, indexes and writes them in the
+order of the file. In both, threads do the work per event, and the results are collected in order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tron_cli.prepare.write import check_books, dataset_path, lost_predictions
 
 BLOCK_BYTES = 1 << 22
 SPOOL_SESSIONS = 1 << 16  # read back at a time
-MAX_THREADS = 8  # with more, the one that collects is the limit
+MAX_THREADS = 8  # with more, the collecting thread is the bottleneck
 MIN_CLICKS = 2
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -62,8 +62,8 @@ def prepare_otto(
     `max_val_sessions`; the other training sessions keep only the clicks from before that stretch.
     Test: clicks on items that the training file lacks are dropped, then sessions with fewer than
     two. With an earlier `catalogue` all parts lose the clicks on items that it lacks, and the
-    sessions that this leaves with fewer than two. An event that is no click, cart or order is a
-    broken line: InputError, or with `skip_bad_lines` the line is left out and counted.
+    sessions that this leaves with fewer than two. A line with an event that is not a click,
+    cart or order is broken: InputError, or with `skip_bad_lines` it is skipped and counted.
     """
     with DatasetWriter(dataset_path(data_dir, name, raw), force=force) as writer:
         earlier = earlier_catalogue(catalogue, data_dir)
@@ -127,8 +127,8 @@ def prepare_otto(
 
 
 def _index(item_ids: np.ndarray) -> np.ndarray:
-    """int32: the item of each aid, 0 where there is none; the last entry is for aids beyond."""
-    if item_ids.dtype == object:  # text is no aid
+    """Return the item of each aid, 0 if there is none: int32; the last entry is for larger aids."""
+    if item_ids.dtype == object:  # aids are integers
         return np.zeros(1, np.int32)
     is_aid = (item_ids >= 0) & (item_ids <= MAX_AID)
     aids = item_ids[is_aid]
@@ -138,7 +138,7 @@ def _index(item_ids: np.ndarray) -> np.ndarray:
 
 
 class _Spool:
-    """Sessions on disk in the order they came; in memory only each one's length, start and id."""
+    """Sessions on disk in the order of the file; memory holds their lengths, starts and ids."""
 
     def __init__(self, folder: Path) -> None:
         self._aids = (folder / "aids.bin").open("w+b")
@@ -156,7 +156,7 @@ class _Spool:
         self._times.close()
 
     def append(self, sessions: Sessions) -> None:
-        """Sessions of aids (int32), none empty, with times and ids."""
+        """Append sessions of aids (int32), none empty, with times and ids."""
         assert sessions.times is not None
         assert sessions.session_ids is not None
         self._aids.write(sessions.items.data)
@@ -168,16 +168,16 @@ class _Spool:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [S], events of each session."""
+        """Number of events of each session: int64 [S]."""
         return np.concatenate(self._lengths)
 
     @property
     def starts(self) -> np.ndarray:
-        """int64 [S] ms, the first event of each session."""
+        """Time of the first event of each session: int64 [S], ms."""
         return np.concatenate(self._starts)
 
     def blocks(self, wanted: np.ndarray | None = None) -> Iterator[_SpoolBlock]:
-        """All of it, block by block; only the blocks with a `wanted` row (bool [S])."""
+        """Yield all blocks, or only those with a `wanted` row (bool [S])."""
         self._aids.flush()
         self._times.flush()
         lengths, ids = self.lengths, np.concatenate(self._session_ids)
@@ -194,7 +194,7 @@ class _Spool:
 
 @dataclass(frozen=True)
 class _SpoolBlock:
-    """Some rows of a spool, to be read from it."""
+    """Rows of a spool, which `read` reads from disk."""
 
     rows: slice
     offsets: np.ndarray
@@ -215,7 +215,7 @@ class _SpoolBlock:
 
 
 class _Tally:
-    """Sessions, events and distinct items of what is added."""
+    """Counts of sessions, events and distinct items."""
 
     def __init__(self, sessions: int = 0, events: int = 0, seen: np.ndarray | None = None) -> None:
         self.sessions = sessions
@@ -238,7 +238,7 @@ class _Tally:
 
     @property
     def items(self) -> np.ndarray:
-        """int64: the distinct aids, ascending."""
+        """Distinct aids, ascending: int64."""
         return np.flatnonzero(self._seen)
 
 
@@ -250,7 +250,7 @@ def _record(steps: Steps, tallies: dict[str, tuple[_Tally, str]]) -> None:
 def _read_training(
     file: _RawFile, bad: BadLines, spool: _Spool, steps: Steps, threads: _Threads
 ) -> tuple[np.ndarray, int]:
-    """Spool the sessions of at least two clicks; (all clicked aids ascending, last click in ms)."""
+    """Spool the sessions of at least two clicks; return (all aids ascending, last click in ms)."""
     kept, short, others = _Tally(), _Tally(), _Tally()
     end = 0
     for clicks, (long_enough, short_aids) in _clicks(file, bad, _without_short, threads):
@@ -278,7 +278,7 @@ def _read_training(
 
 
 def _without_short(clicks: Clicks) -> tuple[Sessions, np.ndarray]:
-    """(sessions of at least two clicks, the aids of the others)."""
+    """Return (sessions of at least two clicks, the aids of the others)."""
     is_short = np.repeat(clicks.lengths < MIN_CLICKS, clicks.lengths)
     return drop_short(_sessions(clicks), MIN_CLICKS), clicks.aids[is_short]
 
@@ -291,7 +291,7 @@ def _read_test(
     threads: _Threads,
     earlier: Earlier | None,
 ) -> tuple[list[Sessions], dict[str, Any]]:
-    """(test sessions, indexed, block by block; how much of test the catalogue does not cover)."""
+    """Read (test sessions, indexed, block by block; counts of what the catalogue lacks)."""
     clicked, others, known, kept = _Tally(), _Tally(), _Tally(), _Tally()
     test: list[Sessions] = []
     lost: list[tuple[np.ndarray, np.ndarray]] = []
@@ -329,13 +329,13 @@ def _read_test(
 
 
 def _in_order(lost: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Predictions lost by the kept sessions of all blocks, then by the others."""
+    """Join predictions lost by the kept sessions of all blocks, then by the others."""
     nothing = np.zeros(0, np.int64)
     return np.concatenate([nothing, *(kept for kept, _ in lost), *(others for _, others in lost)])
 
 
 def _covered(clicks: Clicks, index: np.ndarray) -> Sessions:
-    """The clicks on items that the catalogue has."""
+    """Return the clicks on items of the catalogue."""
     sessions = _sessions(clicks)
     return drop_events(sessions, _positions(sessions, index) > 0)
 
@@ -351,14 +351,14 @@ def _write_training(
     threads: _Threads,
     earlier: Earlier | None,
 ) -> tuple[list[dict[str, Any]], int]:
-    """Write train and val, parted at `boundary` (ms); (the two as written, items train has)."""
+    """Write train and val, split at `boundary` (ms); return (their counts, items of train)."""
     lengths = spool.lengths
     held_out = spool.starts >= boundary
     candidates = np.flatnonzero(held_out)
     in_val = np.zeros(len(held_out), bool)
     in_val[candidates[sample_rows(len(candidates), max_val_sessions, seed)]] = True
     in_train = np.zeros(int(index.max()) + 1, bool)
-    # Of sessions and events.
+    # Dropped (sessions, events).
     late, unknown, short = np.zeros((3, 2), np.int64)
 
     def early(block: _SpoolBlock) -> tuple[int, Sessions, Sessions, Sessions, Sessions]:
@@ -368,7 +368,7 @@ def _write_training(
         cut = drop_short(drop_events(before, before.times < boundary), MIN_CLICKS)
         seen = _seen(cut, index)
         kept = drop_short(seen, MIN_CLICKS)
-        in_train[kept.items] = True  # of several threads all write the same
+        in_train[kept.items] = True  # all threads write the same value
         return len(sessions), before, cut, seen, kept
 
     def train() -> Iterator[Sessions]:
@@ -382,7 +382,7 @@ def _write_training(
                 yield kept
 
     written = [writer.write_split("train", train())]
-    written[0]["unseen_events"] = int(unknown[1])  # known only now
+    written[0]["unseen_events"] = int(unknown[1])  # not known before
     if not written[0]["sessions"]:
         strange = f", or on items that {earlier.given} lacks" if earlier else ""
         raise InputError(
@@ -434,7 +434,7 @@ def _sessions(clicks: Clicks) -> Sessions:
 
 
 def _seen(sessions: Sessions, index: np.ndarray) -> Sessions:
-    """Sessions of items, without the clicks that the catalogue lacks."""
+    """Return sessions of items, without the clicks that the catalogue lacks."""
     indexed = _indexed(sessions, index)
     return drop_events(indexed, indexed.items > 0)
 
@@ -444,14 +444,14 @@ def _indexed(sessions: Sessions, index: np.ndarray) -> Sessions:
 
 
 def _positions(sessions: Sessions, index: np.ndarray) -> np.ndarray:
-    """int32 [E]: the item of each event, 0 where the catalogue lacks it."""
+    """Return the item of each event, 0 where the catalogue lacks it: int32 [E]."""
     return index.take(sessions.items, mode="clip")
 
 
 def _clicks(
     file: _RawFile, bad: BadLines, further: Callable[[Clicks], _Out], threads: _Threads
 ) -> Iterator[tuple[Clicks, _Out]]:
-    """The clicks of a file and what `further` makes of them, block by block in its order."""
+    """Yield the clicks of a file with the result of `further`, block by block, in order."""
 
     def read(text: bytearray) -> tuple[Clicks, _Out]:
         clicks = read_clicks(text)
@@ -467,18 +467,18 @@ def _clicks(
 
 
 class _Threads(ThreadPoolExecutor):
-    """A thread per core."""
+    """Thread pool with a thread per core."""
 
     def __init__(self) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self._count = min(cores or 1, MAX_THREADS)
         super().__init__(self._count)
-        # glibc returns freed memory to the system, and fetches it anew, page by page, for the next
-        # array, unless it is less than twice the largest block that was freed so far.
+        # glibc returns freed memory to the system and gets it back page by page for the next array,
+        # unless it is less than twice the largest block freed so far.
         bytearray(24 << 20)
 
     def in_order(self, function: Callable[[_In], _Out], inputs: Iterable[_In]) -> Iterator[_Out]:
-        """function(input) of each input, in their order; some of them ahead of the reader."""
+        """Yield function(input) of each input, in order; some are computed ahead."""
         pending: deque[Future[_Out]] = deque()
         for each in inputs:
             pending.append(self.submit(function, each))
@@ -497,10 +497,10 @@ class _RawFile:
         self._digest = hashlib.sha256()
 
     def blocks(self) -> Iterator[bytearray]:
-        """The file in blocks of whole lines, as `read_clicks` takes them.
+        """Yield the file in blocks of whole lines, as `read_clicks` takes them.
 
-        Memory that is fresh from the system takes longer to get than to fill: put the blocks that
-        are done with into `free`.
+        Getting fresh memory from the system takes longer than filling it: put used blocks into
+        `free`.
         """
         if is_compressed(self.path):
             for text, _ in text_blocks(self.path):
@@ -529,7 +529,7 @@ class _RawFile:
                         f"{self.path} has no line end for {MAX_LINE_BYTES:,} bytes: is it jsonl?"
                     )
                 block += line_end
-                self._digest.update(block)  # while its bytes are at hand
+                self._digest.update(block)  # while its bytes are in the cache
                 bar.update(len(block))
                 if is_first and block.startswith(BYTE_ORDER_MARK):
                     del block[: len(BYTE_ORDER_MARK)]
@@ -540,7 +540,7 @@ class _RawFile:
         return self.free.pop() if self.free else bytearray()
 
     def description(self) -> dict[str, Any]:
-        """What dataset.json records of the file, all blocks of which were read."""
+        """Describe the file for dataset.json, after all blocks were read."""
         if is_compressed(self.path):
             return describe(self.path)
         return {

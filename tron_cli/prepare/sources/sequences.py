@@ -1,7 +1,7 @@
-"""Text files with one session a line, as session-based papers exchange them.
+"""Text files with one session per line, the exchange format of session-based papers.
 
 A session is its items' integer ids, oldest first. Such files keep their sessions in time order, so
-that the last training lines can validate.
+that the last training lines can serve as validation.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def prepare_sequences(
     max_bad_share: float | None = None,
     catalogue: str | None = None,
 ) -> Dataset:
-    """Prepare files with one session a line; without `val` the last 5 % of the training lines.
+    """Prepare files with one session per line; without `val`, the last 5 % of train validate.
 
     A session's id is the number of its line. Sessions of fewer than two events are dropped and
     counted. The catalogue is the items of train and val; test loses the others.
@@ -100,9 +100,11 @@ def prepare_sequences(
 
 
 def _read(file: Path, bad: BadLines) -> Sessions:
-    """The sessions of a file; the id of each is the number of its line."""
+    """Read the sessions of a file; the id of each is the number of its line."""
     numbers, counts, lines = zip(*read_integer_lines(file, bad), strict=True)
     if not sum(map(len, numbers)):
-        raise InputError(f"{file} holds no session: expected integer item ids, one session a line")
+        raise InputError(
+            f"{file} holds no session: expected integer item ids, one session per line"
+        )
     offsets = np.concatenate(([0], np.cumsum(np.concatenate(counts))))
     return Sessions(np.concatenate(numbers), offsets, session_ids=np.concatenate(lines))

@@ -1,11 +1,11 @@
-"""A generated shop whose transition structure is known, so that the best possible figures are too.
+"""A generated shop with a known transition structure, and so known best possible figures.
 
 An item is a pair (category, brand); its original id is 1000 * category + brand. A shopper walks
 along related categories and compares two brands. The next item has
 
 - one of the few categories that follow the *last* item's category, and
 - the brand of the item *before* the last one (LOYALTY), or else any brand, by its share;
-- but now and then (NOISE) the shopper jumps to any item, by the shares of its category and brand.
+- but sometimes (NOISE) the shopper jumps to any item, by the shares of its category and brand.
 
 The second item of a session has nothing before the last one: its brand is drawn by share. So the
 next item depends on the last two items and on nothing else, a first-order Markov model sees half of
@@ -14,7 +14,7 @@ session is and when its events happen is independent of its items.
 
 The best ranking sorts the items by that probability. Its expected figures, over the very events
 that are evaluated, go into dataset.json beside the realized figures of the popularity and Markov
-baselines: no model exceeds them but by luck.
+baselines: a model exceeds the best ones only by chance.
 
 The shop is closed at night, so that no session straddles the midnights that part the splits.
 """
@@ -59,7 +59,7 @@ References = Callable[[Sessions, Sessions, int, np.ndarray], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Shop:
-    """The true transition structure. Item (category c, brand b) has the id c * num_brands + b + 1.
+    """True transition structure. Item (category c, brand b) has the id c * num_brands + b + 1.
 
     successors: int [C, K], the categories that may follow each category, of probability
     SUCCESSOR_PROBABILITIES; category_share: float [C]; brand_share: float [B].
@@ -74,7 +74,7 @@ class Shop:
         return len(self.category_share) * len(self.brand_share)
 
     def next_item(self, category: int) -> np.ndarray:
-        """Probability of each item after a last item of `category`: float64 [B + 1, I].
+        """Return the probability of each item after a last item of `category`: float64 [B + 1, I].
 
         Row b holds for an item of brand b before the last one, row B for a last item that is the
         first of its session. Column i - 1 is item i.
@@ -101,8 +101,8 @@ def prepare_synthetic(
 ) -> Dataset:
     """Generate the shop, its sessions and the reference figures of the validation and test splits.
 
-    references: computes these figures, `evaluation.reference.reference_figures`, say.
-    sessions: how many in all; the last 2 of 30 days are the test split, the 2 before validation.
+    references: computes these figures, as `evaluation.reference.reference_figures` does.
+    sessions: their number; the last 2 of 30 days are the test split, the 2 before validation.
     Raises InputError where the sessions are too few to show every item in training.
     """
     writer = DatasetWriter(dataset_path(data_dir, name), force=force)
@@ -145,9 +145,9 @@ def prepare_synthetic(
 
 
 def make_shop(rng: np.random.Generator) -> Shop:
-    """A random shop of the module's sizes."""
+    """Draw a random shop of the module's sizes."""
     category_share = rng.permutation(_zipf(NUM_CATEGORIES, CATEGORY_SKEW))
-    # The likely successors follow a cycle through all categories, so that none is out of reach; the
+    # The likely successors follow a cycle through all categories, so that all can be reached; the
     # others are popular categories.
     cycle = rng.permutation(NUM_CATEGORIES)
     successors = np.empty((NUM_CATEGORIES, len(SUCCESSOR_PROBABILITIES)), dtype=np.int64)
@@ -163,7 +163,7 @@ def make_shop(rng: np.random.Generator) -> Shop:
 
 
 def draw_sessions(shop: Shop, count: int, rng: np.random.Generator) -> Sessions:
-    """`count` sessions of the shop, in order of their start."""
+    """Draw `count` sessions of the shop, in order of their start."""
     # Log-normal: mean 7, median 5, one session in 400 longer than 50.
     lengths = 2 + rng.lognormal(1.2, 1.0, count).astype(np.int64)
     lengths = np.minimum(lengths, MAX_LENGTH)
@@ -216,9 +216,9 @@ def best_ranks(shop: Shop, split: Sessions) -> np.ndarray:
 
 
 def prefix_states(shop: Shop, split: Sessions) -> tuple[np.ndarray, np.ndarray]:
-    """What the next item depends on, for each every-step event: two int64 [N].
+    """Return what the next item depends on, for each every-step event: two int64 [N].
 
-    The category of the last item, and the brand of the item before it (num_brands: there is none).
+    These are the category of the last item, and the brand of the one before it (num_brands: none).
     """
     num_brands = len(shop.brand_share)
     category, brand = np.divmod(np.asarray(split.items, dtype=np.int64) - 1, num_brands)

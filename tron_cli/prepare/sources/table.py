@@ -1,9 +1,9 @@
-"""A person's own log of events: CSV, TSV, RecBole's .inter, Parquet or JSON lines.
+"""A user's own log of events: CSV, TSV, RecBole's .inter, Parquet or JSON lines.
 
-Whole sessions are split by when they start: the last `test_days` before the latest start test, the
-`val_days` before those validate. Earlier sessions keep only their events before the stretch that is
-held out, so that nothing is trained on what comes after the first event that is predicted. Or the
-stretches begin at fixed dates, or the splits are tables of their own.
+Whole sessions are split by when they start: the last `test_days` before the latest start are the
+test split, the `val_days` before them validation. Earlier sessions keep only their events before
+the held-out period, so that training sees nothing later than the first event that is predicted. Or
+the held-out periods begin at fixed dates, or the splits are separate tables.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ _RECBOLE_HEADER = rf"{_TYPED}(?:\t{_TYPED})+"
 
 @dataclass(frozen=True)
 class TableColumns:
-    """Which columns of a table say what; session, user or both: then a session id is a user's own.
+    """Columns of a table; session, user or both, where session ids are unique per user.
 
-    time_unit: auto, s, ms, us or ns. session_gap: a user's session ends where the next event is
-    farther away than this, such as 30m; None keeps a user's events together. event, keep_events:
-    only the events of these kinds. null_tokens: texts that are no session, user or item.
+    time_unit: auto, s, ms, us or ns. session_gap: the pause after which a user's session ends, such
+    as 30m; None keeps a user's events together. event, keep_events: only events of these kinds are
+    used. null_tokens: texts that mean a missing session, user or item.
     """
 
     item: str
@@ -245,7 +245,7 @@ def _sessions(events: Events, columns: TableColumns, gap: int | None) -> Session
     if gap is not None:
         events = replace(events, sessions=split_at_gaps(events.sessions, events.times, gap))
     sessions = to_sessions(events)
-    if columns.session is None:  # neither pieces of a log nor whole histories have ids
+    if columns.session is None:  # parts of a log and whole histories have no ids
         sessions = replace(sessions, session_ids=None)
     return sessions
 
@@ -269,7 +269,7 @@ def _checked_dates(
     val_from: str | None,
     test_from: str | None,
 ) -> tuple[int | None, int | None]:
-    """The dates from which sessions validate and test, in ms; refuses what contradicts itself."""
+    """Return the dates from which val and test begin, in ms; refuse contradictory options."""
     if has_val and not has_test:
         raise InputError("--val goes with --train and --test: tables that are already split")
     for option, value, other, is_given in (
@@ -296,7 +296,7 @@ def _checked_dates(
 
 
 def _date(option: str, text: str | None) -> int | None:
-    """Milliseconds since 1970 UTC of an ISO date or time, in UTC where it names no zone."""
+    """Parse an ISO date or time, UTC where it names no zone, to milliseconds since 1970 UTC."""
     if text is None:
         return None
     times = from_iso(pl.Series([text.strip()]))
@@ -309,7 +309,7 @@ def _date(option: str, text: str | None) -> int | None:
 
 
 def _checked_gap(columns: TableColumns, leave_one_out: bool) -> int | None:
-    """The session gap in ms, None where the sessions (or whole histories) are given."""
+    """Return the session gap in ms, None where the sessions (or whole histories) are given."""
     if columns.session is None and columns.user is None:
         raise InputError("expected --session-col, --user-col or both")
     if columns.session and columns.user and leave_one_out:
@@ -339,7 +339,7 @@ def _check_lengths(most: int | None, least: int, leave_one_out: bool) -> None:
 
 
 def duration(text: str) -> int:
-    """Milliseconds of a duration such as 90s, 30m, 1.5h or 2d."""
+    """Parse a duration such as 90s, 30m, 1.5h or 2d to milliseconds."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
     if not match:
         raise InputError(f"--session-gap {text!r}: expected a duration such as 90s, 30m, 2h or 1d")
@@ -356,13 +356,13 @@ def _leave_one_out(
     sessions: Sessions, steps: Steps, validate: bool, max_val: int, seed: int
 ) -> Splits:
     rows = sample_rows(len(sessions), max_val if validate else 0, seed)
-    # Everyone keeps the second last item from training, whoever of them validates.
+    # All histories keep the second last item from training, whether or not they validate.
     held_back = np.full(len(sessions), 2 if validate else 1)
     return split_last_items(sessions, rows, steps, train_without=held_back)
 
 
 class _TableReader:
-    """The blocks of tables as session, item and time; counts the readable rows of all kinds."""
+    """Reads tables into session, item and time; counts the readable rows of all kinds."""
 
     def __init__(self, columns: TableColumns, bad: BadLines) -> None:
         self.columns, self.bad = columns, bad
@@ -386,7 +386,7 @@ class _TableReader:
         for file in files:
             for block in self._blocks(file):
                 if self.columns.event:
-                    # A search has no item: nothing else of the other kinds is read.
+                    # Other kinds may lack an item, as searches do, so nothing else of them is read.
                     kind = block.parse({self.columns.event: _KIND}, self.bad).frame.to_series()
                     self._kinds.update(kind.unique().to_list())
                     is_kept = kind.is_in(self.columns.keep_events).to_numpy()
@@ -398,7 +398,7 @@ class _TableReader:
                 self._check_types(file, block.frame)
                 yield replace(block, frame=self._keyed(block.frame))
         if not kept:
-            self.check(files[0])  # which may say why
+            self.check(files[0])  # may raise the reason
 
     def _keyed(self, frame: pl.DataFrame) -> pl.DataFrame:
         session, user = self.columns.session, self.columns.user
@@ -425,7 +425,7 @@ class _TableReader:
                 )
 
     def check(self, file: Path) -> None:
-        """Refuse times that are mostly of another kind, and kinds of events that never came."""
+        """Refuse times that are mostly of another kind, and kinds of events that do not occur."""
         self._times.check(file)
         missing = [kind for kind in self.columns.keep_events if kind not in self._kinds]
         if missing:
@@ -437,7 +437,7 @@ class _TableReader:
             )
 
     def _blocks(self, file: Path) -> Iterator[Columns]:
-        """Read the file as what it is, whatever its name says."""
+        """Read a file by its content, whatever its name."""
         suffix = file.suffix.lower()
         if first_bytes(file).startswith(PARQUET_MAGIC) or suffix == ".parquet":
             return read_parquet(file, self._wanted)
@@ -471,7 +471,7 @@ def _separator(file: Path, header: str, wanted: list[str]) -> str:
 
 
 def _ids(column: pl.Series) -> pl.Series:
-    """Integers as they are, also where they are stored as floats; everything else as text."""
+    """Return integers as Int64, also those stored as floats, and everything else as text."""
     if column.dtype == pl.Boolean:
         raise TypeError(column.dtype)
     if column.dtype.is_float():
@@ -486,10 +486,10 @@ def _ids(column: pl.Series) -> pl.Series:
     if column.dtype.is_integer() and column.dtype not in (pl.UInt64, pl.Int128, pl.UInt128):
         return column.cast(pl.Int64)
     ids = column.cast(pl.String)
-    # The ids are kept one a line, and NUL stands in no text.
+    # The ids are stored one per line, and NUL is not allowed in text.
     return ids.set(ids.str.contains(r"^\s*$|[\r\n\x00]"), None)
 
 
-# Below these every integer is a float of its own.
+# Integers below these are exact as floats.
 _EXACT: dict[type, int] = {pl.Float16: 2**11, pl.Float32: 2**24, pl.Float64: 2**53}
 _KIND = Parser(lambda column: column.cast(pl.String).fill_null(""), "a kind of event")

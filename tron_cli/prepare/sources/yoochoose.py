@@ -1,6 +1,6 @@
 """Yoochoose clicks (RecSys Challenge 2015), filtered and split as TRON does.
 
-`yoochoose-clicks.dat` has no header: `session,2014-04-07T10:51:09.277Z,item,category` a line.
+`yoochoose-clicks.dat` has no header: `session,2014-04-07T10:51:09.277Z,item,category` per line.
 """
 
 from __future__ import annotations
