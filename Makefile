@@ -1,6 +1,7 @@
 # make demo   install into .venv, generate data, prepare, train, evaluate, print a table of results
 # make test   run the tests
 # make lint   check format, lint and types
+# make docs   write docs/configuration.md from the settings
 # make bench  run the benchmarks
 # make clean  remove .venv, caches and build files
 # Another build of PyTorch: make demo TORCH="torch==2.9.1 --index-url ..."
@@ -9,7 +10,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/tron demo
@@ -22,6 +23,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed
+	$(BIN)/python -m tron_cli.config.page > docs/configuration.md.new
+	mv docs/configuration.md.new docs/configuration.md
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import field as benchmark
 from benchmarks.accuracy import BEGIN, END, EXPERIMENTS, table
-from tron_cli.config import FIELDS, load_config, packaged_configs, parse_overrides
+from tron_cli.config import load_config, packaged_configs, parse_overrides
 from tron_cli.errors import InputError
 from tron_cli.registry import BASELINES, CATALOGUE_LOSSES, LOSSES, MODELS, SAMPLERS
 
@@ -57,36 +57,6 @@ def help_text(*command: str) -> str:
         capture_output=True, text=True, check=True, env={"COLUMNS": "200"},
     )  # fmt: skip
     return done.stdout
-
-
-def test_every_setting_stands_in_the_table_with_its_default():
-    table = PAGES["docs/configuration.md"]
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", table, flags=re.MULTILINE))
-    for name, field in FIELDS.items():
-        shown = rows[name].strip("`")
-        if name == "dataset_name":
-            assert shown == "required"
-        elif name == "metrics":
-            measures = [
-                f"{kind}@{cutoff}"
-                for kinds, cutoffs in re.findall(r"([\w, ]+) @ ([\d, ]+)", shown)
-                for kind in kinds.split(",")
-                for cutoff in cutoffs.split(",")
-            ]
-            assert sorted(re.sub(" ", "", name) for name in measures) == sorted(field.default)
-        else:
-            assert shown == str(field.default), name
-
-
-def test_names_of_other_tools_get_the_hint_that_the_table_gives():
-    table = PAGES["docs/configuration.md"]
-    rows = re.findall(r"^\| `(\w+)` \| .*? \| .*? \| (.*) \|$", table, flags=re.MULTILINE)
-    named = [(name, other) for name, cells in rows for other in re.findall(r"`(\w+)", cells)]
-    assert len(named) > 60
-    for name, other in named:
-        if other not in FIELDS and other != "SASRecModel":  # a class, not a setting
-            with pytest.raises(InputError, match=f"did you mean {name}"):
-                parse_overrides([f"{other}=1"])
 
 
 @pytest.mark.parametrize("command", commands())

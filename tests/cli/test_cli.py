@@ -309,6 +309,23 @@ def test_config_show_tells_where_every_value_came_from(command: Command) -> None
     assert rows["embedding_dim"].split()[1:] == ["200", "default"]
 
 
+def test_config_show_explains_every_setting(command: Command) -> None:
+    code, out, _ = command("config", "show", "config_otto", "lr=0.01", "--explain")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()[2:] if not line.startswith(" ")]
+    assert [row[0] for row in rows] == list(FIELDS)
+    assert ["lr", "0.01", "0.0005"] in rows
+    assert "\n  peak learning rate [above 0]\n" in out
+    assert "\n  sessions per step [at least 1 (sessions)]\n" in out
+    assert max(len(line) for line in out.splitlines() if line.startswith(" ")) <= 100
+
+    code, out, _ = command("config", "show", "config_otto", "lr=0.01", "--explain", "--json")
+    assert code == 0
+    assert json.loads(out)["lr"] == {
+        "value": 0.01, "default": "0.0005", "allowed": "above 0", "meaning": "peak learning rate",
+    }  # fmt: skip
+
+
 def test_config_list_names_what_config_show_takes(command: Command) -> None:
     _, out, _ = command("config", "list")
     assert out.split() == packaged_configs()

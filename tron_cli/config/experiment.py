@@ -52,7 +52,7 @@ class ExperimentConfig:
     )
     num_heads: int = setting(
         1,
-        help="transformers: attention heads; must divide embedding_dim",
+        help="attention heads; must divide embedding_dim",
         low=1,
         gsasrec="num_heads", recbole="n_heads", rectools="n_heads",
     )
@@ -78,37 +78,37 @@ class ExperimentConfig:
     )
     key_padding_mask: bool = setting(
         True,
-        help="transformers: False lets events attend to the padding in front of a short history, "
+        help="False lets events attend to the padding in front of a short history, "
         "RecTools' default for SASRec",
         rectools="use_key_padding_mask",
     )
     block: str = setting(
         "pre-norm",
-        help="sasrec, bert4rec: TRON's layers on scaled embeddings (pre-norm), these with gated "
+        help="TRON's layers on scaled embeddings (pre-norm), these with gated "
         "residuals (ligr), or RecBole's layers (post-norm)",
         choices=("pre-norm", "post-norm", "ligr"),
     )
     feed_forward_dim: int = setting(
         0,
-        help="sasrec, bert4rec: inner width of the feed-forward networks; 0: embedding_dim",
+        help="inner width of the feed-forward networks; 0: embedding_dim",
         low=0,
         recbole="inner_size",
     )
     activation: str = setting(
         "relu",
-        help="sasrec, bert4rec: activation of the feed-forward networks",
+        help="activation of the feed-forward networks",
         choices=("relu", "gelu", "swiglu"),
         recbole="hidden_act",
     )
     attention_dropout_rate: float | None = setting(
         None,
-        help="sasrec, bert4rec: dropout probability of the attention weights; None: dropout_rate",
+        help="dropout probability of the attention weights; None: dropout_rate",
         low=0, below=1,
         recbole="attn_dropout_prob",
     )
     initialization: str = setting(
         "default",
-        help="transformers: as in the original (default), or N(0, 0.02) for all matrices and "
+        help="as in the original (default), or N(0, 0.02) for all matrices and "
         "tables, as in RecBole (normal)",
         choices=("default", "normal"),
         recbole="initializer_range",
@@ -124,36 +124,36 @@ class ExperimentConfig:
     )
     prediction_head: bool = setting(
         False,
-        help="bert4rec: a linear layer, GELU and LayerNorm between the transformer and the scores, "
+        help="a linear layer, GELU and LayerNorm between the transformer and the scores, "
         "as in the original, which has output_bias as well",
     )
     mask_probability: float = setting(
         0.15,
-        help="bert4rec: share of the events that a training step hides",
+        help="share of the events that a training step hides",
         above=0, high=1,
         recbole="mask_ratio", rectools="mask_prob",
     )
     session_parallel: bool = setting(
         False,
-        help="gru4rec: a step is one event of each of train_batch_size sessions, whose states are "
+        help="a step is one event of each of train_batch_size sessions, whose states are "
         "carried from step to step, as in the original",
     )
 
     knn_neighbors: int = setting(
         200,
         section="Baselines",
-        help="session_knn: the most similar sessions, which vote",
+        help="the most similar sessions, which vote",
         unit="sessions", low=1,
     )
     knn_sample_size: int = setting(
         2500,
-        help="session_knn: latest sessions that share an item with the history, among which the "
+        help="latest sessions that share an item with the history, among which the "
         "most similar are sought",
         unit="sessions", low=1, high=1_000_000,
     )
     ease_l2: float = setting(
         100.0,
-        help="ease: weight of the L2 penalty",
+        help="weight of the L2 penalty",
         above=0,
         recbole="reg_weight", rectools="regularization",
     )
@@ -184,22 +184,22 @@ class ExperimentConfig:
     )
     sce_buckets: int = setting(
         0,
-        help="sce: buckets per step; 0: twice the square root of the step's positions",
+        help="buckets per step; 0: twice the square root of the step's positions",
         unit="buckets", low=0,
     )
     sce_bucket_positions: int = setting(
         0,
-        help="sce: positions per bucket; 0: twice the square root of the step's positions",
+        help="positions per bucket; 0: twice the square root of the step's positions",
         unit="positions", low=0,
     )
     sce_bucket_items: int = setting(
         256,
-        help="sce: items per bucket, with which its positions are compared",
+        help="items per bucket, with which its positions are compared",
         unit="items", low=1,
     )
     sce_mix: bool = setting(
         False,
-        help="sce: choose buckets along random mixtures of the hidden states, not along random "
+        help="choose buckets along random mixtures of the hidden states, not along random "
         "directions",
     )
     num_uniform_negatives: int = setting(
@@ -218,12 +218,12 @@ class ExperimentConfig:
     )
     popularity_alpha: float = setting(
         0.75,
-        help="popularity, mixed: exponent of an item's training occurrences",
+        help="exponent of an item's training occurrences",
         low=0,
         recbole="train_neg_sample_args.alpha",
     )
     mixed_share: float = setting(
-        0.5, help="mixed: share of the draws by popularity", low=0, high=1
+        0.5, help="share of the draws by popularity", low=0, high=1
     )
     num_batch_negatives: int = setting(
         127,

@@ -141,11 +141,11 @@ def _check_key(key: str) -> None:
 
 
 def _names_elsewhere() -> dict[str, str]:
-    """Return settings by their names in other tools, and by the parts of dotted names."""
+    """Return settings by their names in other tools, and by the words of these names."""
     found = {"accelerator": "--device"}
     for setting in FIELDS.values():
         for tool in TOOLS:
             for name in setting.names_elsewhere(tool):
-                for part in (name, *name.split(".")):
+                for part in (name, *re.findall(r"\w+", name.removeprefix("not "))):
                     found.setdefault(part, setting.name)
     return found

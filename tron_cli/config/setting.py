@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tron_cli.errors import InputError
+from tron_cli.registry import REGISTERED
 
 # Projects whose names of settings are known: the keyword at the field, and the project's name.
 TOOLS = {"tron": "TRON (JSON)", "gsasrec": "gSASRec", "recbole": "RecBole", "rectools": "RecTools"}
@@ -21,9 +22,14 @@ _TYPES = {
     bool: "True or False",
     int: "a whole number",
     float: "a number",
-    str: "a text",
+    str: "a string",
     tuple: "a list of measures",
 }
+
+
+def shown(value: Any) -> str:
+    """Return a value as it would be typed behind `key=`."""
+    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def setting(default: Any = dataclasses.MISSING, **about: Any) -> Any:
@@ -66,21 +72,31 @@ class Setting:
             "at most": self.high,
             "below": self.below,
         }
-        limits = [f"{words} {bound}" for words, bound in bounds.items() if bound is not None]
+        limits = [f"{words} {bound:,}" for words, bound in bounds.items() if bound is not None]
         return ", ".join(self.choices) or " and ".join(limits)
 
     @property
     def allowed(self) -> str:
-        """Range and unit, for tables."""
-        if self.kind is bool:
-            words = "True, False"
-        else:
-            words = f"{self.range} ({self.unit})" if self.range and self.unit else self.range
-        return f"{words or _TYPES[self.kind]}, None" if self.optional else words or self.unit
+        """Allowed values with their unit, for tables."""
+        words = _TYPES[self.kind] if self.kind is bool else self.range or _TYPES[self.kind]
+        if self.unit:
+            words += f" ({self.unit})"
+        return words + (", or None" if self.optional else "")
+
+    @property
+    def owners(self) -> list[str]:
+        """Names of the models, losses and samplers that alone have the setting; empty: all do."""
+        entries = {name: each for table in REGISTERED.values() for name, each in table.items()}
+        return [name for name, entry in entries.items() if self.name in entry.owns]
+
+    @property
+    def shown_default(self) -> str:
+        """The default value in words."""
+        return "required" if self.default is dataclasses.MISSING else shown(self.default)
 
     def names_elsewhere(self, tool: str) -> list[str]:
-        """Return the setting's names in one of TOOLS."""
-        return [name.split()[-1] for name in getattr(self, tool).split(", ") if name]
+        """Return the setting's names in one of TOOLS, such as ["not repeatable"]."""
+        return [name for name in getattr(self, tool).split(", ") if name]
 
     def parsed(self, text: str) -> Any:
         """Return the value that a text on the command line stands for. Raises InputError."""

@@ -59,7 +59,7 @@ _TYPE_NAMES = {
     (int, _NOTHING): "a whole number or null",
     _NUMBER: "a number",
     (*_NUMBER, _NOTHING): "a number or null",
-    (str,): "a text",
+    (str,): "a string",
 }
 
 
