@@ -1,4 +1,4 @@
-"""`make bench`: every benchmark in turn; results go to benchmarks/results/, one table to the end.
+"""`make bench`: every benchmark in turn; results go to benchmarks/results/, a table is printed.
 
 python -m benchmarks [--full] [NAME ...]
 """
@@ -38,7 +38,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def summary() -> str:
-    """One table of all results that lie in benchmarks/results/."""
+    """Return one table of all results in benchmarks/results/."""
     figures: list[dict[str, Any]] = []
     ceilings: dict[str, float] = {}
     for name in NAMES:
@@ -52,7 +52,7 @@ def summary() -> str:
 
 
 def preparation(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The largest of the preparation's runs, in the form of the other figures."""
+    """Return the largest of the preparation's runs, in the form of the other figures."""
     largest = content["prepare"][-1]
     seconds = largest["mb"] / largest["mb_per_s"]
     ratio = largest["times_as_tron_does"]["mb_per_s"]

@@ -27,7 +27,7 @@ BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
 
 @dataclass(frozen=True)
 class Experiment:
-    """One row of the table: a packaged config, and what differs from it."""
+    """Row of the table: a packaged config and the overrides."""
 
     dataset: str
     title: str
@@ -70,7 +70,7 @@ EXPERIMENTS = {
 
 
 def run(name: str, data_dir: Path, output_dir: Path) -> Path:
-    """Train (or go on training) and evaluate one experiment; returns its result file."""
+    """Train or resume, evaluate one experiment, and return its result file."""
     experiment = EXPERIMENTS[name]
     run_dir = output_dir / name
     train = ["train", "--config", experiment.config, *experiment.overrides]
@@ -118,7 +118,7 @@ def run(name: str, data_dir: Path, output_dir: Path) -> Path:
 
 
 def table() -> str:
-    """Markdown of all committed results, a table a dataset."""
+    """Return the committed results as Markdown: one table per dataset."""
     files = [RESULTS / f"{name}.json" for name in EXPERIMENTS]
     results = [json.loads(file.read_text()) for file in files if file.exists()]
     blocks = []
@@ -181,7 +181,7 @@ def tron(words: list[str]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the package, and whether files differ from it."""
+    """Return the commit of the package, and whether files differ from it."""
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -194,7 +194,7 @@ def commit() -> str:
 
 
 def hardware() -> str:
-    """Processor, threads and PyTorch's version."""
+    """Return the processor, threads and PyTorch's version."""
     import torch
 
     if torch.cuda.is_available():

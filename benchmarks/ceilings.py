@@ -1,4 +1,4 @@
-"""What this machine can reach: matrix products, copies and gathers, each measured.
+"""Measured limits of this machine: matrix products, copies and gathers.
 
 python -m benchmarks.ceilings [--output FILE.json]
 """
@@ -35,7 +35,7 @@ NAMES = {
 def measure_ceilings(
     *, side: int = SIDE, copied: int = COPIED, repeats: int = 9
 ) -> dict[str, float]:
-    """The best rate of each kind in NAMES; a byte that is read and written counts twice."""
+    """Return the best rate of each kind in NAMES; a byte that is read and written counts twice."""
     a, b = torch.randn(side, side), torch.randn(side, side)
     out = torch.empty(side, side)
     gflop = 2 * side**3 / 1e9

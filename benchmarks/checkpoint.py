@@ -1,4 +1,4 @@
-"""Saving and loading a checkpoint with its optimizer, beside bare torch.save and torch.load.
+"""Saving and loading a checkpoint with its optimizer, compared with torch.save and torch.load.
 
     python -m benchmarks.checkpoint [--items 50000 1855603] [--output FILE.json]
 

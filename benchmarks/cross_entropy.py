@@ -1,4 +1,4 @@
-"""Cross-entropy over the whole catalogue, forward and backward, beside the matrix of all logits.
+"""Cross-entropy over the whole catalogue, forward and backward, compared with the full matrix.
 
     python -m benchmarks.cross_entropy [--items 17376 43097 200000] [--repeats 5] [--output FILE]
 
@@ -34,7 +34,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def losses() -> dict[str, Loss]:
-    """(hidden_ND, table_VD, targets_N) -> mean loss, by name."""
+    """Return functions (hidden_ND, table_VD, targets_N) -> mean loss, by name."""
 
     def ours(hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return ce(hidden, table, targets, num_items=len(table) - 1).mean()
@@ -100,7 +100,7 @@ def measure(num_items: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def peak_memory(name: str, num_items: int) -> float:
-    """Megabytes of one forward and backward pass in a process of its own."""
+    """Return the megabytes of one forward and backward pass in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.cross_entropy",
                "--peak-memory", name, "--items", str(num_items)]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""Everything that is claimed of CUDA, measured in one run of at most ten minutes.
+"""Every claim about CUDA, measured in one run of at most ten minutes.
 
     python -m benchmarks.cuda [--items 1855603] [--sessions 12900000] [--steps 2000]
         [--minutes 9] [--output benchmarks/results/cuda.json]
@@ -61,7 +61,7 @@ def stand_in_for_missing_packages() -> None:
 
 
 def run_tests(timeout: float) -> dict[str, Any]:
-    """In a process of their own, which an error of the device does not outlive."""
+    """Run the tests in a process of their own, so that a device error ends only that process."""
     script = (
         "import sys; from benchmarks.cuda import stand_in_for_missing_packages as s; s(); "
         f"import pytest; sys.exit(pytest.main(['-rfEs', '-p', 'no:cacheprovider', *{TESTS!r}]))"
@@ -75,7 +75,7 @@ def run_tests(timeout: float) -> dict[str, Any]:
 
 
 class Steps:
-    """tron's training steps as `tron train` takes them, one after the other."""
+    """Training steps as `tron train` takes them, one after the other."""
 
     def __init__(
         self,
@@ -114,11 +114,11 @@ class Steps:
         self.events = 0
 
     def prepare(self, step: int) -> Any:
-        """The batch of a step, as the training loop prepares it."""
+        """Prepare the batch of a step as the training loop does."""
         return self._feed.batch(step).in_one_piece(pinned=self.device.type == "cuda")
 
     def run(self, count: int) -> float:
-        """Seconds that `count` steps take."""
+        """Return the seconds that `count` steps take."""
         from tron_cli.data.batches import prepared_ahead
 
         loss_sum = torch.zeros((), device=self.device)
@@ -143,7 +143,7 @@ class Steps:
         return time.perf_counter() - clock
 
     def replay_seconds(self, count: int) -> float | None:
-        """Seconds of a replay of the size recorded last, without what is done for it on the CPU."""
+        """Return the seconds of replaying the last recorded size, without the work on the CPU."""
         replays = [size.replay for size in self.take_step._sizes.values() if size.replay]
         if not replays:
             return None
@@ -161,7 +161,7 @@ def wait(device: torch.device) -> None:
 
 
 def measure_steps(steps: Steps, count: int, *, num_sessions: int) -> dict[str, Any]:
-    """Milliseconds a step over `count` steps, after as many others; epochs an hour; memory."""
+    """Measure milliseconds per step over `count` steps after a warm-up, epochs per hour, memory."""
     on_gpu = steps.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -191,7 +191,7 @@ def measure_steps(steps: Steps, count: int, *, num_sessions: int) -> dict[str, A
 
 
 def kernels(steps: Steps, count: int = 5) -> dict[str, Any]:
-    """Which kernels a step spends its time in, on the device."""
+    """Measure the time that a step spends in each kernel of the device."""
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = steps.device.type == "cuda"
@@ -222,7 +222,7 @@ def measure_reference(
     *,
     steps: int,
 ) -> dict[str, Any]:
-    """The plain step, with its batches already there (as loaders make them) and with collating."""
+    """Measure the plain step, with batches made in advance (as by loaders) and with collating."""
     from benchmarks.reference import PaddedBatch
     from benchmarks.training_step import plain
 
@@ -261,7 +261,7 @@ def measure_reference(
 def measure_evaluation(
     model: Any, sessions: Sessions, device: torch.device, batch_size: int
 ) -> dict[str, Any]:
-    """Ranks of all events of `sessions` by the kernel and in chunks; seconds for OTTO's test."""
+    """Measure ranking `sessions` by the kernel and in chunks; estimate seconds for OTTO's test."""
     from tron_cli.evaluation.predict import predict
     from tron_cli.ops import rank_kernel
 
@@ -294,7 +294,7 @@ def measure_evaluation(
 
 
 class Report:
-    """Parts of the measurement, each of which may fail; written as one JSON file."""
+    """Results of the parts, each of which may fail; written as one JSON file."""
 
     def __init__(self, output: Path, minutes: float, content: dict[str, Any]) -> None:
         self._output, self._content = output, content
@@ -340,7 +340,7 @@ def measure_all(
     steps: int,
     evaluated_sessions: int,
 ) -> None:
-    """All but the tests."""
+    """Measure everything except the tests."""
     sessions = generate_sessions(LENGTHS["OTTO"], num_items, num_sessions)
     evaluated = generate_sessions(LENGTHS["OTTO"], num_items, evaluated_sessions, seed=2)
     made: list[Steps] = []
@@ -381,7 +381,7 @@ def measure_all(
 
 
 def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Ratios to the reference, and how far the losses with graphs are from those without."""
+    """Return ratios to the reference, and the difference of losses with and without graphs."""
     result: dict[str, Any] = {}
     reference = found["reference"]
     for precision in ("bf16", "float32"):

@@ -1,4 +1,4 @@
-"""Exact evaluation beside top-k evaluation a time step at a time, in turns.
+"""Exact evaluation compared with top-k evaluation one time step at a time, in turns.
 
     python -m benchmarks.evaluation [--items 3416 50000 500000 1855603] [--output FILE.json]
 
@@ -31,7 +31,7 @@ ITEMS = (3_416, 50_000, 500_000, 1_855_603)
 def measure(
     config: ExperimentConfig, num_items: int, sessions_at_once: int, repeats: int
 ) -> list[dict[str, Any]]:
-    """tron ranks `sessions_at_once` sessions in a call, the reference a batch of them."""
+    """Measure both: tron ranks `sessions_at_once` sessions per call, the reference a batch."""
     sessions = generate_sessions(LENGTHS["OTTO"], num_items, sessions_at_once)
     model = build_model(config, num_items).eval()
     reference = plain(config, num_items)
@@ -72,7 +72,7 @@ def measure(
 
 
 def _prefixes(sessions: Sessions, window: int) -> np.ndarray:
-    """Lengths of the histories of the last `window` events of each session."""
+    """Return the lengths of the histories of the last `window` events of each session."""
     lengths = [
         np.minimum(np.arange(max(1, length - window), length), window)
         for length in sessions.lengths

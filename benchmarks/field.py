@@ -51,7 +51,7 @@ BASELINES = ("session_knn", "markov", "ease", "session_popular", "popular")
 
 
 def run(dataset: str, method: str, data_dir: Path, output_dir: Path) -> Path:
-    """Train and evaluate one method; returns its result file."""
+    """Train and evaluate one method, and return its result file."""
     _, suffix, overrides = METHODS[method]
     config, epochs = DATASETS[dataset]
     budget = () if method in BASELINES else (f"max_epochs={epochs}",)
@@ -121,7 +121,7 @@ def _row(result: dict[str, Any]) -> str:
 
 
 def _processor_seconds() -> float:
-    """Of all finished child processes."""
+    """Return the processor time of all finished child processes."""
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     return spent.ru_utime + spent.ru_stime
 

@@ -13,7 +13,7 @@ _BLOCK = 1 << 18  # sessions generated at a time
 
 @dataclass(frozen=True)
 class Lengths:
-    """Log-normal lengths of sessions, rounded and cut to [shortest, longest]."""
+    """Log-normal lengths of sessions, rounded and clipped to [shortest, longest]."""
 
     median: float
     spread: float
@@ -21,7 +21,7 @@ class Lengths:
     longest: int = 500
 
     def draw(self, count: int, random: np.random.Generator) -> np.ndarray:
-        """int64 [count]."""
+        """Draw lengths, int64 [count]."""
         drawn = random.lognormal(np.log(self.median), self.spread, count).round()
         return drawn.astype(np.int64).clip(self.shortest, self.longest)
 
@@ -39,14 +39,14 @@ LENGTHS = {
 def generate_sessions(
     lengths: Lengths, num_items: int, num_sessions: int = 4096, *, seed: int = 0
 ) -> Sessions:
-    """Sessions whose items follow a Zipf-like law (exponent 0.8, as click logs have)."""
+    """Generate sessions whose items follow a Zipf-like law (exponent 0.8, as in click logs)."""
     random = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(lengths.draw(num_sessions, random))])
     return Sessions(draw_items(num_items, int(offsets[-1]), random), offsets)
 
 
 def draw_items(num_items: int, count: int, random: np.random.Generator) -> np.ndarray:
-    """int32 [count], ids 1..num_items, the low ones the most popular."""
+    """Draw ids 1..num_items, int32 [count]; low ids are the most popular."""
     # The inverse of the continuous law's distribution function: no table of all items is searched.
     exponent = 1 - 0.8
     top = (num_items + 1) ** exponent
@@ -58,5 +58,5 @@ def draw_items(num_items: int, count: int, random: np.random.Generator) -> np.nd
 
 
 def fill(sessions: Sessions, sequence_length: int) -> float:
-    """The share of padded [sessions, sequence_length] inputs that are events."""
+    """Return the share of padded [sessions, sequence_length] inputs that are events."""
     return float(np.minimum(sessions.lengths - 1, sequence_length).mean()) / sequence_length

@@ -1,4 +1,4 @@
-"""The training step of gSASRec's MovieLens-1M setting beside a plain one in its manner, in turns.
+"""Training step of gSASRec's MovieLens-1M setting compared with a plain one, in turns.
 
     python -m benchmarks.gsasrec_step [--items 3416] [--steps 4] [--output FILE.json]
 
@@ -25,7 +25,7 @@ ML1M_ITEMS = 3416
 
 
 def settings(**changes: Any) -> ExperimentConfig:
-    """gSASRec's config_ml1m."""
+    """Return the settings of gSASRec's config_ml1m."""
     values: dict[str, Any] = {
         "dataset_name": "generated",
         "optimizer": "adam",

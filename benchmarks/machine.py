@@ -1,4 +1,4 @@
-"""What a measurement rests on: commit, hardware, threads, and the speeds the machine can reach."""
+"""Circumstances of a measurement: commit, hardware, threads, and the limits of the machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def circumstances(device: torch.device | None = None) -> dict[str, Any]:
-    """Commit, hardware and threads, for a result file. No dates: equal runs give equal files."""
+    """Return commit, hardware and threads, without dates: equal runs give equal files."""
     return {
         "commit": _commit(),
         "hardware": _hardware(device or torch.device("cpu")),
@@ -31,7 +31,7 @@ def circumstances(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def resident_bytes(*, peak: bool = False) -> int:
-    """Memory of this process now, or at its highest."""
+    """Return the current or peak memory of this process."""
     if sys.platform.startswith("linux"):
         name = "VmHWM:" if peak else "VmRSS:"
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -45,7 +45,7 @@ def resident_bytes(*, peak: bool = False) -> int:
 
 @contextmanager
 def ordinary_pages() -> Iterator[None]:
-    """Memory as the originals get it: without the huge pages that tron asks for (on Linux)."""
+    """Allocate memory as the originals do, without the huge pages that tron requests (on Linux)."""
     if not sys.platform.startswith("linux"):
         yield
         return

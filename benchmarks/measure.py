@@ -23,7 +23,7 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Work:
-    """What a timed piece of work requires, whoever does it.
+    """Requirements of a timed piece of work, on either side.
 
     gflop, gb: arithmetic, and memory that must move; None where it is not a useful measure.
     events: predictions made, for a rate; None where seconds are the figure.
@@ -41,7 +41,7 @@ def in_turns(
     times: Mapping[str, int] | None = None,
     warm_up: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of each side on each piece of work (its arguments); the first `warm_up` left out.
+    """Time each side on each piece of work (its arguments), without the first `warm_up`.
 
     The side named REFERENCE has the originals' kind of memory, `ordinary_pages`.
     times: how often in a row a side does it, once by default. A quick side takes several turns at
@@ -74,7 +74,7 @@ def figure(
     work: Work | None = None,
     **details: Any,
 ) -> dict[str, Any]:
-    """One line of the table: medians, their ratio, the least of each, and the rates reached."""
+    """Return a line of the table: medians, their ratio, the minima, and the rates reached."""
     work = work or Work()
     seconds = statistics.median(tron)
     line: dict[str, Any] = {"what": what, "tron_s": seconds, "tron_least_s": min(tron)}
@@ -97,7 +97,7 @@ def figure(
 
 
 def table(figures: list[dict[str, Any]], ceilings: dict[str, float]) -> str:
-    """The figures as text; rates beside the machine's own where it was measured."""
+    """Format the figures; rates are compared with the machine's own where it was measured."""
     header = ["", "tron", "reference", "ratio", "GFLOP/s", "GB/s"]
     rows = []
     for line in figures:
@@ -134,7 +134,7 @@ def _beside(value: float | None, ceiling: float | None) -> str:
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """Return a parser with the options that every benchmark has."""
     assert doc is not None
     made = argparse.ArgumentParser(description=doc.splitlines()[0])
     made.add_argument("--output", type=Path, help="write the results as JSON")

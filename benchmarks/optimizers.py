@@ -1,4 +1,4 @@
-"""adam beside row_adam, in turns, where the catalogue grows and where a step asks for more rows.
+"""adam compared with row_adam, in turns, for growing catalogues and growing numbers of rows.
 
     python -m benchmarks.optimizers [--items 10000 20000 40000 80000 160000] [--steps 10]
 
@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def measure(method: str, lengths: str, num_items: int, steps: int) -> list[Any]:
-    """Return a line: the rows that a step looks up, and its least milliseconds with each."""
+    """Return a line: the rows that a step looks up, and the fewest milliseconds with each."""
     config = settings(precision="float32", reject_in_batch_items=False, **METHODS[method])
     sessions = generate_sessions(LENGTHS[lengths], num_items)
     random = np.random.default_rng(1)

@@ -20,7 +20,7 @@ from tron_cli.training.optim import build_optimizer
 def training_step(
     config: ExperimentConfig, num_items: int
 ) -> Callable[[Sessions, np.ndarray], torch.Tensor]:
-    """What `tron train` does for one batch of sessions, on the CPU; returns the loss."""
+    """Run one step of `tron train` on a batch of sessions, on the CPU; return the loss."""
     model = build_model(config, num_items)
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
     # A long run finds its moments in memory; the first steps would ask the system for each page.

@@ -38,7 +38,7 @@ _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def write_dataset(data_dir: Path, num_items: int) -> None:
-    """DATA_DIR/generated: sessions of OTTO's lengths; validation is empty."""
+    """Write DATA_DIR/generated: sessions of OTTO's lengths; validation is empty."""
     sessions = generate_sessions(LENGTHS["OTTO"], num_items, SESSIONS)
     empty = Sessions(np.empty(0, np.int32), np.zeros(1, np.int64))
     with DatasetWriter(data_dir / "generated") as writer:
@@ -50,7 +50,7 @@ def write_dataset(data_dir: Path, num_items: int) -> None:
 
 
 def environment(policy: str) -> dict[str, str]:
-    """This process's variables, but for those of waiting, which are the policy's."""
+    """Return this process's environment with the variables of a waiting policy."""
     kept = {name: value for name, value in os.environ.items() if name not in _WAITING}
     words = [] if policy == "default" else policy.split(",")
     return kept | dict(word.split("=", 1) for word in words)
@@ -59,7 +59,7 @@ def environment(policy: str) -> dict[str, str]:
 def trained(
     count: int, data_dir: Path, policy: str, seconds: float, settings: list[str]
 ) -> list[float]:
-    """Events per second of each of `count` trainings at once, once all have begun to step."""
+    """Return events per second of `count` simultaneous trainings, once all have begun to step."""
     with tempfile.TemporaryDirectory() as folder:
         runs = [Path(folder) / str(number) for number in range(count)]
         processes = [
@@ -94,7 +94,7 @@ def trained(
 def measure(
     policies: list[str], num_items: int, seconds: float, repeats: int, settings: list[str]
 ) -> list[dict[str, Any]]:
-    """One line a policy: medians of `repeats` turns, in each of which every policy has its own."""
+    """Return one line per policy: medians of `repeats` turns over all policies."""
     alone: dict[str, list[float]] = {policy: [] for policy in policies}
     pairs: dict[str, list[list[float]]] = {policy: [] for policy in policies}
     with tempfile.TemporaryDirectory() as folder:

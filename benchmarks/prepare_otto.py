@@ -95,7 +95,7 @@ def json_loads(files: list[Path]) -> None:
 
 
 def as_tron_does(files: list[Path]) -> None:
-    """The reference's whole work, with its choice of data structures."""
+    """Do all the work of the reference, with its data structures."""
     for file in files:
         items: set[int] = set()
         with file.open() as lines, file.with_suffix(".clicks").open("w") as output:
@@ -116,7 +116,7 @@ def into_page_cache(files: list[Path]) -> None:
 
 
 def timed(function: Callable[..., object], *arguments: object) -> dict[str, float]:
-    """Seconds on the clock, and of all cores: the latter hardly depends on what else runs."""
+    """Return seconds on the clock and of all cores; the latter hardly depend on other load."""
     begin, cpu = time.perf_counter(), _cpu()
     function(*arguments)
     return {"seconds": time.perf_counter() - begin, "cpu_seconds": _cpu() - cpu}
@@ -146,7 +146,7 @@ def _peak_memory_mb() -> float:
 
 
 def prepare_once(raw: Path) -> dict[str, float]:
-    """Seconds and peak memory of one run in a process of its own."""
+    """Return seconds and peak memory of one run in a process of its own."""
     with tempfile.TemporaryDirectory() as data_dir:
         command = [sys.executable, __file__, "--measure", str(raw), data_dir]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE)

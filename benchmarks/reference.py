@@ -1,4 +1,4 @@
-"""Plain implementations in the originals' manner, written from their papers and behaviour.
+"""Plain implementations in the style of the originals, written from papers and behaviour.
 
 They hold what the benchmarks compare with: batches padded to the full window, dense gradients of
 every lookup of a table, top-k through the whole logit matrix, evaluation a time step at a time,
@@ -26,7 +26,7 @@ CUTOFFS = (5, 10, 20)
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """int64 ids, padded in front with 0; mask_BL: float32, 1 where there is an event."""
+    """Batch of int64 ids, padded in front with 0. mask_BL: float32, 1 where there is an event."""
 
     inputs_BL: torch.Tensor
     targets_BL: torch.Tensor
@@ -66,7 +66,7 @@ class PlainTron(nn.Module):
         self.optimizer = torch.optim.Adam(self.parameters(), lr=lr)
 
     def collate(self, sessions: Sessions, chosen: np.ndarray) -> PaddedBatch:
-        """Lists to padded tensors; negatives are drawn one by one until none is rejected."""
+        """Pad lists to tensors; draw negatives one by one until none is rejected."""
         inputs, targets, mask, ends = [], [], [], [0]
         occurrences: list[int] = []
         for session in chosen:
@@ -96,7 +96,7 @@ class PlainTron(nn.Module):
         )
 
     def forward(self, batch: PaddedBatch) -> torch.Tensor:
-        """Hidden states [B, L, D]."""
+        """Return hidden states [B, L, D]."""
         size = len(batch.inputs_BL)
         future = torch.ones(self.length, self.length, device=batch.mask_BL.device).triu(1).bool()
         diagonal = torch.eye(self.length, dtype=torch.bool, device=future.device)
@@ -107,7 +107,7 @@ class PlainTron(nn.Module):
         return self.encoder(self.dropout(x_BLD), hidden_BLL)
 
     def loss(self, batch: PaddedBatch) -> torch.Tensor:
-        """Sampled softmax over the topk highest negatives, a mean over events."""
+        """Return the sampled softmax over the topk highest negatives, a mean over events."""
         return self._loss(self(batch), batch)
 
     def _loss(self, hidden_BLD: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
@@ -123,7 +123,7 @@ class PlainTron(nn.Module):
         return (loss_BL * batch.mask_BL).sum() / batch.mask_BL.sum()
 
     def step(self, sessions: Sessions, chosen: np.ndarray) -> None:
-        """Collate, forward, backward, dense Adam."""
+        """Run one training step: collate, forward, backward, dense Adam."""
         self.train()
         self.optimizer.zero_grad()
         self.loss(self.collate(sessions, chosen)).backward()
@@ -133,7 +133,7 @@ class PlainTron(nn.Module):
     def validate(
         self, batch: PaddedBatch, first_step: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sums of hits and reciprocal ranks at CUTOFFS, from the top 20 of every time step; loss.
+        """Return sums of hits and reciprocal ranks at CUTOFFS from top 20 lists, and the loss.
 
         As in the originals the loss on sampled negatives is part of validation.
         """
@@ -182,7 +182,7 @@ class PlainGSASRec(nn.Module):
         self.optimizer = torch.optim.Adam(self.parameters())
 
     def collate(self, sessions: Sessions, chosen: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [B, L + 1] sequences, and [B, L + 1, K] uniform negatives of every place."""
+        """Return int64 sequences [B, L + 1] and uniform negatives [B, L + 1, K] of every place."""
         rows = []
         for session in chosen:
             items = sessions[session][-(self.length + 1) :].tolist()
@@ -193,7 +193,7 @@ class PlainGSASRec(nn.Module):
         return sequences, torch.randint(1, self.num_items + 1, shape)
 
     def forward(self, inputs_BL: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, L, D]."""
+        """Return hidden states [B, L, D]."""
         mask_BL1 = (inputs_BL != self.num_items + 1).float()[..., None]
         places_BL = torch.arange(self.length, device=inputs_BL.device).repeat(len(inputs_BL), 1)
         x_BLD = self.items(inputs_BL) + self.positions(places_BL)
@@ -203,7 +203,7 @@ class PlainGSASRec(nn.Module):
         return self.norm(x_BLD)
 
     def loss(self, sequences: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
-        """gBCE: the positive's probability to the power beta, a mean over K + 1 terms."""
+        """Return gBCE: the positive's probability to the power beta, a mean over K + 1 terms."""
         inputs_BL, targets_BL = sequences[:, :-1], sequences[:, 1:]
         hidden_BLD = self(inputs_BL)
         ids_BL1K = torch.cat([targets_BL[..., None], negatives[:, 1:]], dim=-1)
@@ -228,7 +228,7 @@ class PlainGSASRec(nn.Module):
         return (loss_BL * mask_BL).sum() / mask_BL.sum()
 
     def step(self, sessions: Sessions, chosen: np.ndarray) -> None:
-        """Collate, forward, backward, dense Adam."""
+        """Run one training step: collate, forward, backward, dense Adam."""
         loss = self.loss(*self.collate(sessions, chosen))
         loss.backward()
         self.optimizer.step()
@@ -236,7 +236,7 @@ class PlainGSASRec(nn.Module):
 
 
 class _GSASRecBlock(nn.Module):
-    """Normalized queries, plain keys and values, the residual from what was normalized."""
+    """Block with normalized queries, plain keys and values, residual from the normalized input."""
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whether a change of the training step moved accuracy: seeds before it beside seeds after it.
+"""Effect of a change of the training step on accuracy: seeds before it and after it.
 
     python -m benchmarks.same_accuracy FOLDER --before "COMMAND" --after "COMMAND"
 
@@ -24,7 +24,7 @@ SUFFIX = ".eval.json"
 
 
 def compare(folder: Path) -> list[dict[str, Any]]:
-    """Each data set and measure: figures by seed, means, difference and its standard error."""
+    """Return figures by seed, means, difference and standard error of each dataset and measure."""
     found: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(
         lambda: {"before": {}, "after": {}}
     )

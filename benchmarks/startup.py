@@ -1,4 +1,4 @@
-"""From a command to its first result: `tron train` to the end of its first step, `tron --help`.
+"""Time to the first result: `tron train` to the end of its first step, `tron --help`.
 
     python -m benchmarks.startup [--sessions 12900000] [--items 1855603] [--output FILE.json]
 
@@ -37,7 +37,7 @@ _TIMEOUT = 300.0  # seconds
 
 
 def write_dataset(data_dir: Path, sessions: int, num_items: int) -> None:
-    """DATA_DIR/generated: sessions of OTTO's lengths, without times."""
+    """Write DATA_DIR/generated: sessions of OTTO's lengths, without times."""
 
     def chunks(count: int, seed: int) -> Iterator[Sessions]:
         blocks = range(0, count, _BLOCK)
@@ -54,7 +54,7 @@ def write_dataset(data_dir: Path, sessions: int, num_items: int) -> None:
 
 
 def first_step(data_dir: Path, output_dir: Path, *settings: str) -> float:
-    """Seconds from the start of `tron train` until its first step is logged; then it is ended."""
+    """Return seconds from the start of `tron train` until its first step is logged; then end it."""
     words = ["train", "--config", "config_otto", "dataset_name=generated", "max_epochs=1",
              "max_batches_per_epoch=1", *settings, "--data-dir", str(data_dir),
              "--output-dir", str(output_dir), "--name", "run"]  # fmt: skip
@@ -78,7 +78,7 @@ def first_step(data_dir: Path, output_dir: Path, *settings: str) -> float:
 
 
 def help_text() -> float:
-    """Seconds of `tron --help`."""
+    """Return the seconds of `tron --help`."""
     clock = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "tron_cli", "--help"], cwd=ROOT, check=True, capture_output=True
@@ -87,7 +87,7 @@ def help_text() -> float:
 
 
 def as_the_originals_start(lines: Path, sessions: int, num_items: int) -> float:
-    """Seconds of the reference, its reading of `lines` extrapolated to `sessions`."""
+    """Return the seconds of the reference; reading `lines` is extrapolated to `sessions`."""
     clock = time.perf_counter()
     offsets = []
     offset = 0

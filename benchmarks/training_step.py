@@ -1,4 +1,4 @@
-"""The TRON XL training step beside a plain one in the originals' manner, in turns.
+"""TRON XL training step compared with a plain one in the style of the originals, in turns.
 
     python -m benchmarks.training_step [--items 50000 500000 1855603] [--lengths OTTO Yoochoose ...]
         [--optimizer row_adam] [--steps 4] [--full] [--output FILE.json]
@@ -32,13 +32,13 @@ SESSION_LENGTHS = ("OTTO", "Yoochoose", "Diginetica")
 
 
 def settings(**changes: Any) -> ExperimentConfig:
-    """TRON XL, as packaged, with the optimizer that OTTO's number of items resolves to."""
+    """Return TRON XL's packaged settings, with the optimizer for OTTO's number of items."""
     config, _ = load_config("config_otto", ["dataset_name=generated", "optimizer=row_adam"])
     return dataclasses.replace(config, **changes)
 
 
 def plain(config: ExperimentConfig, num_items: int) -> PlainTron:
-    """The reference of these settings, in memory such as the originals have."""
+    """Return the reference for these settings, in memory as the originals have it."""
     with ordinary_pages():
         return _plain(config, num_items)
 
@@ -60,7 +60,7 @@ def _plain(config: ExperimentConfig, num_items: int) -> PlainTron:
 def measure(
     config: ExperimentConfig, num_items: int, lengths: str, steps: int
 ) -> list[dict[str, Any]]:
-    """float32, bf16 and the plain step, in turns on the same sessions."""
+    """Measure float32, bf16 and the plain step, in turns on the same sessions."""
     sessions = generate_sessions(LENGTHS[lengths], num_items)
     # Made anew for every size and freed after it: three tables of the largest fit 16 GB.
     sides = {
@@ -93,7 +93,7 @@ def measure(
 
 
 def peak_memory(config: ExperimentConfig, num_items: int) -> dict[str, float]:
-    """Megabytes of steps in a process of their own, `above` the table and its optimizer state."""
+    """Return megabytes of steps in their own process, `above` the table and optimizer state."""
     command = [sys.executable, "-m", "benchmarks.training_step", "--peak-memory", str(num_items),
                "--optimizer", config.optimizer]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)

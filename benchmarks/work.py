@@ -1,4 +1,4 @@
-"""What a step requires, whoever computes it: arithmetic, and memory of the item table.
+"""Requirements of a step on either side: arithmetic, and memory of the item table.
 
 Padding, gradients of negatives that top-k drops and rows that no event touches are not required.
 """
@@ -15,7 +15,7 @@ from tron_cli.data.dataset import Sessions
 def step_work(
     config: ExperimentConfig, sessions: Sessions, chosen: np.ndarray, num_items: int
 ) -> Work:
-    """Of one training step on the sessions `chosen`."""
+    """Return the requirements of one training step on the sessions `chosen`."""
     dim = config.embedding_dim
     rows = [sessions[session][-(config.sequence_length + 1) :] for session in chosen]
     lengths = np.array([len(row) - 1 for row in rows], dtype=np.float64)
@@ -38,7 +38,7 @@ def step_work(
 
 
 def network_flop(config: ExperimentConfig, lengths: np.ndarray) -> float:
-    """Of a forward pass over rows of these lengths, attention causal."""
+    """Return the operations of a forward pass over rows of these lengths, attention causal."""
     dim = config.embedding_dim
     linear = 12 * dim * dim * lengths.sum()  # query, key, value, output, two of the feed-forward
     attention = 2 * dim * (lengths * (lengths + 1)).sum()
