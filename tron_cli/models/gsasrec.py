@@ -8,7 +8,7 @@ Shapes: N packed events, B rows, D embedding_dim.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,35 +33,26 @@ class GSASRec(Transformer):
     def __init__(
         self,
         *,
-        num_items: int,
-        sequence_length: int,
         embedding_dim: int,
         num_blocks: int,
         num_heads: int,
         dropout_rate: float,
-        positions: str,
-        reuse_item_embeddings: bool,
-        output_bias: bool,
         initialization: str = "default",
-        key_padding_mask: bool = True,
+        **settings: Any,
     ) -> None:
+        """settings: the others of Transformer."""
         is_normal = initialization == "normal"
         draw = small_normal if is_normal else standard_normal
         super().__init__(
-            num_items=num_items,
-            sequence_length=sequence_length,
-            embedding_dim=embedding_dim,
-            dropout_rate=dropout_rate,
-            positions=positions,
-            key_padding_mask=key_padding_mask,
-            reuse_item_embeddings=reuse_item_embeddings,
-            output_bias=output_bias,
             draw=draw,
             draw_outputs=draw,
             blocks=lambda: [
                 GSASRecBlock(embedding_dim, num_heads, dropout_rate) for _ in range(num_blocks)
             ],
             output_norm=nn.LayerNorm(embedding_dim),
+            embedding_dim=embedding_dim,
+            dropout_rate=dropout_rate,
+            **settings,
         )
         if is_normal:
             self.blocks.apply(small_normal_weights)

@@ -8,7 +8,7 @@ Shapes: N packed events, B rows, D embedding_dim.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -64,33 +64,21 @@ class SASRec(Transformer):
     def __init__(
         self,
         *,
-        num_items: int,
-        sequence_length: int,
         embedding_dim: int,
         num_blocks: int,
         num_heads: int,
         dropout_rate: float,
-        positions: str,
-        reuse_item_embeddings: bool,
-        output_bias: bool,
         block: str = "pre-norm",
         feed_forward_dim: int = 0,
         activation: str = "relu",
         attention_dropout_rate: float | None = None,
         initialization: str = "default",
-        key_padding_mask: bool = True,
+        **settings: Any,
     ) -> None:
+        """settings: the others of Transformer."""
         norm_first = block != "post-norm"
         eps = 1e-5 if norm_first else _POST_NORM_EPS
         super().__init__(
-            num_items=num_items,
-            sequence_length=sequence_length,
-            embedding_dim=embedding_dim,
-            dropout_rate=dropout_rate,
-            positions=positions,
-            key_padding_mask=key_padding_mask,
-            reuse_item_embeddings=reuse_item_embeddings,
-            output_bias=output_bias,
             draw=small_normal if initialization == "normal" else xavier_uniform,
             draw_outputs=small_normal if initialization == "normal" else standard_normal,
             blocks=lambda: [
@@ -112,6 +100,9 @@ class SASRec(Transformer):
             input_norm=None if norm_first else nn.LayerNorm(embedding_dim, eps),
             output_norm=nn.LayerNorm(embedding_dim) if norm_first else None,
             causal=self.causal,
+            embedding_dim=embedding_dim,
+            dropout_rate=dropout_rate,
+            **settings,
         )
         if initialization == "normal":
             self.blocks.apply(small_normal_weights)

@@ -33,15 +33,6 @@ class Transformer(ItemTables):
 
     def __init__(
         self,
-        *,
-        num_items: int,
-        sequence_length: int,
-        embedding_dim: int,
-        dropout_rate: float,
-        positions: str,
-        key_padding_mask: bool,
-        reuse_item_embeddings: bool,
-        output_bias: bool,
         draw: Draw,
         draw_outputs: Draw,
         blocks: Callable[[], list[nn.Module]],
@@ -49,11 +40,21 @@ class Transformer(ItemTables):
         input_norm: nn.Module | None = None,
         output_norm: nn.Module | None = None,
         causal: bool = True,
+        *,
+        num_items: int,
+        sequence_length: int,
+        embedding_dim: int,
+        dropout_rate: float,
+        positions: str,
+        reuse_item_embeddings: bool,
+        output_bias: bool,
+        key_padding_mask: bool = True,
     ) -> None:
         """Build the tables, and the blocks by `blocks`, each (x_ND, groups, padding_B) -> x_ND.
 
-        scaled: item embeddings are multiplied with sqrt(D). causal: no event sees later ones;
-        otherwise the model fills in masks, and its window has a place for one after the history.
+        The keyword-only parameters are settings, which networks pass on. scaled: item embeddings
+        are multiplied with sqrt(D). causal: no event sees later ones; otherwise the model fills in
+        masks, and its window has a place for one after the history.
         """
         super().__init__(
             num_items=num_items,
