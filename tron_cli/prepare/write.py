@@ -74,6 +74,15 @@ def refuse_copies(files: list[Path], parts: list[Sessions]) -> None:
             )
 
 
+def refuse_empty_val(sessions: Sessions, file: Path, min_length: int) -> None:
+    """Raise InputError where the filters left no session of the given validation file."""
+    if not len(sessions):
+        raise InputError(
+            f"no session is left for the val split: {file} has none of {min_length} events or more "
+            "after the filters; leave --val out, or give more"
+        )
+
+
 def _sorted(sessions: Sessions) -> list[bytes]:
     return sorted(part.tobytes() for part in np.split(sessions.items, sessions.offsets[1:-1]))
 
@@ -104,6 +113,19 @@ def write_splits(
     info: more for dataset.json.
     """
 
+    if earlier is None:
+        index = np.zeros(len(item_ids), np.int32)
+        index[catalogue] = np.arange(1, len(catalogue) + 1)
+        kept_ids = item_ids[catalogue]
+    else:
+        index, kept_ids = earlier.numbers(item_ids), earlier.item_ids
+    known = index > 0
+    drop = _drop_unknown_targets if protocol == "last-item" else _drop_unknown_items
+    kept, counts = drop(splits, known, steps, earlier)
+    for split in ("train", "test"):
+        if not len(getattr(kept, split)):
+            raise _nothing_left(split, getattr(splits, split), known, protocol, earlier, steps)
+
     def chunks(sessions: Sessions) -> Iterator[Sessions]:
         # Only now: dropped events may have been the first ones of their sessions.
         ordered = by_first_event(sessions)
@@ -117,26 +139,6 @@ def write_splits(
                 _ids(user_keys, chunk.user_ids),
             )
 
-    if earlier is None:
-        index = np.zeros(len(item_ids), np.int32)
-        index[catalogue] = np.arange(1, len(catalogue) + 1)
-        kept_ids = item_ids[catalogue]
-    else:
-        index, kept_ids = earlier.numbers(item_ids), earlier.item_ids
-    known = index > 0
-    drop = _drop_unknown_targets if protocol == "last-item" else _drop_unknown_items
-    kept, counts = drop(splits, known, steps, earlier)
-    for split, sessions, before in (
-        ("train", kept.train, splits.train),
-        ("test", kept.test, splits.test),
-    ):
-        if not len(sessions) and len(before):
-            raise _unknown(split, before, known, protocol, earlier)
-        if not len(sessions):
-            raise InputError(
-                f"no session is left for the {split} split ({_story(steps)}): "
-                "give more data, shorter test and validation stretches, or weaker filters"
-            )
     in_train = np.zeros(len(kept_ids) + 1, bool)
     in_train[index[kept.train.items]] = True
     writer.write_items(kept_ids)
@@ -201,9 +203,20 @@ def lost_predictions(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray,
     return lost[is_kept], lost[~is_kept & (lost > 0)]
 
 
-def _unknown(
-    split: str, sessions: Sessions, known: np.ndarray, protocol: str, earlier: Earlier | None
+def _nothing_left(
+    split: str,
+    sessions: Sessions,
+    known: np.ndarray,
+    protocol: str,
+    earlier: Earlier | None,
+    steps: Steps,
 ) -> InputError:
+    """Say why a split is empty; sessions: those before unknown items were dropped."""
+    if not len(sessions):
+        return InputError(
+            f"no session is left for the {split} split ({_story(steps)}): "
+            "give more data, shorter test and validation stretches, or weaker filters"
+        )
     of_what, items = "items", np.unique(sessions.items)
     cure = "sessions of the same catalogue, with the same item ids"
     if protocol == "last-item":

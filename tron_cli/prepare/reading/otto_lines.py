@@ -127,17 +127,7 @@ def _read_canonical(text: bytearray, start: int, stop: int) -> Clicks | None:
     words = np.ndarray((size,), "<u8", text, start, strides=(1,))
     windows = np.ndarray((size,), "V64", text, start, strides=(1,))
 
-    # Braces. Eight bytes hold at most one, so that only an eighth of the places is looked at.
-    is_brace = np.zeros(size // 8 * 8 + 8, bool)
-    np.equal(data[:size], _BRACE, out=is_brace[:size])
-    is_brace[size] = True  # of the padding
-    eights = is_brace.view("<u8")
-    brace = np.flatnonzero(eights != 0)
-    place = eights[brace]
-    place *= _PLACES
-    place >>= _7_BYTES
-    brace *= 8
-    brace += place.view(np.int64)
+    brace = _braces(data[:size])
     is_line = data[brace + 2] == ord("s")
     is_line[-1] = True
     if brace[0] != 0 or not is_line[0] or brace[-1] != size:
@@ -223,6 +213,25 @@ def _read_canonical(text: bytearray, start: int, stop: int) -> Clicks | None:
         other_aids=aids[other],
         lines=len(first),
     )
+
+
+def _braces(data: np.ndarray) -> np.ndarray:
+    """Return the places of opening braces, and of the end of `data`: int64.
+
+    Eight bytes hold at most one, so that only an eighth of the places is looked at.
+    """
+    size = len(data)
+    is_brace = np.zeros(size // 8 * 8 + 8, bool)
+    np.equal(data, _BRACE, out=is_brace[:size])
+    is_brace[size] = True
+    eights = is_brace.view("<u8")
+    brace = np.flatnonzero(eights != 0)
+    place = eights[brace]
+    place *= _PLACES
+    place >>= _7_BYTES
+    brace *= 8
+    brace += place.view(np.int64)
+    return brace
 
 
 _ZEROS = _word(b"00000000")

@@ -19,7 +19,13 @@ from tron_cli.prepare.reading.columns import BadLines
 from tron_cli.prepare.reading.integers import read_integer_lines
 from tron_cli.prepare.sessions import joined, take
 from tron_cli.prepare.split import Splits, sample
-from tron_cli.prepare.write import dataset_path, in_order_of_appearance, refuse_copies, write_splits
+from tron_cli.prepare.write import (
+    dataset_path,
+    in_order_of_appearance,
+    refuse_copies,
+    refuse_empty_val,
+    write_splits,
+)
 
 VAL_SHARE = 0.05
 
@@ -62,11 +68,8 @@ def prepare_sequences(
         steps.record("read", parts, "")
         parts = [drop_short(part, 2) for part in parts]
         steps.record("short sessions", parts, "fewer than 2 events")
-        if val and not len(parts[1]):
-            raise InputError(
-                f"no session is left for the val split: {val} has none of 2 events or more; leave "
-                "--val out, or give more"
-            )
+        if val:
+            refuse_empty_val(parts[1], val, 2)
         period = joined(parts[:-1])
         val_sessions = len(parts[1]) if val else int(len(period) * VAL_SHARE)
         rows = np.arange(len(period))

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -56,6 +57,7 @@ from tron_cli.prepare.write import (
     dataset_path,
     in_order_of_appearance,
     refuse_copies,
+    refuse_empty_val,
     write_splits,
 )
 
@@ -87,6 +89,20 @@ class TableColumns:
     event: str | None = None
     keep_events: tuple[str, ...] = ()
     null_tokens: tuple[str, ...] = NULL_TOKENS
+
+    def options(self, gap: int | None) -> dict[str, Any]:
+        """Return what dataset.json records of the columns; gap: the session gap in ms."""
+        return {
+            "item_col": self.item,
+            "time_col": self.time,
+            "time_unit": self.time_unit,
+            "session_col": self.session,
+            "user_col": self.user,
+            "session_gap_ms": gap,
+            "event_col": self.event,
+            "keep_events": list(self.keep_events),
+            "null_tokens": list(self.null_tokens),
+        }
 
 
 def prepare_table(
@@ -127,13 +143,19 @@ def prepare_table(
     each. Before them come the cleanings that are asked for; see `Cleaning`.
     """
     gap = _checked_gap(columns, leave_one_out)
-    val_ms, test_ms = _checked_dates(
-        leave_one_out, bool(val), bool(test), val_days, test_days, val_from, test_from
+    rule = _SplitRule(
+        leave_one_out=leave_one_out,
+        has_val=bool(val),
+        has_test=bool(test),
+        val_days=val_days,
+        test_days=test_days,
+        val_from=val_from,
+        test_from=test_from,
+        max_val_sessions=max_val_sessions,
+        seed=seed,
     )
     cleaning = Cleaning(drop_duplicates, collapse_repeats, max_session_length)
     _check_lengths(max_session_length, min_session_length, leave_one_out)
-    val_days = DEFAULT_DAYS if val_days is None else val_days
-    test_days = DEFAULT_DAYS if test_days is None else test_days
     min_item_count = min_item_count or (1 if test or catalogue else 5)
     given = [inputs] if isinstance(inputs, Path) else inputs
     options = ("--train", "--val", "--test") if test else ("--input", "--val", "--test")
@@ -169,32 +191,9 @@ def prepare_table(
             min_session_length=max(min_session_length, 3 if leave_one_out else 2),
             min_item_count=min_item_count,
         )
-        if leave_one_out:
-            splits = _leave_one_out(parts[0], steps, val_days > 0, max_val_sessions, seed)
-        elif val and not len(parts[1]):
-            raise InputError(
-                f"no session is left for the val split: {files['--val'][0]} has none of "
-                f"{max(min_session_length, 2)} events or more on items that are not rare; leave "
-                "--val out, or give more"
-            )
-        elif val:
-            sampled = sample(parts[1], max_val_sessions, seed, steps)
-            splits = Splits(joined(parts[:2]), parts[0], sampled, parts[2])
-        else:
-            splits = split_by_time(
-                parts[0],
-                by_start,
-                steps,
-                test_days=test_days,
-                val_days=val_days,
-                max_val_sessions=max_val_sessions,
-                seed=seed,
-                latest=logs[0].latest,
-                cut_late_events=True,
-                test=parts[1] if test else None,
-                val_from=val_ms,
-                test_from=test_ms,
-            )
+        if val:
+            refuse_empty_val(parts[1], files["--val"][0], max(min_session_length, 2))
+        splits = rule.apply(parts, steps, logs[0].latest)
         return write_splits(
             writer,
             splits,
@@ -207,24 +206,10 @@ def prepare_table(
                 "input": [str(path) for path in given],
                 "val": [str(path) for path in val],
                 "test": [str(path) for path in test],
-                "item_col": columns.item,
-                "time_col": columns.time,
-                "time_unit": columns.time_unit,
-                "session_col": columns.session,
-                "user_col": columns.user,
-                "session_gap_ms": gap,
-                "event_col": columns.event,
-                "keep_events": list(columns.keep_events),
-                "null_tokens": list(columns.null_tokens),
-                "split": "leave-one-out" if leave_one_out else "given" if test else "time",
-                "val_days": None if val or val_from else val_days,
-                "test_days": None if leave_one_out or test or test_from else test_days,
-                "val_from": val_from,
-                "test_from": test_from,
+                **columns.options(gap),
+                **rule.options(),
                 "min_session_length": min_session_length,
                 "min_item_count": min_item_count,
-                "max_val_sessions": max_val_sessions,
-                "seed": seed,
                 "skip_bad_lines": skip_bad_lines,
                 "catalogue": catalogue,
                 "max_bad_share": max_bad_share,
@@ -260,39 +245,94 @@ def _shared_sessions(splits: Splits) -> dict[str, int]:
     }
 
 
-def _checked_dates(
-    leave_one_out: bool,
-    has_val: bool,
-    has_test: bool,
-    val_days: float | None,
-    test_days: float | None,
-    val_from: str | None,
-    test_from: str | None,
-) -> tuple[int | None, int | None]:
-    """Return the dates from which val and test begin, in ms; refuse contradictory options."""
-    if has_val and not has_test:
-        raise InputError("--val goes with --train and --test: tables that are already split")
-    for option, value, other, is_given in (
-        ("--test", has_test or None, "--split leave-one-out", leave_one_out),
-        ("--test-days", test_days, "--split leave-one-out", leave_one_out),
-        ("--test-from", test_from, "--split leave-one-out", leave_one_out),
-        ("--val-from", val_from, "--split leave-one-out", leave_one_out),
-        ("--test-days", test_days, "--test", has_test),
-        ("--test-from", test_from, "--test", has_test),
-        ("--val-days", val_days, "--val", has_val),
-        ("--val-from", val_from, "--val", has_val),
-        ("--test-days", test_days, "--test-from", test_from is not None),
-        ("--val-days", val_days, "--val-from", val_from is not None),
-    ):
-        if value is not None and is_given:
-            raise InputError(f"{option} has no effect with {other}: leave one of them out")
-    val_ms, test_ms = _date("--val-from", val_from), _date("--test-from", test_from)
-    if val_ms is not None and test_ms is not None and val_ms >= test_ms:
-        raise InputError(
-            f"--val-from {val_from} is not before --test-from {test_from}: validation is the last "
-            "stretch before the test"
+@dataclass(frozen=True)
+class _SplitRule:
+    """Options of the split as they are given, checked; see `prepare_table`."""
+
+    leave_one_out: bool
+    has_val: bool
+    has_test: bool
+    val_days: float | None
+    test_days: float | None
+    val_from: str | None
+    test_from: str | None
+    max_val_sessions: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Raise InputError for options that contradict each other."""
+        if self.has_val and not self.has_test:
+            raise InputError("--val goes with --train and --test: tables that are already split")
+        for option, value, other, is_given in (
+            ("--test", self.has_test or None, "--split leave-one-out", self.leave_one_out),
+            ("--test-days", self.test_days, "--split leave-one-out", self.leave_one_out),
+            ("--test-from", self.test_from, "--split leave-one-out", self.leave_one_out),
+            ("--val-from", self.val_from, "--split leave-one-out", self.leave_one_out),
+            ("--test-days", self.test_days, "--test", self.has_test),
+            ("--test-from", self.test_from, "--test", self.has_test),
+            ("--val-days", self.val_days, "--val", self.has_val),
+            ("--val-from", self.val_from, "--val", self.has_val),
+            ("--test-days", self.test_days, "--test-from", self.test_from is not None),
+            ("--val-days", self.val_days, "--val-from", self.val_from is not None),
+        ):
+            if value is not None and is_given:
+                raise InputError(f"{option} has no effect with {other}: leave one of them out")
+        val_ms, test_ms = self._dates()
+        if val_ms is not None and test_ms is not None and val_ms >= test_ms:
+            raise InputError(
+                f"--val-from {self.val_from} is not before --test-from {self.test_from}: "
+                "validation is the last stretch before the test"
+            )
+
+    def apply(self, parts: list[Sessions], steps: Steps, latest: tuple[int, str]) -> Splits:
+        """Split one table, or take the given ones; latest: as in `split_by_time`."""
+        sessions, val_days = parts[0], _days(self.val_days)
+        if self.leave_one_out:
+            validate = val_days > 0
+            rows = sample_rows(len(sessions), self.max_val_sessions if validate else 0, self.seed)
+            # All histories keep the second last item from training, whether or not they validate.
+            held_back = np.full(len(sessions), 2 if validate else 1)
+            return split_last_items(sessions, rows, steps, train_without=held_back)
+        if self.has_val:
+            sampled = sample(parts[1], self.max_val_sessions, self.seed, steps)
+            return Splits(joined(parts[:2]), sessions, sampled, parts[2])
+        val_ms, test_ms = self._dates()
+        return split_by_time(
+            sessions,
+            by_start,
+            steps,
+            test_days=_days(self.test_days),
+            val_days=val_days,
+            max_val_sessions=self.max_val_sessions,
+            seed=self.seed,
+            latest=latest,
+            cut_late_events=True,
+            test=parts[1] if self.has_test else None,
+            val_from=val_ms,
+            test_from=test_ms,
         )
-    return val_ms, test_ms
+
+    def options(self) -> dict[str, Any]:
+        """Return what dataset.json records of the split."""
+        has_test_days = not (self.leave_one_out or self.has_test or self.test_from)
+        return {
+            "split": (
+                "leave-one-out" if self.leave_one_out else "given" if self.has_test else "time"
+            ),
+            "val_days": None if self.has_val or self.val_from else _days(self.val_days),
+            "test_days": _days(self.test_days) if has_test_days else None,
+            "val_from": self.val_from,
+            "test_from": self.test_from,
+            "max_val_sessions": self.max_val_sessions,
+            "seed": self.seed,
+        }
+
+    def _dates(self) -> tuple[int | None, int | None]:
+        return _date("--val-from", self.val_from), _date("--test-from", self.test_from)
+
+
+def _days(given: float | None) -> float:
+    return DEFAULT_DAYS if given is None else given
 
 
 def _date(option: str, text: str | None) -> int | None:
@@ -350,15 +390,6 @@ def duration(text: str) -> int:
             "session has ended, such as 30m"
         )
     return round(milliseconds)
-
-
-def _leave_one_out(
-    sessions: Sessions, steps: Steps, validate: bool, max_val: int, seed: int
-) -> Splits:
-    rows = sample_rows(len(sessions), max_val if validate else 0, seed)
-    # All histories keep the second last item from training, whether or not they validate.
-    held_back = np.full(len(sessions), 2 if validate else 1)
-    return split_last_items(sessions, rows, steps, train_without=held_back)
 
 
 class _TableReader:
