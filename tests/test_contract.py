@@ -102,7 +102,7 @@ def test_every_sampler_and_sampling_style(tmp_path, sampler, style, logq):
 @pytest.mark.parametrize("loss", sorted({*LOSSES} - {"gbce"}))
 @pytest.mark.parametrize("model", MODELS)
 def test_top_k_of_a_separate_table_with_a_bias(tmp_path, model, loss):
-    """And gradients of the rows touched."""
+    """Only the touched rows of the table have gradients."""
     settings = {"model": model, "loss": loss, **OF_MODEL.get(model, {})}
     settings["max_epochs"] = 16 if model == "bert4rec" else 7
     found = found_share(
@@ -126,7 +126,7 @@ def test_markov(tmp_path):
 @pytest.mark.parametrize("name", ["popularity", "mixed"])
 @pytest.mark.parametrize("rejecting", ["reject_uniform_session_items", "reject_in_batch_items"])
 def test_what_makes_no_sense_is_refused(name, rejecting):
-    """With a sentence that names what to change."""
+    """The message names the setting to change."""
     with pytest.raises(InputError, match=f"negative_sampler={name}"):
         make_config(
             loss="gbce", negative_sampler=name, num_batch_negatives=0, topk_sampling=False,
@@ -168,5 +168,5 @@ def test_settings_without_effect_are_refused(model, setting):
 
 
 def test_overfitted_batches_are_learned_by_heart(tmp_path):
-    """The same sessions are trained on and validated with."""
+    """Training and validation use the same sessions."""
     assert found_share(tmp_path, overfit_batches=2, max_epochs=60) >= 0.95

@@ -1,7 +1,7 @@
-"""What only a CUDA device can show: half precision, gradient scaling, replayed graphs, the Triton
-path of ranks, and the optimizers there against those of the CPU.
+"""Behaviour on CUDA devices: half precision, gradient scaling, replayed graphs, the Triton path of
+ranks, and the optimizers compared with those of the CPU.
 
-`python -m benchmarks.cuda` runs these, too, on a machine without the other packages of the tests.
+`python -m benchmarks.cuda` runs these tests too, on a machine without the other test packages.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def test_every_precision_learns_what_comes_next(dtype: torch.dtype, optimizer: s
 def test_replayed_steps_are_the_steps(
     caplog: pytest.LogCaptureFixture, dtype: torch.dtype, changes: dict[str, Any]
 ) -> None:
-    """The same losses, with dropout: the random numbers of a replay are those of its seed."""
+    """Losses are equal with dropout: the random numbers of a replay are those of its seed."""
     config = settings(dropout_rate=0.1, **changes)
     with caplog.at_level(logging.WARNING, "tron"):
         model, _, losses, replayed = run(config, dtype, graphs=True, steps=60)
@@ -138,7 +138,7 @@ def test_replayed_steps_are_the_steps(
 
 
 def test_replays_draw_other_numbers_for_another_seed_and_the_same_for_the_same() -> None:
-    """By a step that is nothing but its random numbers."""
+    """The recorded step returns nothing but its random numbers."""
     drawn = GraphedSteps(
         lambda batch: torch.rand(9, device=CUDA).sum() + torch.randint(9, (50,), device=CUDA).sum(),
         CUDA,
@@ -181,7 +181,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_as_usual(
 def test_a_gru_has_the_precision_that_was_asked_for(
     dtype: torch.dtype, session_parallel: bool
 ) -> None:
-    """In bf16 its states are those of float32, within the rounding of TF32."""
+    """States in bf16 are those of float32, within the rounding of TF32."""
     config = settings(model="gru4rec", session_parallel=session_parallel, train_batch_size=8)
     torch.manual_seed(0)
     model = build_model(config, ITEMS).to(CUDA).eval()

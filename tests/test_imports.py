@@ -275,7 +275,7 @@ def test_the_root_is_a_map() -> None:
 
 
 def test_no_test_imports_another() -> None:
-    """What several share lives in tests/helpers; one file runs the tests for CUDA on stand-ins."""
+    """Shared code lives in tests/helpers; one file runs the tests for CUDA on stand-ins."""
     tests = Path(__file__).parent
     names = {file.stem for file in tests.rglob("test_*.py")} | {"conftest"}
     for file in set(tests.rglob("*.py")) - {tests / "test_cuda_stand_ins.py"}:

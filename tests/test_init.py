@@ -1,4 +1,4 @@
-"""What importing `tron_cli` asks of the libraries that are loaded after it."""
+"""Environment that importing `tron_cli` sets for libraries that are loaded after it."""
 
 import os
 import re
@@ -11,7 +11,7 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def spins(*words: str, **settings: str) -> str:
-    """What the OpenMP library that torch loads says it was told, in a process of its own."""
+    """Return the spin count that torch's OpenMP library reports, in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if name not in WAITING}
     done = subprocess.run(
         [sys.executable, *words],

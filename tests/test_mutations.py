@@ -298,7 +298,7 @@ def run(kind: Kind, folder: Path, out: Path, command: Run) -> tuple[int, str, st
 def complaint_about(
     kind: Kind, damaged: bytes, code: int, out: str, err: str, expected: str
 ) -> str | None:
-    """What a person would hold against this answer to a damaged file; None if nothing."""
+    """Return the fault of an answer to a damaged file; None if it has none."""
     if code not in (0, 2):
         return f"exit code {code}: {err[-300:]}"
     if "Traceback" in err or "panicked" in err:

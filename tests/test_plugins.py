@@ -1,4 +1,4 @@
-"""Models, losses and samplers that a person brings along, and what is refused."""
+"""Models, losses and samplers from outside the package, and what is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TABLES = ("MODELS", "BASELINES", "LOSSES", "CATALOGUE_LOSSES", "SAMPLERS")
 
 @pytest.fixture(autouse=True)
 def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Forget afterwards what was brought along."""
+    """Remove what a test registered."""
     monkeypatch.chdir(tmp_path)
     tables = [*(getattr(registry, name) for name in TABLES), *registry.REGISTERED.values()]
     before = [dict(table) for table in tables]
@@ -61,7 +61,7 @@ def make(**changes: Any) -> ExperimentConfig:
 
 
 def tron(folder: Path, *commands: list[str]) -> tuple[list[int], str, str]:
-    """Exit codes, stdout and stderr of commands in one fresh process."""
+    """Return exit codes, stdout and stderr of commands in one fresh process."""
     script = (
         "import json, sys\nfrom tron_cli.cli import _run\n"
         "codes = [_run(words, False) for words in json.loads(sys.argv[1])]\n"
@@ -77,7 +77,7 @@ def tron(folder: Path, *commands: list[str]) -> tuple[list[int], str, str]:
 
 @pytest.fixture
 def shop(tmp_path: Path, write: Callable[..., Path]) -> Path:
-    """A folder with data, a config, and the page's newcomers in a file of the reader's own."""
+    """Make a folder with data, a config, and the code of docs/extending.md in a file."""
     random = np.random.default_rng(1)
     rows = {name: random_sessions(random, 30, 12) for name in ("train", "val", "test")}
     write_dataset(tmp_path / "datasets", **rows, num_items=12)
@@ -207,7 +207,7 @@ def test_a_loss_over_the_catalogue_is_known_by_its_parameters(write: Callable[..
 def test_installed_packages_bring_names(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Which checkpoints may hold, since what is installed was chosen by a person."""
+    """Checkpoints may name installed code, since a person chose to install it."""
     write("def theirs(count_I): ...", "their_package.py")
     info = tmp_path / "their_package-1.dist-info"
     info.mkdir()

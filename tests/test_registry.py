@@ -1,4 +1,4 @@
-"""What a registered class or function gets of a configuration."""
+"""Settings that a registered class or function receives from a configuration."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_every_entry_asks_for_settings_only(table):
 
 @pytest.mark.parametrize("key", ["model", "loss", "negative_sampler"])
 def test_an_entry_owns_what_it_asks_for_of_what_only_some_have(key):
-    """What is not owned where it is needed would be refused; what is owned elsewhere, ignored."""
+    """A setting that an entry needs but does not own would be refused; others would be ignored."""
     entries = registry.REGISTERED[key]
     only_some_have = {name for entry in entries.values() for name in entry.owns}
     for name, entry in entries.items():

@@ -98,7 +98,7 @@ def check_same(model: nn.Module, found_ND: torch.Tensor, expected_ND: torch.Tens
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """In float64 and evaluation mode, with no bias left at zero and no scale at one."""
+    """Return a model in float64 and evaluation mode, with no bias at zero and no scale at one."""
     model = model.double().eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -46,11 +46,11 @@ class Tape(TorchDispatchMode):
 
     @staticmethod
     def _is_new(operation: Any) -> bool:
-        """Whether results are neither views nor written in place."""
+        """Return True if results are neither views nor written in place."""
         return all(result.alias_info is None for result in operation._schema.returns)
 
     def undo(self) -> None:
-        """As recording on a device does nothing yet."""
+        """Undo the effects of a recorded step, as recording on a device has none."""
         for whole, before in self._before.values():
             whole.copy_(before)
 

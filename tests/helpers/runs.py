@@ -39,7 +39,7 @@ def resume(data_dir: Path, run_dir: Path, *overrides: str) -> Path:
 
 
 def same_values(a: Any, b: Any) -> bool:
-    """Whether two trees of plain data and tensors are equal, bit for bit."""
+    """Return True if two trees of plain data and tensors are equal, bit for bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -58,7 +58,7 @@ def logged(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def check_same_run(found: Path, expected: Path, *, same_log: bool = True) -> None:
-    """The same files with the same weights, optimizer state, progress and figures."""
+    """Check that two runs have equal files, weights, optimizer state, progress and figures."""
     names = {path.name for path in expected.iterdir()}
     assert {path.name for path in found.iterdir()} == names
     checkpoints = sorted(name for name in names if name.endswith(".pt"))
@@ -108,7 +108,7 @@ def die_in_step(
 
 
 def start_or_resume(config: Path, data_dir: Path, run_dir: Path) -> None:
-    """What a person does: resume where there is something to resume, else start again."""
+    """Resume a run if there is something to resume, else start it."""
     if (run_dir / "last.pt").exists():
         resume(data_dir, run_dir)
     else:
