@@ -68,7 +68,7 @@ def with_strangers(splits: dict[str, Rows], rng: np.random.Generator) -> dict[st
 def evaluated(
     checkpoint: Checkpoint, dataset: Dataset, folder: Path, **options: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The report without what names the dataset, and the files."""
+    """Return the report without the dataset's name, and the files."""
     folder.mkdir(exist_ok=True)
     files = {name: folder / f"{name}.csv" for name in ("run", "qrels", "per_event")}
     report = assess(checkpoint, dataset, EvaluationOptions(**files, **options), CPU)

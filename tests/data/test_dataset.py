@@ -1,4 +1,4 @@
-"""Prepared datasets on disk: opening costs nothing, and what is not whole is not there."""
+"""Prepared datasets on disk: opening reads nothing, and an incomplete dataset is absent."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_original_ids_come_back(ids: np.ndarray, tmp_path: Path) -> None:
 
 
 def broken_off(path: Path, *, force: bool = False) -> None:
-    """Preparation that Ctrl-C ends after some arrays are written."""
+    """Write a dataset until Ctrl-C ends it after some arrays."""
     with DatasetWriter(path, force=force) as writer:
         writer.write_items(np.arange(3))
         writer.write_split("train", [pack_sessions([[2, 3]])])
@@ -209,7 +209,7 @@ def test_an_id_with_a_line_feed_is_refused_since_it_would_shift_all_later_ones(
 
 
 def start(script: str, *words: object, says: str = "") -> subprocess.Popen[str]:
-    """A Python process that has come to print `says`."""
+    """Start a Python process and wait until it prints `says`."""
     process = subprocess.Popen(
         [sys.executable, "-c", script, *map(str, words)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

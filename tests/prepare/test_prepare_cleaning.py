@@ -1,4 +1,4 @@
-"""What is cleaned out of a table is what brute force finds, and is counted; repeats are named."""
+"""Cleaning drops what brute force finds, and counts it; repeats are named."""
 
 from __future__ import annotations
 

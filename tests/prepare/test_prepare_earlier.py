@@ -38,7 +38,7 @@ Event = tuple[int, int, int]  # session, item, time
 
 @pytest.fixture
 def log(rng: np.random.Generator) -> list[Event]:
-    """Of 400 sessions in 20 days, on the items 0..39: the earlier catalogue has ten of them."""
+    """Draw 400 sessions in 20 days on items 0..39, of which the earlier catalogue has ten."""
     return [
         (session, int(rng.integers(40)), START + session * DAY // 20 + n * 1000)
         for session in range(400)

@@ -1,4 +1,4 @@
-"""The ids that sessions and users have in the source come back from the dataset, row by row."""
+"""Original ids of sessions and users, read back from the dataset row by row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A person's own table: every format, time and id the same result, and a split that is honest."""
+"""A user's own table: the same result from every format, and an honest split."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def write_quoted(path: Path, rows: list[Row]) -> None:
 
 
 def write_named(path: Path, rows: list[Row]) -> None:
-    """Fields with separators, quotes and line breaks in a column that nobody asked for."""
+    """Write fields with separators, quotes and line breaks in a column that is not read."""
     frame = as_frame(rows).with_columns(name=pl.lit('a "b",\nc'))
     frame.select("user", "name", "item", "time", "kind").write_csv(path)
 
@@ -925,7 +925,7 @@ def test_columns_of_json_are_found_as_those_of_csv(tmp_path: Path) -> None:
 
 
 def test_keys_of_json_that_the_first_lines_lack(tmp_path: Path) -> None:
-    """Whoever logs no item leaves the key out."""
+    """Events without an item may lack its key."""
     file = tmp_path / "a.jsonl"
     page = json.dumps({"user": 1, "time": START, "kind": "page"}) + "\n"
     few([1, 2, 3]).with_columns(kind=pl.lit("view")).write_ndjson(file)

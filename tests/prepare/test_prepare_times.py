@@ -1,4 +1,4 @@
-"""Times in every spelling that people's logs have."""
+"""Times in the usual notations of logs."""
 
 from __future__ import annotations
 
