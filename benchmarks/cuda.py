@@ -88,21 +88,21 @@ class Steps:
     ) -> None:
         from tron_cli.models.base import build_model
         from tron_cli.sampling.negatives import Distribution
-        from tron_cli.training import loop as train
         from tron_cli.training.feed import WholeSessions
         from tron_cli.training.graphs import CUDARecorder, GraphedSteps
         from tron_cli.training.optim import build_optimizer
+        from tron_cli.training.step import seed_generators, training_step
 
-        self._config, self._seed = config, train._seed
+        self._config, self._seed = config, seed_generators
         self._feed = WholeSessions(config, sessions, padded=True)
         self.device = device
-        train._seed(config.seed, step=0)
+        seed_generators(config.seed, step=0)
         self.model = build_model(config, num_items).to(device).train()
         self.optimizer = build_optimizer(config.optimizer, self.model.parameters(), config.lr)
         dtype = {"bf16": torch.bfloat16, "float32": torch.float32}[config.precision]
         scaler = torch.amp.GradScaler(device.type, enabled=False)
         self.take_step = GraphedSteps(
-            lambda batch: train.training_step(
+            lambda batch: training_step(
                 self.model, self.optimizer, scaler, batch, config, Distribution(num_items), dtype
             ),
             device,

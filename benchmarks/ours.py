@@ -13,8 +13,8 @@ from tron_cli.data.batches import training_batch
 from tron_cli.data.dataset import Sessions
 from tron_cli.models.base import build_model
 from tron_cli.sampling.negatives import Distribution
-from tron_cli.training.loop import training_loss
 from tron_cli.training.optim import build_optimizer
+from tron_cli.training.step import training_loss
 
 
 def training_step(

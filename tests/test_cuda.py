@@ -28,8 +28,8 @@ from tron_cli.sampling.negatives import Distribution
 from tron_cli.training import loop as training
 from tron_cli.training.feed import build_feed
 from tron_cli.training.graphs import CUDARecorder, GraphedSteps
-from tron_cli.training.loop import training_step
 from tron_cli.training.optim import Optimizer, build_optimizer
+from tron_cli.training.step import seed_generators, training_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -75,9 +75,8 @@ def run(
     losses = torch.zeros(steps, device=CUDA)
     with ThreadPoolExecutor(1) as thread:
         for step, batch in enumerate(prepared_ahead(prepare, range(steps), thread)):
-            training._seed(config.seed, step=step + 1)
-            optimizer.param_groups[0]["lr"] = config.lr / (1 + step % 3)
-            optimizer.load_lr()
+            seed_generators(config.seed, step=step + 1)
+            optimizer.set_rate(config.lr / (1 + step % 3))
             losses[step] = take_step(batch)
     return model, optimizer, losses.cpu(), take_step
 
@@ -277,7 +276,7 @@ def test_optimizers_step_as_on_the_cpu(name: str) -> None:
             )
             gradient = gradient.to(one.device)
             one.grad = gradient.to_dense() if name == "adam" else gradient
-            optimizer.param_groups[0]["lr"] = 0.01 / (1 + step % 2)
+            optimizer.set_rate(0.01 / (1 + step % 2))
             optimizer.step()
     for optimizer in optimizers:
         optimizer.catch_up_all()  # they differ in which rows they wake before that

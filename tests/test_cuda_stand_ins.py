@@ -15,7 +15,7 @@ import torch
 from helpers.recorders import CPU, TapeRecorder
 
 from tron_cli.data.batches import Batch
-from tron_cli.training import loop as training
+from tron_cli.training import step as training_steps
 from tron_cli.training.optim import Optimizer, build_optimizer
 
 (CHANGES,) = (
@@ -55,7 +55,8 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch, gpu_branches: None) -> None:
     monkeypatch.setattr(test_cuda, "CUDA", CPU)
     monkeypatch.setattr(test_cuda, "CUDARecorder", lambda device: TapeRecorder())
     monkeypatch.setattr(test_cuda, "build_optimizer", build_for_cuda)
-    monkeypatch.setattr(training, "sampled_logits", rounded_otherwise(training.sampled_logits))
+    sampled_logits = rounded_otherwise(training_steps.sampled_logits)
+    monkeypatch.setattr(training_steps, "sampled_logits", sampled_logits)
 
 
 @pytest.mark.parametrize("changes", CHANGES.args[1], ids=CHANGES.kwargs["ids"])

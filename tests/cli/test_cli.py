@@ -261,7 +261,7 @@ def test_the_traceback_of_a_failed_training_is_in_the_log_of_the_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tron_cli.training.loop.training_loss", raising(error))
+    monkeypatch.setattr("tron_cli.training.step.training_loss", raising(error))
     code, out, err = command("train", *shop, "--name", "a")
     assert (code, out) == (1, "")
     last = err.strip().splitlines()[-1]
@@ -376,7 +376,7 @@ def test_a_run_folder_is_never_reused(shop: list[str], command: Command) -> None
 SAME_SECOND = """
 import os, sys, time
 from pathlib import Path
-import tron_cli.training.loop as module
+import tron_cli.training.start as module
 from tron_cli.cli import main
 splits, meeting = module.training_splits, Path(os.environ["MEETING"])
 def wait(*arguments):

@@ -91,9 +91,10 @@ def die_in_step(
     step: int, config: Path, data_dir: Path, run_dir: Path, log_every: int = 20
 ) -> None:
     """Train or resume, and be killed in the middle of a step."""
-    import tron_cli.training.loop as module
+    import tron_cli.training.loop as loop
+    import tron_cli.training.step as module
 
-    module._LOG_EVERY = log_every
+    loop._LOG_EVERY = log_every
     original, calls = module.training_loss, 0
 
     def watched(*arguments: Any, **options: Any) -> torch.Tensor:
@@ -117,7 +118,7 @@ def start_or_resume(config: Path, data_dir: Path, run_dir: Path) -> None:
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
-    import tron_cli.training.loop as module
+    import tron_cli.training.step as module
 
     original, calls = module.training_loss, 0
 

@@ -18,7 +18,7 @@ from tron_cli.losses import sampled as losses
 from tron_cli.models.base import build_model
 from tron_cli.sampling import logits
 from tron_cli.sampling.negatives import Negatives, sample_negatives
-from tron_cli.training import loop as training
+from tron_cli.training import start, step
 
 LOSSES = {
     "bce": losses.bce,
@@ -238,15 +238,15 @@ def test_the_loss_of_a_step_is_the_mean_of_the_formula(name, style, final_activa
     with torch.no_grad():
         model.item_table.mul_(4.0)  # scores on both sides of zero, and far from it
     batch = training_batch(sessions, np.arange(5), config.sequence_length)
-    distribution = training._distribution(config, sessions, num_items, torch.device("cpu"))
+    distribution = start._distribution(config, sessions, num_items, torch.device("cpu"))
     drawn = []
 
     def note(*arguments, **options):
         drawn.append(sample_negatives(*arguments, **options))
         return drawn[0]
 
-    with mock.patch.object(training, "sample_negatives", note):
-        loss = training.training_loss(model, batch, config, distribution)
+    with mock.patch.object(step, "sample_negatives", note):
+        loss = step.training_loss(model, batch, config, distribution)
     (negatives,) = drawn
     hidden_ND, table_VD = model(batch).detach(), model.item_table.detach()
     total = 0.0

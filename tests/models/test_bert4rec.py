@@ -39,7 +39,8 @@ from tron_cli.evaluation.predict import predict
 from tron_cli.models.base import build_model
 from tron_cli.models.bert4rec import BERT4Rec
 from tron_cli.sampling.negatives import Distribution, Negatives, sample_negatives
-from tron_cli.training.loop import InterruptedRunError, training_loss
+from tron_cli.training.loop import InterruptedRunError
+from tron_cli.training.step import training_loss
 
 ITEMS, LENGTH = 40, 5
 MASK = ITEMS + 1

@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence
 
-import tron_cli.training.loop as module
+import tron_cli.training.step as module
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.batches import Batch, pack, training_batch

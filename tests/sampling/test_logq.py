@@ -25,7 +25,7 @@ from tron_cli.models.base import build_model
 from tron_cli.sampling.logits import sampled_logits
 from tron_cli.sampling.negatives import Negatives, sample_negatives
 from tron_cli.training.feed import build_feed, expected_in_batch
-from tron_cli.training.loop import _distribution
+from tron_cli.training.start import _distribution
 
 CPU = torch.device("cpu")
 STYLES = ("eventwise", "sessionwise", "batchwise")

@@ -24,8 +24,8 @@ from tron_cli.data.batches import Batch, training_batch
 from tron_cli.models.base import build_model
 from tron_cli.sampling.lookup import look_up, look_up_inputs
 from tron_cli.sampling.negatives import Distribution, Negatives
-from tron_cli.training.loop import training_loss
 from tron_cli.training.optim import build_optimizer, clip_gradients
+from tron_cli.training.step import training_loss
 
 OPTIMIZERS = ("row_adam", "adam", "adagrad")
 STYLES = ("eventwise", "sessionwise", "batchwise")

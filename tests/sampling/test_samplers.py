@@ -22,7 +22,7 @@ from tron_cli.data.batches import Batch, training_batch
 from tron_cli.registry import SAMPLERS
 from tron_cli.sampling import samplers
 from tron_cli.sampling.negatives import Distribution, Negatives, sample_negatives
-from tron_cli.training.loop import _distribution
+from tron_cli.training.start import _distribution
 
 CPU = torch.device("cpu")
 STYLES = ("eventwise", "sessionwise", "batchwise")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from helpers.datasets import tiny_settings, write_dataset
 
 from tron_cli import cli
+from tron_cli.cli.device import chosen_device
 from tron_cli.config import ExperimentConfig
 from tron_cli.errors import InputError, RunError
 from tron_cli.evaluation.predict import _float32_arithmetic
-from tron_cli.training import loop as training
+from tron_cli.training import start
 from tron_cli.training.fit import fit
 
 CPU = torch.device("cpu")
@@ -47,11 +49,11 @@ def test_bf16_is_chosen_where_the_hardware_has_it(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     device = torch.device("cuda", 1)
-    assert training._training_dtype("auto", device) is expected
+    assert start._training_dtype("auto", device) is expected
     assert asked == [device]
-    assert training._training_dtype("bf16", device) is torch.bfloat16
-    assert training._training_dtype("float32", device) is torch.float32
-    assert training._training_dtype("auto", CPU) is torch.float32
+    assert start._training_dtype("bf16", device) is torch.bfloat16
+    assert start._training_dtype("float32", device) is torch.float32
+    assert start._training_dtype("auto", CPU) is torch.float32
 
 
 # --- --device -------------------------------------------------------------------------------------
@@ -75,13 +77,13 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.device]]
 def test_the_device_that_is_named_becomes_the_current_one(two_cards: list[Any]) -> None:
     """Before anything is put on it: graphs, streams and Triton's kernels use the current one."""
     device = torch.device("cuda", 1)
-    assert cli._device("cuda:1") == device
+    assert chosen_device("cuda:1") == device
     assert two_cards == [("set", device), ("zeros", device)]
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cpu"])
 def test_without_a_number_the_current_device_stays(two_cards: list[Any], name: str) -> None:
-    assert cli._device(name).index is None
+    assert chosen_device(name).index is None
     assert [what for what, _ in two_cards] == ["zeros"]
 
 
@@ -89,7 +91,7 @@ def test_without_a_number_the_current_device_stays(two_cards: list[Any], name: s
 def test_a_device_that_does_not_exist_is_refused(two_cards: list[Any], name: str) -> None:
     """torch.device has eight bits for the number: it takes cuda:256 for cuda:0."""
     with pytest.raises(InputError) as error:
-        cli._device(name)
+        chosen_device(name)
     assert str(error.value) == f"--device {name} does not exist here; there is cuda:0, cuda:1"
     assert two_cards == []
 
@@ -111,7 +113,8 @@ def test_every_command_that_computes_chooses_its_device_there(
     checkpoint = fit(
         ExperimentConfig(**tiny_settings(model="popular")), dataset, tmp_path / "run"
     )  # fmt: skip
-    monkeypatch.setattr(cli, "_device", choose)
+    module = {"train": "tron_cli.cli.device"}.get(command, f"tron_cli.cli.{command}")
+    monkeypatch.setattr(sys.modules[module], "chosen_device", choose)
     words = {
         "train": ["--config", "config_synthetic", "dataset_name=tiny"],
         "evaluate": [str(checkpoint)],

@@ -32,11 +32,12 @@ from tron_cli.data.dataset import Sessions
 from tron_cli.models.base import Model, build_model
 from tron_cli.ops import rank_kernel
 from tron_cli.sampling.negatives import Distribution, Negatives, sample_negatives
-from tron_cli.training import loop as training
+from tron_cli.training import start
+from tron_cli.training import step as training_steps
 from tron_cli.training.feed import build_feed
 from tron_cli.training.graphs import CUDARecorder, GraphedSteps
-from tron_cli.training.loop import training_step
 from tron_cli.training.optim import Optimizer, build_optimizer
+from tron_cli.training.step import training_step
 
 ITEMS = 300
 
@@ -52,7 +53,7 @@ def some_sessions(count: int = 40, seed: int = 3, **lengths: int) -> Sessions:
 def draw(batch: Batch, config: ExperimentConfig, num_items: int = ITEMS) -> Negatives:
     return sample_negatives(
         batch,
-        training._distribution(config, some_sessions(), num_items, CPU),
+        start._distribution(config, some_sessions(), num_items, CPU),
         num_uniform=config.num_uniform_negatives,
         num_batch=config.num_batch_negatives,
         sampling_style=config.sampling_style,
@@ -184,7 +185,7 @@ def test_a_padded_step_is_the_step(
     padded[1].leaves_out_rows = False
     sessions = some_sessions()
     given: list[Negatives] = []
-    monkeypatch.setattr(training, "sample_negatives", lambda *a, **k: given.pop())
+    monkeypatch.setattr(training_steps, "sample_negatives", lambda *a, **k: given.pop())
     for step in range(3):
         chosen = np.arange(step, step + 8)
         batch = training_batch(sessions, chosen, config.sequence_length)
@@ -302,7 +303,7 @@ def test_no_shape_of_a_step_depends_on_data(gpu_branches: None, changes: dict[st
     model, optimizer = build(config)
     assert model.fixed_shapes
     optimizer.leaves_out_rows = False
-    distribution = training._distribution(config, some_sessions(), ITEMS, CPU)
+    distribution = start._distribution(config, some_sessions(), ITEMS, CPU)
     batch = build_feed(config, some_sessions(), model, padded=True).batch(0)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         as_fake = {tensor: fake.from_tensor(tensor) for tensor in batch._tensors()}
@@ -555,7 +556,7 @@ def test_a_failing_step_is_no_failing_recording() -> None:
 
 
 def test_what_is_recorded_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "CUDARecorder", lambda device: "a recorder")
+    monkeypatch.setattr(start, "CUDARecorder", lambda device: "a recorder")
     cuda = torch.device("cuda")
 
     def recorder(
@@ -564,7 +565,7 @@ def test_what_is_recorded_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> No
         records: bool = True,
         **changes: Any,
     ) -> Any:
-        return training._recorder(settings(**changes), device, dtype, records=records)
+        return start._recorder(settings(**changes), device, dtype, records=records)
 
     assert recorder() == recorder(dtype=torch.float32) == "a recorder"
     assert recorder(cuda_graphs=False) is None

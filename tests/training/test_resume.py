@@ -37,9 +37,10 @@ from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError, RunError
 from tron_cli.evaluation.evaluate import EvaluationOptions, assess
 from tron_cli.models.base import build_model
-from tron_cli.training.loop import InterruptedRunError, train, training_splits
+from tron_cli.training.loop import InterruptedRunError, train
 from tron_cli.training.optim import build_optimizer
 from tron_cli.training.run import Progress, RunFolder
+from tron_cli.training.start import training_splits
 
 CPU = torch.device("cpu")
 
@@ -228,7 +229,7 @@ def test_a_run_goes_on_with_another_precision_and_its_scaler(
     begins_scaled: bool, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """precision=auto is float32 on one machine and fp16, which needs a scaler, on another."""
-    import tron_cli.training.loop as module
+    import tron_cli.training.start as module
 
     config = write_config(tmp_path, max_epochs=1, lr_schedule="constant")
 
@@ -272,7 +273,7 @@ def test_a_resumed_run_lets_go_of_the_file_that_it_read(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mapped file keeps its room on the disk, also when last.pt has long been replaced."""
-    import tron_cli.training.loop as module
+    import tron_cli.training.step as module
 
     start(write_config(tmp_path, max_epochs=1), data_dir, tmp_path / "runs", "a")
     mapped = []

@@ -5,9 +5,12 @@ Python loops, keeps the top-k with gradients through it and applies the formulas
 takes the negatives that were drawn, so that only arithmetic is compared.
 """
 
+import ast
+import inspect
 import itertools
 import json
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +29,9 @@ from tron_cli.errors import InputError, RunError
 from tron_cli.evaluation.predict import predict
 from tron_cli.ops import products
 from tron_cli.sampling.negatives import Distribution
-from tron_cli.training.loop import train, training_loss
+from tron_cli.training.loop import train
 from tron_cli.training.optim import build_optimizer, learning_rate
+from tron_cli.training.step import training_loss
 
 
 def check_step(config: ExperimentConfig, *, num_items: int, lengths: list[int]):
@@ -377,7 +381,7 @@ def test_overfit_batches_trains_and_validates_on_the_first_sessions(
         validated.append([int(sessions[session][0]) for session in range(len(sessions))])
         return predict(model, sessions, **options)
 
-    monkeypatch.setattr("tron_cli.training.loop.predict", record)
+    monkeypatch.setattr("tron_cli.training.validation.predict", record)
     train_numbered(tmp_path, sessions=23, train_batch_size=3, max_epochs=2, overfit_batches=2)
     assert len(seen_sessions) == 4
     assert {item for step in seen_sessions for item in step} == {1, 2, 3, 4, 5, 6}
@@ -396,7 +400,7 @@ def test_limit_val_batches_is_a_share_or_a_number_of_batches(
         validated.append(len(chosen))
         return predict(model, chosen, **options)
 
-    monkeypatch.setattr("tron_cli.training.loop.predict", record)
+    monkeypatch.setattr("tron_cli.training.validation.predict", record)
     train_numbered(tmp_path, sessions=5, train_batch_size=5, max_epochs=1, limit_val_batches=limit)
     assert validated == [sessions]
 
@@ -435,12 +439,21 @@ def test_clipping_bounds_the_step(tmp_path):
     assert norms[0.0] > 0.01
 
 
-def test_patience_ends_training(tmp_path, seen_sessions):
+def test_patience_ends_training(tmp_path):
     """A val_metric that cannot grow: two epochs after the first, the best one, are enough."""
-    train_numbered(
+    best = train_numbered(
         tmp_path, sessions=3, max_epochs=50, lr=1e-12, early_stopping_patience=2, dropout_rate=0.0
     )
-    assert len(seen_sessions) == 3
+    assert load_checkpoint(best).step == 1
+    assert load_checkpoint(best.with_name(LAST)).step == 3
+
+
+def test_the_loop_is_one_flat_loop_that_fits_a_screen():
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(train))).body
+    loops = [node for node in ast.walk(function) if isinstance(node, ast.For | ast.While)]
+    assert len(loops) == 1
+    code = function.body[1:]  # without its docstring
+    assert code[-1].end_lineno - code[0].lineno < 60
 
 
 def test_the_loop_warms_up_and_decays_as_configured(tmp_path, monkeypatch):

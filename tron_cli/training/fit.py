@@ -6,7 +6,6 @@ resuming.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -20,9 +19,9 @@ from tron_cli.checkpoint import (
 )
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.dataset import Dataset
-from tron_cli.evaluation.metrics import parse_measures
-from tron_cli.training.loop import training_splits, validate
 from tron_cli.training.run import RunFiles
+from tron_cli.training.start import training_splits
+from tron_cli.training.validation import validate, with_measures
 
 log = logging.getLogger("tron")
 
@@ -34,9 +33,7 @@ def fit(config: ExperimentConfig, dataset: Dataset, run_dir: Path) -> Path:
     InputError where they do not, or where the baseline cannot hold the catalogue.
     """
     sessions, validation = training_splits(config, dataset)
-    val_metric = str(parse_measures(config.val_metric)[0])
-    measures = parse_measures((*config.metrics, val_metric))
-    config = dataclasses.replace(config, val_metric=val_metric)
+    config, measures = with_measures(config)
     item_ids = encode_item_ids(dataset.item_ids)
     baseline = build_baseline(config, dataset.num_items)
     run = RunFiles(run_dir, config)

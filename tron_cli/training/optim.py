@@ -51,6 +51,11 @@ class Optimizer:
         self._loaded_lr = lr
         self.leaves_out_rows = device.type == "cpu"
 
+    def set_rate(self, lr: float) -> None:
+        """Set the learning rate of the next step, also where a recorded step finds it."""
+        self.param_groups[0]["lr"] = lr
+        self.load_lr()
+
     def load_lr(self) -> None:
         """Put the rate of the next step on the device: what a recorded `step` has to find there."""
         if self.param_groups[0]["lr"] != self._loaded_lr:

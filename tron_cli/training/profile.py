@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from tron_cli.errors import InputError
 from tron_cli.files import written_aside
 from tron_cli.report import format_table
 
@@ -94,7 +95,7 @@ class Profile:
 
 
 class StepProfiler:
-    """Profiles `steps` steps, after WARM_UP others.
+    """Profiles `steps` steps, after WARM_UP others; with 0 steps it does nothing.
 
         with profiler.running(device, run_dir):
             ...                 # a step, its stretches in `phase`
@@ -106,16 +107,23 @@ class StepProfiler:
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.result: Profile | None = None
-        self._steps_left = self.steps_needed
+        self._steps_left = WARM_UP + steps
 
-    @property
-    def steps_needed(self) -> int:
-        return WARM_UP + self.steps
+    def check_steps(self, steps_left: int) -> None:
+        """Raise InputError where a run has too few steps left to profile."""
+        if self.steps and steps_left < WARM_UP + self.steps:
+            raise InputError(
+                f"profiling takes {WARM_UP + self.steps:,} steps, warm-up included, and this run "
+                f"has {steps_left:,} to go; profile fewer, or raise max_epochs"
+            )
 
     @contextmanager
     def running(self, device: torch.device, run_dir: Path) -> Iterator[None]:
         """Profile the steps on `device` meanwhile; the trace becomes run_dir / TRACE."""
         global _profiled_device
+        if not self.steps:
+            yield
+            return
 
         def keep(profiler: profile) -> None:
             if self._steps_left:
@@ -141,6 +149,9 @@ class StepProfiler:
             _profiled_device = None
 
     def step(self) -> None:
+        """End a step."""
+        if not self.steps:
+            return
         self._steps_left -= 1
         self._profiler.step()
 

@@ -7,7 +7,7 @@
         METHOD-DATASET-step=...-R@20=....pt   the best weights by val_metric
         last.pt           the latest weights and all that resuming needs
 
-Each file but the logs is written aside and renamed. While a run goes on, its folder holds a lock.
+Each file but the logs is written atomically. During a run its folder holds a lock.
 """
 
 from __future__ import annotations
@@ -16,24 +16,28 @@ import dataclasses
 import json
 import logging
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from tron_cli.checkpoint import LAST, checkpoint_name, dataset_identity, save_checkpoint
 from tron_cli.config import ExperimentConfig
+from tron_cli.data.batches import Batch
 from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import locked, written_aside
 from tron_cli.models.base import Model
 from tron_cli.training.optim import Optimizer
+from tron_cli.training.profile import phase
 
 LOG = "train.log"
 LOCK = ".lock"
-# What a run leaves that never saved its weights: its folder may be used again.
+# Files of a run that never saved its weights: its folder may be used again.
 _UNSAVED = {"config.json", "metrics.jsonl", "trace.json", LOG, LOCK}
 
 log = logging.getLogger("tron")
@@ -43,9 +47,10 @@ log = logging.getLogger("tron")
 def claimed(run_dir: Path, *, resume: bool = False, numbered: bool = False) -> Iterator[Path]:
     """Make the folder of a run, and keep other processes out of it during the block.
 
-    resume: it is there already. numbered: where it is, take RUN_DIR-2, RUN_DIR-3, ... instead.
-    Folders that the block leaves empty are removed again. Raises InputError where the folder holds
-    a run (resume: where it holds none), another process writes to it, or it cannot be made.
+    resume: the folder is there already. numbered: where it is, take RUN_DIR-2, RUN_DIR-3, ...
+    instead. Folders that the block leaves empty are removed again. Raises InputError where the
+    folder holds a run (resume: where it holds none), another process writes to it, or it cannot be
+    made.
     """
     if resume and not (run_dir / LAST).is_file():
         raise InputError(
@@ -61,7 +66,7 @@ def claimed(run_dir: Path, *, resume: bool = False, numbered: bool = False) -> I
         with locked(run_dir / LOCK, busy):
             held = sorted({entry.name for entry in run_dir.iterdir()} - _UNSAVED)
             if held and not resume:
-                cure = f", or go on with its run: --resume {run_dir}" if LAST in held else ""
+                cure = f", or resume its run: --resume {run_dir}" if LAST in held else ""
                 raise InputError(
                     f"{run_dir} is in use (it holds {held[0]}); choose another --name{cure}"
                 )
@@ -73,7 +78,7 @@ def claimed(run_dir: Path, *, resume: bool = False, numbered: bool = False) -> I
 
 
 def _made(run_dir: Path, numbered: bool) -> tuple[Path, bool]:
-    """The folder to use, and whether it is new: only one process can have made it."""
+    """Return the folder to use, and whether it is new: only one process can have made it."""
     path, number = run_dir, 1
     try:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +99,7 @@ def _made(run_dir: Path, numbered: bool) -> tuple[Path, bool]:
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands; saved in last.pt."""
+    """How far a run is; saved in last.pt."""
 
     step: int = 0
     best_file: str = ""
@@ -118,7 +123,7 @@ class RunFiles:
 
     @contextmanager
     def logged(self) -> Iterator[None]:
-        """Copy what is said into the run's train.log meanwhile."""
+        """Copy log output into the run's train.log during the block."""
         handler = logging.FileHandler(self.run_dir / LOG, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
@@ -134,7 +139,7 @@ class RunFiles:
 
 
 class RunFolder(RunFiles):
-    """The files of a training, written aside and renamed, and what they hold of it meanwhile."""
+    """The files of a training, written atomically, and what they are written from."""
 
     def __init__(
         self,
@@ -155,7 +160,28 @@ class RunFolder(RunFiles):
         self.progress = progress
         self.identity = dataset_identity(dataset)
         self.item_ids = item_ids
+        self._saved_at = time.monotonic()
         self._drop_later_metrics()
+
+    def is_out_of_patience(self) -> bool:
+        """Return whether early_stopping_patience epochs have gained nothing; if so, log it."""
+        patience, epochs = self.config.early_stopping_patience, self.progress.epochs_without_gain
+        if patience == 0 or epochs < patience:
+            return False
+        log.info("no better %s for %s epochs: stopped", self.config.val_metric, epochs)
+        return True
+
+    def is_save_due(self, logs: bool) -> bool:
+        """Return whether save_every or save_minutes asks for last.pt after this step.
+
+        The clock is looked at only where a line is logged anyway, so that the log does not depend
+        on it.
+        """
+        config = self.config
+        minutes = (time.monotonic() - self._saved_at) / 60
+        if logs and 0 < config.save_minutes <= minutes:
+            return True
+        return config.save_every > 0 and self.progress.step % config.save_every == 0
 
     def finish_epoch(self, epoch: int, values: dict[str, float]) -> None:
         """Keep the weights if they are the best so far; without validation the last are."""
@@ -193,9 +219,24 @@ class RunFolder(RunFiles):
             "progress": dataclasses.asdict(self.progress),
         }
         self._save(self.run_dir / LAST, epoch, {}, training)
+        self._saved_at = time.monotonic()
+
+    def best(self) -> Path:
+        """Return the best checkpoint of the finished run. Raises RunError where it is gone."""
+        self.drop_leftovers()
+        best = self.run_dir / self.progress.best_file
+        if not best.is_file():
+            raise RunError(
+                f"the best checkpoint of this run was {best}, which is gone; {self.run_dir / LAST} "
+                "has the latest weights"
+            )
+        if self.progress.best_value == -math.inf:
+            log.info("validation is empty: nothing was selected, the last weights are kept")
+        log.info("best checkpoint: %s", best)
+        return best
 
     def diverged(self, what: str) -> RunError:
-        """Return the error to raise where `what` shows that training cannot go on."""
+        """Return the error to raise where `what` shows that training has diverged."""
         return RunError(
             f"{what} at step {self.progress.step:,}: training has diverged; try a lower lr (now "
             f"{self.config.lr:g}), clip_norm=1, or precision=float32"
@@ -204,20 +245,21 @@ class RunFolder(RunFiles):
     def _save(
         self, path: Path, epoch: int, metrics: dict[str, float], training: dict[str, Any]
     ) -> None:
-        # The loss was finite before the last step, and need not be after it.
-        if not all(map(_is_finite, self.model.parameters())):
-            raise self.diverged("the weights are not finite")
-        save_checkpoint(
-            path,
-            config=self.config,
-            model=self.model,
-            step=self.progress.step,
-            epoch=epoch,
-            metrics=metrics,
-            dataset=self.identity,
-            item_ids=self.item_ids,
-            training=training,
-        )
+        with phase("save"):
+            # The loss was finite before the last step, and need not be after it.
+            if not all(map(_is_finite, self.model.parameters())):
+                raise self.diverged("the weights are not finite")
+            save_checkpoint(
+                path,
+                config=self.config,
+                model=self.model,
+                step=self.progress.step,
+                epoch=epoch,
+                metrics=metrics,
+                dataset=self.identity,
+                item_ids=self.item_ids,
+                training=training,
+            )
 
     def _drop_later_metrics(self) -> None:
         """Drop metrics that are newer than the last save, and lines that cannot be read."""
@@ -242,6 +284,64 @@ class RunFolder(RunFiles):
                     file.write(line)
 
 
+class StepLog:
+    """Loss and speed of the steps since the last line of metrics.jsonl, and the epoch's bar."""
+
+    def __init__(self, run: RunFolder, steps_per_epoch: int) -> None:
+        self._run = run
+        self._steps_per_epoch = steps_per_epoch
+        self._bar: tqdm | None = None
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._loss_sum: torch.Tensor | float = 0.0
+        self._steps = self._events = 0
+        self._clock = time.perf_counter()
+
+    def begin(self, step: int) -> None:
+        """Show a new bar where this step, counted from 0, is the first of its epoch here."""
+        if self._bar is None:
+            epoch, done = divmod(step, self._steps_per_epoch)
+            self._bar = tqdm(
+                total=self._steps_per_epoch,
+                initial=done,
+                desc=f"epoch {epoch + 1}/{self._run.config.max_epochs}",
+                unit=" steps",
+                disable=None,
+            )
+            self._start_anew()
+
+    def add(self, loss: torch.Tensor, batch: Batch) -> None:
+        """Count a step; reading its loss is left to `write`, since that waits for the device."""
+        assert self._bar is not None
+        self._bar.update()
+        self._loss_sum = self._loss_sum + loss
+        self._steps += 1
+        self._events += int(batch.lengths_B.sum())
+
+    def write(self, epoch: int, rate: float) -> None:
+        """Write the means of these steps; rate: the learning rate of the last. Raises RunError
+        where the loss is not finite."""
+        assert self._bar is not None
+        mean_loss = float(self._loss_sum) / self._steps
+        if not math.isfinite(mean_loss):
+            raise self._run.diverged(f"the loss is {mean_loss}")
+        speed = self._events / (time.perf_counter() - self._clock)
+        self._bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed:,.0f} events/s")
+        step = self._run.progress.step
+        self._run.write_metrics(
+            step=step,
+            epoch=epoch,
+            loss=mean_loss,
+            lr=rate,
+            events_per_second=round(speed),
+        )
+        self._start_anew()
+        if step % self._steps_per_epoch == 0:
+            self._bar.close()
+            self._bar = None
+
+
 def _step_of(line: bytes) -> int | None:
     """Return the step that a line of metrics.jsonl is about; None where the line is damaged."""
     try:
@@ -252,5 +352,5 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _is_finite(weights: torch.Tensor) -> bool:
-    """Look without a copy: the extremes of a tensor with NaN are NaN."""
+    """Look without making a copy: the extremes of a tensor with NaN are NaN."""
     return all(bool(extreme.isfinite()) for extreme in weights.aminmax())

@@ -1,0 +1,256 @@
+"""The start of a training: everything that the loop needs before its first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tron_cli.checkpoint import LAST, encode_item_ids, load_checkpoint
+from tron_cli.config import ExperimentConfig
+from tron_cli.data.batches import Batch
+from tron_cli.data.dataset import Dataset, Sessions
+from tron_cli.errors import InputError
+from tron_cli.models.base import Model, build_model
+from tron_cli.registry import CATALOGUE_LOSSES, SAMPLERS, load, settings_of
+from tron_cli.sampling.negatives import Distribution
+from tron_cli.training.feed import build_feed, expected_in_batch
+from tron_cli.training.graphs import CUDARecorder, GraphedSteps
+from tron_cli.training.optim import Optimizer, build_optimizer, faster_adam, learning_rate
+from tron_cli.training.profile import StepProfiler
+from tron_cli.training.run import Progress, RunFolder
+from tron_cli.training.step import seed_generators, training_step
+from tron_cli.training.validation import with_measures
+
+log = logging.getLogger("tron")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A training that is ready for its next step.
+
+    config: the settings, resolved. run: the folder, the model, the optimizer and the progress.
+    prepare: makes the batch of a step, on the CPU. take_step: takes a step on a batch, and returns
+    its loss.
+    """
+
+    config: ExperimentConfig
+    run: RunFolder
+    validation: Sessions
+    measures: list[Any]
+    prepare: Callable[[int], Batch]
+    take_step: Callable[[Batch], torch.Tensor]
+    steps_per_epoch: int
+    total_steps: int
+
+
+def start_training(
+    config: ExperimentConfig,
+    dataset: Dataset,
+    run_dir: Path,
+    device: torch.device,
+    resume: bool,
+    profiler: StepProfiler,
+) -> Training:
+    """Build a model, or load the one that was saved in run_dir, and what its training needs.
+
+    Raises InputError, before it writes anything, where config and dataset do not fit.
+    """
+    sessions, validation = training_splits(config, dataset)
+    item_ids = encode_item_ids(dataset.item_ids)
+    config, measures = with_measures(config)
+    dtype = _training_dtype(config.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    max_epochs_before, is_auto = config.max_epochs, config.optimizer == "auto"
+    if resume:
+        model, optimizer, progress, max_epochs_before = _saved(run_dir / LAST, device, scaler)
+    else:
+        chosen = _optimizer(config, sessions, dataset.num_items)
+        config = dataclasses.replace(config, optimizer=chosen)
+        seed_generators(config.seed, step=0)
+        model = build_model(config, dataset.num_items).to(device)
+        optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
+        progress = Progress()
+    on_gpu = device.type == "cuda"
+    feed = build_feed(config, sessions, model, padded=on_gpu and model.fixed_shapes)
+    steps_per_epoch = min(feed.steps_per_pass, config.max_batches_per_epoch or feed.steps_per_pass)
+    total_steps = config.max_epochs * steps_per_epoch
+    profiler.check_steps(total_steps - progress.step)
+    distribution = _distribution(config, sessions, dataset.num_items, device)
+    run = RunFolder(run_dir, config, dataset, item_ids, model, optimizer, scaler, progress)
+
+    def prepare(step: int) -> Batch:
+        batch = feed.batch(step)
+        return batch.in_one_piece(pinned=True) if on_gpu else batch
+
+    records = model.fixed_shapes and not profiler.steps
+    take_step = GraphedSteps(
+        lambda batch: training_step(model, optimizer, scaler, batch, config, distribution, dtype),
+        device,
+        batch_size=config.train_batch_size,
+        recorder=_recorder(config, device, dtype, records=records),
+    )
+    model.train()
+    with run.logged():
+        log.info(
+            "%s on %s: %s sessions, %s items, %s parameters, %s steps per epoch, %s in %s",
+            config.method, dataset.name, f"{len(sessions):,}", f"{dataset.num_items:,}",
+            f"{sum(weights.numel() for weights in model.parameters()):,}", f"{steps_per_epoch:,}",
+            device, str(dtype).removeprefix("torch."),
+        )  # fmt: skip
+        if is_auto:
+            log.info(
+                "optimizer=auto: %s, which is faster for a table of %s items with these settings",
+                config.optimizer, f"{dataset.num_items:,}",
+            )  # fmt: skip
+        _warn_of_a_jump(config, progress.step, steps_per_epoch, max_epochs_before)
+    return Training(
+        config, run, validation, measures, prepare, take_step, steps_per_epoch, total_steps
+    )
+
+
+def training_splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Sessions, Sessions]:
+    """Return training and validation sessions, cut to overfit_batches and limit_val_batches.
+
+    Raises InputError where the training split is empty or holds sessions of fewer than two events.
+    """
+    sessions, validation = dataset.checked_split("train"), dataset.checked_split("val")
+    if not len(sessions):
+        raise InputError(f"the training split of {dataset.path} is empty; prepare more data")
+    short = int((sessions.lengths < 2).sum())
+    if short:
+        raise InputError(
+            f"the training split of {dataset.path} holds {short:,} sessions of fewer than two "
+            "events, which have nothing to predict; prepare the dataset again"
+        )
+    if config.overfit_batches:
+        sessions = validation = _first(sessions, config.overfit_batches * config.train_batch_size)
+    limit = config.limit_val_batches
+    whole = len(validation) if limit <= 1 else config.train_batch_size
+    return sessions, _spread(validation, math.ceil(min(limit * whole, len(validation))))
+
+
+def _first(sessions: Sessions, count: int) -> Sessions:
+    return Sessions(sessions.items, sessions.offsets[: count + 1])
+
+
+def _spread(sessions: Sessions, count: int) -> Sessions:
+    """Return at most `count` sessions, evenly spaced: the first of a split are the earliest."""
+    if count >= len(sessions):
+        return sessions
+    rows = (2 * np.arange(count) + 1) * len(sessions) // (2 * count)
+    items = [sessions[row] for row in rows.tolist()]
+    return Sessions(np.concatenate(items), np.concatenate([[0], np.cumsum([*map(len, items)])]))
+
+
+def scheduled_rate(config: ExperimentConfig, step: int, total_steps: int) -> float:
+    """Return the learning rate of a step, counted from 0."""
+    return learning_rate(
+        step,
+        lr=config.lr,
+        schedule=config.lr_schedule,
+        warmup_steps=config.warmup_steps,
+        total_steps=total_steps,
+    )
+
+
+def _warn_of_a_jump(
+    config: ExperimentConfig, step: int, steps_per_epoch: int, max_epochs_before: int
+) -> None:
+    """Warn where another max_epochs changes the learning rate of a resumed run."""
+    if config.lr_schedule == "constant" or config.max_epochs == max_epochs_before:
+        return
+    before, now = (
+        scheduled_rate(config, step, epochs * steps_per_epoch)
+        for epochs in (max_epochs_before, config.max_epochs)
+    )
+    log.warning(
+        "lr_schedule=%s now ends with max_epochs=%s (before: %s): the learning rate goes on at "
+        "%.3g, not at %.3g; a run that begins with max_epochs=%s has no such jump",
+        config.lr_schedule, config.max_epochs, max_epochs_before, now, before, config.max_epochs,
+    )  # fmt: skip
+
+
+def _saved(
+    file: Path, device: torch.device, scaler: torch.amp.GradScaler
+) -> tuple[Model, Optimizer, Progress, int]:
+    """Load the training state, and its max_epochs; the scaler's state goes to `scaler`.
+
+    Raises InputError where the file holds none, or that of another version of tron.
+    """
+    checkpoint = load_checkpoint(file)
+    model, optimizer = checkpoint.build_training(device)
+    if checkpoint.training["scaler"]:  # empty where the precision before needed none
+        scaler.load_state_dict(checkpoint.training["scaler"])
+    try:
+        progress = Progress(**checkpoint.training["progress"])
+    except TypeError as error:
+        raise InputError(f"{file} was written by another version of tron: {error}") from error
+    return model, optimizer, progress, checkpoint.config.max_epochs
+
+
+def _optimizer(config: ExperimentConfig, sessions: Sessions, num_items: int) -> str:
+    """Resolve the configuration's optimizer: the same for the same data, on any machine.
+
+    Losses over the whole catalogue have a gradient for every row of the table.
+    """
+    if config.optimizer != "auto":
+        return config.optimizer
+    if config.loss in CATALOGUE_LOSSES:
+        return "adam"
+    rows = min(config.train_batch_size, len(sessions))
+    inputs = np.minimum(sessions.lengths - 1, config.sequence_length).mean()
+    events = rows if config.session_parallel else rows * inputs
+    sets = {"batchwise": 1, "sessionwise": rows, "eventwise": events}[config.sampling_style]
+    looked_up = events + rows + config.num_uniform_negatives * sets
+    return faster_adam(num_items, looked_up, topk=config.topk_sampling)
+
+
+def _distribution(
+    config: ExperimentConfig, sessions: Sessions, num_items: int, device: torch.device
+) -> Distribution:
+    """Return the distribution of the configuration's negatives.
+
+    Raises InputError where the sampler gives weights that nothing can be drawn by.
+    """
+    if config.negative_sampler == "uniform" and not config.logq_correction:
+        return Distribution(num_items)
+    count_I = np.bincount(sessions.items, minlength=num_items + 1)[1:].astype(np.float64)
+    entry = SAMPLERS[config.negative_sampler]
+    expected_of = None
+    if config.logq_correction:
+        expected_of = (config.num_uniform_negatives, expected_in_batch(config, sessions, num_items))
+    weight_I = np.asarray(load(entry)(count_I, **settings_of(entry, config)), dtype=np.float64)
+    # No comparison holds for NaN.
+    if weight_I.shape != (num_items,) or not (weight_I.min() >= 0 and 0 < weight_I.sum() < np.inf):
+        raise InputError(
+            f"negative_sampler={config.negative_sampler} must give a weight for each of the "
+            f"{num_items:,} items, finite and at least 0, and not all 0; correct it"
+        )
+    return Distribution.of(weight_I, expected_of=expected_of, device=device)
+
+
+def _training_dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        # Earlier cards emulate bf16, which torch.cuda.is_bf16_supported() counts as support.
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    if precision == "fp16" and device.type != "cuda":
+        raise InputError("precision=fp16 needs CUDA; use float32 or bf16 on the CPU")
+    return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _recorder(
+    config: ExperimentConfig, device: torch.device, dtype: torch.dtype, *, records: bool
+) -> CUDARecorder | None:
+    """Return what records steps; None where a step waits for the device, as with a scaler."""
+    records = records and config.cuda_graphs and device.type == "cuda" and dtype != torch.float16
+    return CUDARecorder(device) if records else None

@@ -1,0 +1,44 @@
+"""Validation: the figures by which the best checkpoint of a run is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tron_cli.baselines.base import Baseline
+from tron_cli.config import ExperimentConfig
+from tron_cli.data.dataset import Dataset, Sessions
+from tron_cli.evaluation.metrics import parse_measures, score
+from tron_cli.evaluation.predict import predict
+from tron_cli.models.base import Model
+from tron_cli.training.profile import phase
+
+
+def with_measures(config: ExperimentConfig) -> tuple[ExperimentConfig, list[Any]]:
+    """Return the measures to validate by, and the config with its val_metric named as they are."""
+    val_metric = str(parse_measures(config.val_metric)[0])
+    measures = parse_measures((*config.metrics, val_metric))
+    return dataclasses.replace(config, val_metric=val_metric), measures
+
+
+def validate(
+    model: Model | Baseline,
+    sessions: Sessions,
+    dataset: Dataset,
+    config: ExperimentConfig,
+    measures: list[Any],
+) -> dict[str, float]:
+    """Return the figures of validation sessions as serving would have them; empty without any."""
+    if not len(sessions):
+        return {}
+    with phase("validation"):
+        found = predict(
+            model,
+            sessions,
+            protocol=dataset.protocol,
+            filter_rated=config.filter_rated,
+            batch_size=config.eval_batch_size,
+            progress="validation",
+        )
+        figures = score(found.rank_E, found.session_E, measures)
+    return {name: figure.value for name, figure in figures.items()}
