@@ -655,6 +655,32 @@ def test_every_option_of_evaluate_arrives(
     assert seen.pop()[2] == EvaluationOptions(filter_rated=False)
 
 
+def test_every_option_of_compare_arrives(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def compare_models(*words: Any, **named: Any) -> dict[str, Any]:
+        seen.append((*words, named))
+        return {}
+
+    monkeypatch.setattr("tron_cli.checkpoint.load_checkpoint", lambda path: path)
+    monkeypatch.setattr("tron_cli.data.dataset.Dataset.open", lambda path: path)
+    monkeypatch.setattr("tron_cli.evaluation.compare.compare", compare_models)
+    code, out, _ = command(
+        "compare", "a.pt", "b.pt", "--dataset", "shop", "--split", "val",
+        "--protocol", "every-step", "--metrics", "R@3", "--no-filter-rated", "--full-sessions",
+        "--limit-sessions", 7, "--sample-sessions", 3, "--seed", 4, "--drop-unknown",
+        "--reference", 2, "--cutoff", 5, "--data-dir", "d", "--device", "cpu", "--json",
+    )  # fmt: skip
+    assert (code, out) == (0, "{}\n")
+    options = EvaluationOptions(
+        split="val", protocol="every-step", metrics="R@3", filter_rated=False, full_sessions=True,
+        limit_sessions=7, sample_sessions=3, seed=4, drop_unknown=True,
+    )  # fmt: skip
+    named = {"reference": 1, "cutoff": 5}
+    paths = [Path("a.pt"), Path("b.pt")]
+    assert seen == [(paths, Path("d/shop"), options, torch.device("cpu"), named)]
+
+
 def test_every_option_of_train_arrives(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -17,6 +20,7 @@ from tron_cli.cli.prepare import app
 from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
 from tron_cli.evaluation.reference import reference_figures
+from tron_cli.prepare.sources.table import TableColumns
 from tron_cli.prepare.summary import agrees, summary_text
 
 DAY = 86_400_000
@@ -178,6 +182,78 @@ def test_every_option_reaches_its_source(
     given = [WORDS[option] for option in options]
     assert prepare(source, *words, "--data-dir=d", "--name=n", *given).exit_code == 0
     assert calls == [(places, options)]
+
+
+COLUMNS = {
+    "item": "i", "time": "t", "session": "s", "user": "u", "event": "e", "time_unit": "us",
+    "session_gap": "2h", "keep_events": ("view", "click"), "null_tokens": ("-", "none"),
+}  # fmt: skip
+TABLE_OPTIONS = {
+    **SAMPLED, "max_bad_share": 0.25, "val_days": 3.5, "test_days": 4.0, "val_from": "2026-01-01",
+    "test_from": "2026-01-02", "min_session_length": 3, "max_session_length": 70,
+    "min_item_count": 6, "drop_duplicates": True, "collapse_repeats": True,
+}  # fmt: skip
+
+
+def option(name: str, value: Any) -> str:
+    if value is True:
+        return f"--{name.replace('_', '-')}"
+    return f"--{name.replace('_', '-')}={','.join(value) if isinstance(value, tuple) else value}"
+
+
+def test_every_option_of_table_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[list[Any], dict[str, Any]]] = []
+    monkeypatch.setattr(
+        "tron_cli.prepare.sources.table.prepare_table",
+        lambda *places, **options: calls.append((list(places), options)),
+    )
+    monkeypatch.setattr("tron_cli.cli.prepare._report", lambda dataset, as_json: None)
+    named = {"item", "time", "session", "user", "event"}
+    words = [option(f"{key}_col" if key in named else key, COLUMNS[key]) for key in COLUMNS]
+    words += [option(key, value) for key, value in TABLE_OPTIONS.items()]
+    places = ["--data-dir=d", "--name=n", "--split=leave-one-out"]
+    split = ["--train=a", "--train=b", "--val=v", "--test=w"]
+    assert prepare("table", *places, *split, *words).exit_code == 0
+    inputs = [Path("a"), Path("b")]
+    expected = {"leave_one_out": True, "val": [Path("v")], "test": [Path("w")], **TABLE_OPTIONS}
+    assert calls == [([inputs, TableColumns(**COLUMNS), Path("d"), "n"], expected)]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("otto", []),
+        ("yoochoose", []),
+        ("diginetica", []),
+        ("ml1m", []),
+        ("sequences", ["--train=a", "--test=b", "--name=n"]),
+        ("table", ["--item-col=i", "--time-col=t", "--input=a", "--name=n"]),
+        ("synthetic", []),
+    ],
+)
+def test_the_defaults_of_a_command_are_those_of_its_function(
+    monkeypatch: pytest.MonkeyPatch, source: str, words: list[str]
+) -> None:
+    module = importlib.import_module(f"tron_cli.prepare.sources.{source}")
+    function = getattr(module, f"prepare_{source}")
+    signature = inspect.signature(function)
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+    if isinstance(function, functools.partial):  # the log has the defaults that are None
+        (log,) = function.args
+        defaults |= {"name": log.source, "val_days": log.val_days}
+    calls: list[inspect.BoundArguments] = []
+    monkeypatch.setattr(
+        module,
+        f"prepare_{source}",
+        lambda *places, **named: calls.append(signature.bind(*places, **named)),
+    )
+    monkeypatch.setattr("tron_cli.cli.prepare._report", lambda dataset, as_json: None)
+    assert prepare(source, *words).exit_code == 0
+    given = calls[0].arguments
+    assert given.get("columns") in (None, TableColumns(item="i", time="t"))
+    for name, value in given.items():
+        default = defaults[name]
+        assert default in (inspect.Parameter.empty, value) or (value, default) == ([], ()), name
 
 
 @pytest.mark.parametrize("source", ["otto", "yoochoose", "diginetica", "synthetic"])

@@ -14,7 +14,6 @@ import pytest
 from helpers.books import assert_balanced
 from helpers.tables import Row, Session, shop, unpack, write_csv
 
-from tron_cli.cli.prepare import table
 from tron_cli.data.dataset import SPLITS, Dataset
 from tron_cli.errors import InputError
 from tron_cli.prepare.sources.table import TableColumns, prepare_table
@@ -370,11 +369,14 @@ def test_given_splits_that_make_no_sense(
 
 
 @pytest.mark.parametrize(
-    "words", [{}, {"train": ["a"]}, {"test": ["a"]}, {"inputs": ["a"], "test": ["b"]}]
+    "words", [[], ["--train=a"], ["--test=a"], ["--input=a", "--test=b"]], ids=" ".join
 )
-def test_the_command_takes_input_or_train_and_test(words: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="expected --input, or --train and --test"):
-        table(item_col="i", time_col="t", name="n", **words)
+def test_the_command_takes_input_or_train_and_test(
+    words: list[str], command: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = command("prepare", "table", "--item-col=i", "--time-col=t", "--name=n", *words)
+    assert (code, out) == (2, "")
+    assert "expected --input, or --train and --test" in err
 
 
 # Session ids of a user's own ------------------------------------------------------------------

@@ -1,19 +1,22 @@
-"""`tron prepare SOURCE`: one command per source; polars and numpy load only when one runs."""
+"""`tron prepare SOURCE`: one command per source; polars and NumPy load only when one runs."""
 
 from __future__ import annotations
 
+import importlib
 import json
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from tron_cli.cli.options import DATASETS, DataDir, with_groups
+from tron_cli.errors import InputError
 
 if TYPE_CHECKING:
     from tron_cli.data.dataset import Dataset
 
 app = typer.Typer(
-    name="prepare",
     help="Turn raw data into a prepared dataset: filters, splits, memory-mapped arrays.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -22,340 +25,266 @@ app = typer.Typer(
 Raw = Annotated[
     Path | None,
     typer.Option(
-        help="The archive, its unpacked folder or the file (also .gz, .zst); else downloaded."
+        help="The archive, its unpacked folder or the file in it (also .gz, .zst); default: "
+        "download it."
     ),
 ]
 Name = Annotated[str, typer.Option(help="Name of the dataset.")]
-DataDir = Annotated[Path, typer.Option(help="Folder of the prepared datasets.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a dataset of that name.")]
-ValDays = Annotated[
-    float, typer.Option(min=0, help="Days of training that validate; 0 leaves validation empty.")
-]
-MaxValSessions = Annotated[
-    int, typer.Option(min=1, help="Validation is a sample of at most so many sessions.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the validation sample.")]
-SkipBadLines = Annotated[
-    bool, typer.Option("--skip-bad-lines", help="Skip and count lines that cannot be read.")
-]
-MaxBadShare = Annotated[
-    float | None,
-    typer.Option(min=0, max=1, help="Fail where a larger share of all lines is skipped as bad."),
-]
-Catalogue = Annotated[
-    str | None,
-    typer.Option(
-        metavar="CKPT|DATASET",
-        help="Keep the items of an earlier checkpoint or dataset and their numbers; events on "
-        "others are dropped and counted.",
-    ),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print dataset.json instead of the tables.")]
-
-DATASETS = Path("datasets")
-MAX_VAL_SESSIONS = 100_000
-SEED = 42
+Tables = list[Path] | None
 
 
-class TableSplit(str, Enum):
-    """Ways to split a table."""
+@dataclass(frozen=True)
+class ReadingOptions:
+    """Options of every source that reads files."""
 
-    time = "time"
-    leave_one_out = "leave-one-out"
-
-
-class TimeUnit(str, Enum):
-    """The unit of numeric times."""
-
-    auto = "auto"
-    s = "s"
-    ms = "ms"
-    us = "us"
-    ns = "ns"
-
-
-@app.command()
-def otto(
-    raw: Raw = None,
-    name: Name = "otto",
-    force: Force = False,
-    data_dir: DataDir = DATASETS,
-    val_days: ValDays = 2,
-    max_val_sessions: MaxValSessions = MAX_VAL_SESSIONS,
-    seed: Seed = SEED,
-    skip_bad_lines: SkipBadLines = False,
-    catalogue: Catalogue = None,
-    as_json: AsJson = False,
-) -> None:
-    """OTTO's clicks (Kaggle: otto/recsys-dataset)."""
-    from tron_cli.prepare.sources.otto import prepare_otto
-
-    dataset = prepare_otto(
-        raw,
-        data_dir,
-        name,
-        force=force,
-        val_days=val_days,
-        max_val_sessions=max_val_sessions,
-        seed=seed,
-        skip_bad_lines=skip_bad_lines,
-        catalogue=catalogue,
-    )
-    _report(dataset, as_json)
+    force: Force = False
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Skip and count lines that cannot be read.")
+    ] = False
+    catalogue: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CKPT|DATASET",
+            help="Keep the items of an earlier checkpoint or dataset and their numbers; events on "
+            "other items are dropped and counted.",
+        ),
+    ] = None
 
 
-@app.command()
-def yoochoose(
-    raw: Raw = None,
-    name: Name = "yoochoose",
-    force: Force = False,
-    data_dir: DataDir = DATASETS,
-    val_days: ValDays = 1,
-    max_val_sessions: MaxValSessions = MAX_VAL_SESSIONS,
-    seed: Seed = SEED,
-    skip_bad_lines: SkipBadLines = False,
-    catalogue: Catalogue = None,
-    as_json: AsJson = False,
-) -> None:
-    """Yoochoose clicks (RecSys Challenge 2015)."""
-    from tron_cli.prepare.sources.yoochoose import prepare_yoochoose
+@dataclass(frozen=True)
+class SplitOptions(ReadingOptions):
+    """Options of sources whose validation split is cut from the training data."""
 
-    dataset = prepare_yoochoose(
-        raw,
-        data_dir,
-        name,
-        force=force,
-        val_days=val_days,
-        max_val_sessions=max_val_sessions,
-        seed=seed,
-        skip_bad_lines=skip_bad_lines,
-        catalogue=catalogue,
-    )
-    _report(dataset, as_json)
+    max_val_sessions: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Validate on a random sample of at most N sessions."),
+    ] = 100_000
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the validation sample.")] = 42
+
+
+@dataclass(frozen=True)
+class OwnDataOptions(SplitOptions):
+    """Options of sources that read a user's own files."""
+
+    max_bad_share: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Fail if a larger share of all lines is skipped as bad."),
+    ] = None
+
+
+def _add_click_log(source: str, description: str, default_val_days: float) -> None:
+    """Add the command of a public log of clicks, which is split by time."""
+
+    def prepare(
+        *,
+        raw: Raw = None,
+        name: Name = source,
+        data_dir: DataDir = DATASETS,
+        val_days: Annotated[
+            float,
+            typer.Option(
+                min=0,
+                metavar="N",
+                help="Hold out the last N training days for validation; 0: no validation.",
+            ),
+        ] = default_val_days,
+        options: SplitOptions,
+        as_json: AsJson = False,
+    ) -> None:
+        module = importlib.import_module(f"tron_cli.prepare.sources.{source}")
+        prepare_source = getattr(module, f"prepare_{source}")
+        dataset = prepare_source(raw, data_dir, name, val_days=val_days, **vars(options))
+        _report(dataset, as_json)
+
+    app.command(source, help=description)(with_groups(prepare))
+
+
+_add_click_log("otto", "OTTO's clicks (Kaggle: otto/recsys-dataset).", 2)
+_add_click_log("yoochoose", "Yoochoose clicks (RecSys Challenge 2015).", 1)
+_add_click_log("diginetica", "Diginetica item views (CIKM Cup 2016).", 7)
 
 
 @app.command()
-def diginetica(
-    raw: Raw = None,
-    name: Name = "diginetica",
-    force: Force = False,
-    data_dir: DataDir = DATASETS,
-    val_days: ValDays = 7,
-    max_val_sessions: MaxValSessions = MAX_VAL_SESSIONS,
-    seed: Seed = SEED,
-    skip_bad_lines: SkipBadLines = False,
-    catalogue: Catalogue = None,
-    as_json: AsJson = False,
-) -> None:
-    """Diginetica item views (CIKM Cup 2016)."""
-    from tron_cli.prepare.sources.diginetica import prepare_diginetica
-
-    dataset = prepare_diginetica(
-        raw,
-        data_dir,
-        name,
-        force=force,
-        val_days=val_days,
-        max_val_sessions=max_val_sessions,
-        seed=seed,
-        skip_bad_lines=skip_bad_lines,
-        catalogue=catalogue,
-    )
-    _report(dataset, as_json)
-
-
-@app.command()
+@with_groups
 def ml1m(
+    *,
     raw: Raw = None,
     name: Name = "ml1m",
-    force: Force = False,
     data_dir: DataDir = DATASETS,
-    skip_bad_lines: SkipBadLines = False,
-    catalogue: Catalogue = None,
+    options: ReadingOptions,
     as_json: AsJson = False,
 ) -> None:
     """MovieLens-1M in Kang's version, leave-one-out, with gSASRec's split."""
     from tron_cli.prepare.sources.ml1m import prepare_ml1m
 
-    dataset = prepare_ml1m(
-        raw, data_dir, name, force=force, skip_bad_lines=skip_bad_lines, catalogue=catalogue
-    )
-    _report(dataset, as_json)
+    _report(prepare_ml1m(raw, data_dir, name, **vars(options)), as_json)
 
 
 @app.command()
+@with_groups
 def sequences(
-    train: Annotated[Path, typer.Option(help="Training sessions, one a line, in time order.")],
-    test: Annotated[Path, typer.Option(help="Test sessions, one a line.")],
+    *,
+    train: Annotated[Path, typer.Option(help="Training sessions, one per line, in time order.")],
+    test: Annotated[Path, typer.Option(help="Test sessions, one per line.")],
     name: Name,
     val: Annotated[
         Path | None,
-        typer.Option(help="Validation sessions; else the last 5 % of the training lines."),
+        typer.Option(help="Validation sessions; default: the last 5 % of the training lines."),
     ] = None,
-    force: Force = False,
     data_dir: DataDir = DATASETS,
-    max_val_sessions: MaxValSessions = MAX_VAL_SESSIONS,
-    seed: Seed = SEED,
-    skip_bad_lines: SkipBadLines = False,
-    max_bad_share: MaxBadShare = None,
-    catalogue: Catalogue = None,
+    options: OwnDataOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Text files with one session a line: integer item ids, oldest first."""
+    """Text files with one session per line: integer item ids, oldest first."""
     from tron_cli.prepare.sources.sequences import prepare_sequences
 
-    dataset = prepare_sequences(
-        train,
-        test,
-        data_dir,
-        name,
-        val=val,
-        force=force,
-        max_val_sessions=max_val_sessions,
-        seed=seed,
-        skip_bad_lines=skip_bad_lines,
-        catalogue=catalogue,
-        max_bad_share=max_bad_share,
-    )
+    dataset = prepare_sequences(train, test, data_dir, name, val=val, **vars(options))
     _report(dataset, as_json)
 
 
-@app.command()
-def table(
-    item_col: Annotated[str, typer.Option(help="Column of the item ids.")],
-    time_col: Annotated[str, typer.Option(help="Column of the times.")],
-    name: Name,
-    inputs: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--input",
-            help="CSV, TSV, RecBole's .inter, JSON lines (also .gz, .zst) or Parquet: a file, a "
-            "folder of parts or a quoted pattern; may be given again.",
-        ),
-    ] = None,
-    train: Annotated[
-        list[Path] | None,
-        typer.Option(help="Instead of --input, with --test: tables that are already split."),
-    ] = None,
-    val: Annotated[
-        list[Path] | None,
-        typer.Option(help="The validation table; else the last days of --train validate."),
-    ] = None,
-    test: Annotated[list[Path] | None, typer.Option(help="The test table.")] = None,
+@dataclass(frozen=True)
+class ColumnOptions:
+    """Options of `tron prepare table` that say where columns are and how they are read."""
+
+    item: Annotated[str, typer.Option("--item-col", help="Column of the item ids.")]
+    time: Annotated[str, typer.Option("--time-col", help="Column of the times.")]
     time_unit: Annotated[
-        TimeUnit, typer.Option(help="auto: ISO 8601, or numbers of a guessed unit.")
-    ] = TimeUnit.auto,
-    session_col: Annotated[str | None, typer.Option(help="Column of the session ids.")] = None,
-    user_col: Annotated[
+        Literal["auto", "s", "ms", "us", "ns"],
+        typer.Option(help="Unit of numeric times; auto: ISO 8601, or numbers of a guessed unit."),
+    ] = "auto"
+    session: Annotated[
+        str | None, typer.Option("--session-col", help="Column of the session ids.")
+    ] = None
+    user: Annotated[
         str | None,
         typer.Option(
-            help="Column of the user ids, instead of --session-col; or with it, where session ids "
-            "are a user's own."
+            "--user-col",
+            help="Column of the user ids: instead of --session-col, or with it if session ids are "
+            "unique only for each user.",
         ),
-    ] = None,
+    ] = None
     session_gap: Annotated[
         str | None,
-        typer.Option(help="A user's session ends at a pause longer than this (30m by default)."),
-    ] = None,
-    event_col: Annotated[str | None, typer.Option(help="Column of the kinds of events.")] = None,
+        typer.Option(help="A pause longer than this ends a user's session; default: 30m."),
+    ] = None
+    event: Annotated[str | None, typer.Option("--event-col", help="Column of the event types.")] = (
+        None
+    )
     keep_events: Annotated[
-        str | None, typer.Option(help="The kinds to keep, such as view,click.")
-    ] = None,
+        str | None, typer.Option(help="Event types to keep, such as view,click.")
+    ] = None
     null_tokens: Annotated[
         str | None,
         typer.Option(
-            help='Texts that are no session, user or item id, instead of "NULL,null,None,NA,N/A,'
-            'NaN,nan,\\N"; "" for none. Their lines are bad lines.'
+            help="Texts that are no session, user or item id; default: "
+            '"NULL,null,None,NA,N/A,NaN,nan,\\N"; "" for none. Their lines are bad lines.'
         ),
-    ] = None,
-    split: Annotated[TableSplit, typer.Option(help="How to split.")] = TableSplit.time,
+    ] = None
+
+
+@dataclass(frozen=True)
+class TableOptions(OwnDataOptions):
+    """Options of `tron prepare table` that say how its events are split and filtered."""
+
     val_days: Annotated[
         float | None,
-        typer.Option(min=0, help="Days of training that validate (1 by default); 0: none."),
-    ] = None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Hold out the last N training days for validation (default: 1); 0: no validation.",
+        ),
+    ] = None
     test_days: Annotated[
         float | None,
-        typer.Option(min=0, help="Sessions that start in the last so many days test (default 1)."),
-    ] = None,
+        typer.Option(
+            min=0, metavar="N", help="Test on sessions from the last N days (default: 1)."
+        ),
+    ] = None
     val_from: Annotated[
         str | None,
-        typer.Option(help="Instead of --val-days: sessions that start from this date on validate."),
-    ] = None,
+        typer.Option(
+            help="Instead of --val-days: validate on sessions that start on this date or later."
+        ),
+    ] = None
     test_from: Annotated[
         str | None,
         typer.Option(help="Instead of --test-days: an ISO date or time, UTC without a zone."),
-    ] = None,
+    ] = None
     min_session_length: Annotated[
-        int, typer.Option(min=2, help="Drop sessions of fewer events (leave-one-out: at least 3).")
-    ] = 2,
+        int,
+        typer.Option(min=2, metavar="N", help="Drop shorter sessions (leave-one-out: at least 3)."),
+    ] = 2
+    max_session_length: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Drop longer sessions, such as a crawler's."),
+    ] = None
     min_item_count: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Drop items with fewer events (5 by default; 1 with --train or --catalogue).",
+            metavar="N",
+            help="Drop items with fewer events (default: 5; 1 with --train or --catalogue).",
         ),
-    ] = None,
+    ] = None
     drop_duplicates: Annotated[
         bool,
-        typer.Option(
-            "--drop-duplicates", help="Drop further events of the same session, item and time."
-        ),
-    ] = False,
+        typer.Option("--drop-duplicates", help="Keep one of events of equal session, item, time."),
+    ] = False
     collapse_repeats: Annotated[
         bool,
-        typer.Option("--collapse-repeats", help="Drop events with the item of the event before."),
-    ] = False,
-    max_session_length: Annotated[
-        int | None, typer.Option(min=2, help="Drop sessions of more events, such as a crawler's.")
+        typer.Option("--collapse-repeats", help="Drop events on the item of the event before."),
+    ] = False
+
+
+@app.command()
+@with_groups
+def table(
+    *,
+    inputs: Annotated[
+        Tables,
+        typer.Option(
+            "--input",
+            help="CSV, TSV, RecBole's .inter, JSON lines (also .gz, .zst) or Parquet: a file, a "
+            "folder of parts or a quoted pattern; may be repeated.",
+        ),
     ] = None,
-    force: Force = False,
+    train: Annotated[
+        Tables,
+        typer.Option(help="Instead of --input, with --test: tables that are already split."),
+    ] = None,
+    val: Annotated[
+        Tables, typer.Option(help="The validation table; default: the last days of --train.")
+    ] = None,
+    test: Annotated[Tables, typer.Option(help="The test table.")] = None,
+    name: Name,
     data_dir: DataDir = DATASETS,
-    max_val_sessions: MaxValSessions = MAX_VAL_SESSIONS,
-    seed: Seed = SEED,
-    skip_bad_lines: SkipBadLines = False,
-    max_bad_share: MaxBadShare = None,
-    catalogue: Catalogue = None,
+    columns: ColumnOptions,
+    split: Annotated[
+        Literal["time", "leave-one-out"],
+        typer.Option(help="Test on the latest sessions, or on the last item of each session."),
+    ] = "time",
+    options: TableOptions,
     as_json: AsJson = False,
 ) -> None:
     """Your own data: a table with a row per event."""
-    from tron_cli.errors import InputError
     from tron_cli.prepare.sources.table import NULL_TOKENS, TableColumns, prepare_table
 
     if bool(inputs) == bool(train) or bool(train) != bool(test):
         raise InputError("expected --input, or --train and --test for tables already split")
+    words = {"keep_events": _words(columns.keep_events or ""), "null_tokens": NULL_TOKENS}
+    if columns.null_tokens is not None:
+        words["null_tokens"] = _words(columns.null_tokens)
     dataset = prepare_table(
         inputs or train or [],
-        TableColumns(
-            item=item_col,
-            time=time_col,
-            session=session_col,
-            user=user_col,
-            time_unit=time_unit.value,
-            session_gap=session_gap,
-            event=event_col,
-            keep_events=_words(keep_events or ""),
-            null_tokens=NULL_TOKENS if null_tokens is None else _words(null_tokens),
-        ),
+        TableColumns(**{**vars(columns), **words}),
         data_dir,
         name,
-        leave_one_out=split is TableSplit.leave_one_out,
+        leave_one_out=split == "leave-one-out",
         val=val or [],
         test=test or [],
-        val_days=val_days,
-        test_days=test_days,
-        val_from=val_from,
-        test_from=test_from,
-        min_session_length=min_session_length,
-        min_item_count=min_item_count,
-        max_val_sessions=max_val_sessions,
-        seed=seed,
-        force=force,
-        skip_bad_lines=skip_bad_lines,
-        catalogue=catalogue,
-        max_bad_share=max_bad_share,
-        drop_duplicates=drop_duplicates,
-        collapse_repeats=collapse_repeats,
-        max_session_length=max_session_length,
+        **vars(options),
     )
     _report(dataset, as_json)
 
@@ -365,7 +294,7 @@ def synthetic(
     name: Name = "synthetic",
     force: Force = False,
     data_dir: DataDir = DATASETS,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the generated shop.")] = SEED,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the generated shop.")] = 42,
     as_json: AsJson = False,
 ) -> None:
     """A generated shop whose best possible figures are known."""
