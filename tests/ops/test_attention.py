@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from tron_cli.data.batches import Batch, pack
-from tron_cli.ops.attention import packed_attention
+from tron_cli.ops.attention import attention, packed_attention
 
 LENGTHS = [1, 2, 2, 3, 5, 5, 6, 7, 12, 13]
 
@@ -106,3 +107,27 @@ def test_dropout_drops_or_scales_each_weight(heads):
     dropped = (scale[:, :, 0] == 0).double()
     torch.testing.assert_close(scale, scale[:, :, :1].expand_as(scale), rtol=0, atol=1e-3)
     assert dropped.mean().item() == pytest.approx(0.3, abs=6 * (0.21 / dropped.numel()) ** 0.5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_with_dropout_has_the_mean_of_the_plain_form(causal):
+    """Over many draws; at a rate that rounds to nothing dropped, values and gradients are equal."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = None if causal else torch.randn(2, 1, 1, 5, dtype=torch.float64)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+    exact = attention(q, k, v, 1e-9, causal=causal, bias=bias)
+    torch.testing.assert_close(exact, expected)
+    weights = torch.randn_like(exact)
+    for ours, theirs in zip(
+        torch.autograd.grad((exact * weights).sum(), (q, k, v)),
+        torch.autograd.grad((expected * weights).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+    many = [tensor.detach().expand(4000, *tensor.shape).flatten(0, 1) for tensor in (q, k, v)]
+    if bias is not None:
+        bias = bias.expand(4000, *bias.shape).flatten(0, 1)
+    found = attention(*many, 0.3, causal=causal, bias=bias).view(4000, *q.shape)
+    error = found.std(dim=0) / 4000**0.5
+    assert ((found.mean(dim=0) - expected).abs() < 6 * error + 1e-6).all()
