@@ -25,7 +25,7 @@ import torch
 
 from tron_cli.errors import RunError
 from tron_cli.ops import rank_kernel
-from tron_cli.ops.products import rounded_up, row_products
+from tron_cli.ops.products import row_products
 
 _EVENTS_AT_ONCE = 1 << 12
 _CHUNK_ELEMENTS = 1 << 20  # scores held at once: 4 MB, which fit the cache
@@ -208,7 +208,7 @@ class Catalogue:
         self, events: _Events
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compare by float32 scores, some items at a time; return as `_compare` does."""
-        num_events, hidden_ED = len(events.hidden_ED), rounded_up(events.hidden_ED)
+        num_events, hidden_ED = len(events.hidden_ED), events.hidden_ED
         bound_E = self._float32_bound(events.largest_E)
         above_E1 = (events.score_E + bound_E).float()[:, None]
         below_E1 = (events.score_E - bound_E).float()[:, None]
@@ -219,7 +219,7 @@ class Catalogue:
         ahead_E = torch.zeros_like(events.target_E)
         in_doubt: list[torch.Tensor] = []
         for low in range(1, self.num_items + 1, columns):
-            score_EC = row_products(hidden_ED, self.table[low : low + columns])[:num_events]
+            score_EC = row_products(hidden_ED, self.table[low : low + columns])
             out_EC = is_so_EC[:, : score_EC.shape[1]]
             higher_E = torch.gt(score_EC, above_E1, out=out_EC).sum(dim=1)
             not_lower_E = torch.ge(score_EC, below_E1, out=out_EC).sum(dim=1)

