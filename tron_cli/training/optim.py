@@ -10,9 +10,7 @@ Shapes: V rows of a table, U rows that a step touches, D width.
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -167,7 +165,7 @@ class Adam(Optimizer):
     beta1, beta2, eps = 0.9, 0.999, 1e-8
 
     def _fresh_state(self, weights: nn.Parameter) -> dict[str, torch.Tensor]:
-        return {"mean": _zeros_like(weights), "square": _zeros_like(weights)}
+        return {"mean": torch.zeros_like(weights), "square": torch.zeros_like(weights)}
 
     def _step_dense(
         self,
@@ -332,7 +330,7 @@ class Adagrad(Optimizer):
     eps = 1e-10
 
     def _fresh_state(self, weights: nn.Parameter) -> dict[str, torch.Tensor]:
-        return {"square": _zeros_like(weights)}
+        return {"square": torch.zeros_like(weights)}
 
     def _step_dense(
         self,
@@ -355,18 +353,6 @@ class Adagrad(Optimizer):
         self._write(state["square"], ids_U, square_UD, gradient_UD)
         move_UD = (gradient_UD * -self._lr).div_(square_UD.sqrt_().add_(self.eps))
         self._write(weights_VD, ids_U, weights_VD.index_select(0, ids_U) + move_UD, gradient_UD)
-
-
-def _zeros_like(weights: torch.Tensor) -> torch.Tensor:
-    """On the CPU memory that the system zeroes page by page, when it is first touched."""
-    if weights.device.type != "cpu":
-        return torch.zeros_like(weights)
-    # A private mapping: what is only read, as saving does, takes no memory.
-    memory = mmap.mmap(-1, weights.nbytes, access=mmap.ACCESS_COPY)
-    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux, which may be built without
-        with suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=weights.dtype).view(weights.shape)
 
 
 def _shapes(saved: Any) -> Any:
