@@ -136,7 +136,6 @@ def test_imports_point_one_way() -> None:
                 "prepare",
                 "checkpoint",
                 "registry",
-                "plugins",
             },
         ),
         (

@@ -72,7 +72,7 @@ def test_every_command_has_the_options_it_is_shown_with(command):
         overrides = [
             word
             for word in words
-            if re.match(r"\w+=", word) and ".py:" not in word  # tests/test_plugins.py has these
+            if re.match(r"\w+=", word) and ".py:" not in word  # tested with plugins
         ]
         if name.endswith(".json"):  # a file of the reader's
             parse_overrides(overrides)

@@ -19,12 +19,12 @@ import torch
 from tron_cli.baselines import build_baseline
 from tron_cli.baselines.base import Baseline
 from tron_cli.config import ExperimentConfig, config_from_dict
+from tron_cli.config.plugins import UnnamedCodeError, label
 from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import LAST as LAST  # which was defined here
 from tron_cli.files import best_checkpoint, written_aside
 from tron_cli.models.base import Model, build_model
-from tron_cli.plugins import UnnamedCodeError, label
 from tron_cli.registry import BASELINES, settings_of
 from tron_cli.training.optim import Optimizer, build_optimizer, gradients_are_sparse
 

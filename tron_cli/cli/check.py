@@ -14,7 +14,6 @@ import typer
 
 from tron_cli.cli.options import DATASETS, AsJson, DataDir, Plugins
 from tron_cli.errors import InputError
-from tron_cli.plugins import UnnamedCodeError
 from tron_cli.report import format_table
 
 if TYPE_CHECKING:
@@ -78,6 +77,8 @@ def _dataset(path: Path) -> list[_Part]:
 
 
 def _part(name: str, describe: Callable[[], str]) -> _Part:
+    from tron_cli.config.plugins import UnnamedCodeError  # not needed for `tron --help`
+
     try:
         return _Part(name, describe(), None)
     except UnnamedCodeError:  # nothing is wrong with the file

@@ -16,7 +16,7 @@ CONFIG_HELP = "A Python config, one of otto-de/TRON's JSON files, or the name of
 
 
 def _add_plugins(references: list[str] | None) -> list[str] | None:
-    from tron_cli.plugins import add_plugin
+    from tron_cli.config.plugins import add_plugin
 
     for reference in references or []:
         add_plugin(reference)

@@ -10,10 +10,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from tron_cli.config.plugins import GROUPS, label, registered_name
 from tron_cli.config.setting import Setting, setting, settings_of_class
 from tron_cli.data.dataset import DATASET_NAME
 from tron_cli.errors import InputError
-from tron_cli.plugins import GROUPS, label, registered_name
 from tron_cli.registry import BASELINES, CATALOGUE_LOSSES, MODELS, REGISTERED
 
 

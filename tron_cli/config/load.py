@@ -14,9 +14,9 @@ from typing import Any
 
 from tron_cli.config import tron_json
 from tron_cli.config.experiment import FIELDS, ExperimentConfig
+from tron_cli.config.plugins import check_named
 from tron_cli.config.setting import TOOLS
 from tron_cli.errors import InputError, described, place_of
-from tron_cli.plugins import check_named
 
 CONFIGS_DIR = Path(__file__).parents[1] / "configs"
 

@@ -18,13 +18,13 @@ import pytest
 import torch
 from helpers.datasets import random_sessions, tiny_settings, write_dataset
 
-from tron_cli import plugins, registry
+from tron_cli import registry
 from tron_cli.checkpoint import checkpoint_name
-from tron_cli.config import ExperimentConfig, config_from_dict, load_config
+from tron_cli.config import ExperimentConfig, config_from_dict, load_config, plugins
 from tron_cli.errors import InputError
 from tron_cli.training.loop import train
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 NEWCOMERS = re.findall(r"`tron_cli/[\w/]+\.py`:\n\n```python\n(.*?)^```", PAGE, re.M | re.S)
 TABLES = ("MODELS", "BASELINES", "LOSSES", "CATALOGUE_LOSSES", "SAMPLERS")
