@@ -277,6 +277,8 @@ def test_no_test_imports_another() -> None:
     """Shared code lives in tests/helpers; one file runs the tests for CUDA on stand-ins."""
     tests = Path(__file__).parent
     names = {file.stem for file in tests.rglob("test_*.py")} | {"conftest"}
+    files = [*tests.rglob("test_*.py")]
+    assert len(names) == len(files) + 1, "pytest imports tests by name: two have the same"
     for file in set(tests.rglob("*.py")) - {tests / "test_cuda_stand_ins.py"}:
         assert not {module.split(".")[-1] for module in imported(file)} & names, file
 
