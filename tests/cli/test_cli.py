@@ -99,6 +99,53 @@ def test_python_m_is_the_same_command() -> None:
     assert done.stdout == f"tron {tron_cli.__version__}\n"
 
 
+# ---- shell completion -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def completions(command: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """Words that bash offers for the last word of a command line."""
+
+    def complete(line: str) -> list[str]:
+        monkeypatch.setenv("_TRON_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
+        code, out, err = command()
+        assert (code, err) == (0, "")
+        return out.split()
+
+    return complete
+
+
+def test_tab_completes_commands_options_configs_and_settings(
+    completions: Callable[[str], list[str]],
+) -> None:
+    assert completions("tron ev") == ["evaluate"]
+    assert completions("tron prepare di") == ["diginetica"]
+    assert completions("tron compare a.pt --filt") == ["--filter-rated"]
+    assert completions("tron evaluate a.pt --protocol ") == ["every-step", "last-item"]
+    assert completions("tron train --config config_ml1m_s") == ["config_ml1m_sasrec"]
+    assert completions("tron config show config_ml1m_s") == ["config_ml1m_sasrec"]
+    assert completions("tron train --config config_otto embedding_") == ["embedding_dim=200"]
+    names = [word.partition("=")[0] for word in completions("tron train lr=1 ")]
+    assert names == list(FIELDS)
+    assert completions("tron demo positions=") == [
+        "positions=end", "positions=start", "positions=none"
+    ]  # fmt: skip
+    assert completions("tron demo positions=s") == ["positions=start"]
+    assert completions("tron demo lr=1 positions = s") == ["start"], "as bash splits the word"
+    assert completions("tron demo lr = s") == []
+    assert completions("tron demo = s") == []
+    assert completions("tron demo metrics") == ["metrics="], "a default with spaces is no word"
+
+
+def test_tab_runs_no_plugin(completions: Callable[[str], list[str]], tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
+    assert completions(f"tron train --plugin {plugin}:Mine --devi") == ["--device"]
+    assert not (tmp_path / "ran").exists()
+
+
 # ---- errors ---------------------------------------------------------------------------------
 
 

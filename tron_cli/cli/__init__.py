@@ -23,7 +23,6 @@ app = typer.Typer(
     help="Train, evaluate and compare session-based recommenders on catalogues of millions of "
     "items.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -43,7 +42,7 @@ def main() -> None:
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         with explained():
-            app(arguments)
+            app(arguments, prog_name="tron")
         return 0
     except SystemExit as end:  # Typer's own: 0 for --help, 2 for wrong usage
         return end.code if isinstance(end.code, int) else 1

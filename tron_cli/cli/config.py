@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tron_cli.cli.options import CONFIG_HELP, AsJson, Overrides
+from tron_cli.cli.options import CONFIG_HELP, AsJson, Overrides, config_names
 from tron_cli.report import format_table
 
 app = typer.Typer(help="Inspect configurations.", no_args_is_help=True, rich_markup_mode=None)
@@ -18,7 +18,7 @@ app = typer.Typer(help="Inspect configurations.", no_args_is_help=True, rich_mar
 
 @app.command()
 def show(
-    config: Annotated[str, typer.Argument(help=CONFIG_HELP)],
+    config: Annotated[str, typer.Argument(help=CONFIG_HELP, autocompletion=config_names)],
     overrides: Overrides = None,
     as_json: AsJson = False,
     explain: Annotated[

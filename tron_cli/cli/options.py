@@ -15,11 +15,40 @@ DATASETS = Path("datasets")
 CONFIG_HELP = "A Python config, one of otto-de/TRON's JSON files, or the name of a packaged config."
 
 
-def _add_plugins(references: list[str] | None) -> list[str] | None:
+def config_names() -> list[str]:
+    """Return the packaged configs, for shell completion."""
+    from tron_cli.config import packaged_configs
+
+    return packaged_configs()
+
+
+def _setting_words(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Return `key=value` words for shell completion, with help: after `key=` its choices."""
+    from tron_cli.config import FIELDS
+
+    key, equals, _ = incomplete.partition("=")
+    prefix = f"{key}="
+    earlier = list(context.params.get("overrides") or ())
+    if earlier[-1:] == ["="]:  # bash splits key=value into three words
+        key, equals, prefix = "".join(earlier[-2:-1]), "=", ""
+    if equals:
+        choices = FIELDS[key].choices if key in FIELDS else ()
+        return [(prefix + choice, "") for choice in choices]
+    words = []
+    for name, setting in FIELDS.items():
+        # Bash ends a word with a space, so the default is offered too where it is one word.
+        default = setting.shown_default
+        value = "" if " " in default or default == "required" else default
+        words.append((f"{name}={value}", setting.help))
+    return words
+
+
+def _add_plugins(context: typer.Context, references: list[str] | None) -> list[str] | None:
     from tron_cli.config.plugins import add_plugin
 
     for reference in references or []:
-        add_plugin(reference)
+        if not context.resilient_parsing:  # of shell completion, which runs nobody's code
+            add_plugin(reference)
     return references
 
 
@@ -28,7 +57,11 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[key=value ...]", help="Settings that override the config."),
+    typer.Argument(
+        metavar="[key=value ...]",
+        help="Settings that override the config.",
+        autocompletion=_setting_words,
+    ),
 ]
 Plugins = Annotated[
     list[str] | None,

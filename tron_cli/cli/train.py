@@ -20,6 +20,7 @@ from tron_cli.cli.options import (
     Device,
     Overrides,
     Plugins,
+    config_names,
 )
 from tron_cli.errors import InputError, RunError, explained
 
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
 def train(
     overrides: Overrides = None,
-    config: Annotated[str | None, typer.Option(help=CONFIG_HELP)] = None,
+    config: Annotated[
+        str | None, typer.Option(help=CONFIG_HELP, autocompletion=config_names)
+    ] = None,
     data_dir: DataDir = DATASETS,
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder that the run's folder is made in; default: runs.")
