@@ -232,8 +232,8 @@ def broken_kernel(monkeypatch: pytest.MonkeyPatch) -> type[BrokenKernel]:
             "CalledProcessError: Command '['gcc', 'main.c']' returned non-zero exit status 1.",
         ),
         (
-            PermissionError(13, "Permission denied", "/root/.triton"),
-            "PermissionError: [Errno 13] Permission denied: '/root/.triton'",
+            PermissionError(13, "Permission denied", "/home/me/.triton"),
+            "PermissionError: [Errno 13] Permission denied: '/home/me/.triton'",
         ),
         (AssertionError("libcuda.so cannot found!\nhelp"), "AssertionError: libcuda.so cannot fo"),
     ],
