@@ -67,8 +67,7 @@ def found_share(folder, **settings) -> float:
 def test_every_model_loss_and_sampling_style(tmp_path, model, loss, style):
     settings = {"model": model, "loss": loss, "sampling_style": style, **OF_MODEL.get(model, {})}
     if loss == "gbce":
-        settings |= {**PLAIN, "max_epochs": 20 if model == "bert4rec" else 8}
-        settings["seed"] = 1  # with one seed in four BERT4Rec stops at a share of 0.8 to 0.9
+        settings |= {**PLAIN, "max_epochs": 40 if model == "bert4rec" else 8}
     assert found_share(tmp_path, **settings) >= 0.95
 
 

@@ -1,4 +1,4 @@
-"""What is damaged is refused by whoever reads it, and `tron check` reads everything."""
+"""Damaged files are refused when they are read, and `tron check` reads everything."""
 
 from __future__ import annotations
 

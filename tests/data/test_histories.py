@@ -1,4 +1,4 @@
-"""Which event is predicted from which history, and pairs of whole numbers, against plain Python."""
+"""Predicted events and their histories, and pairs of integers, against plain Python."""
 
 from __future__ import annotations
 

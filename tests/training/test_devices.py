@@ -1,4 +1,4 @@
-"""What the arithmetic of a device is, told by stand-ins for devices that are not here."""
+"""Precision and arithmetic chosen for a device, with stand-ins for absent devices."""
 
 from __future__ import annotations
 

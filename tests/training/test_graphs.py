@@ -483,7 +483,7 @@ def test_training_goes_on_where_nothing_can_be_recorded(
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What a recorder asks of torch.cuda; `recording` is what the allocator has begun, if any."""
+    """Calls that a recorder makes to torch.cuda; `recording` is the pool being recorded, if any."""
     asked: list[tuple[Any, ...]] = []
 
     class Generator:

@@ -99,7 +99,7 @@ def _made(run_dir: Path, numbered: bool) -> tuple[Path, bool]:
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is; saved in last.pt."""
+    """Progress of a run, saved in last.pt."""
 
     step: int = 0
     best_file: str = ""
