@@ -88,7 +88,7 @@ def sampled(draw):
 )
 @settings(max_examples=300, deadline=None)
 def test_sampled_logits_are_those_of_lists(case, topk, mask, limit, group, dtype):
-    """Logits that count, their values and gradients, and the rest that top-k drops, against loops."""
+    """Negatives that count, their logits and gradients, and what top-k drops, against loops."""
     batch, negatives, hidden, table = case
     hidden_ND, table_VD = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, table))
     with (

@@ -483,7 +483,7 @@ def test_training_goes_on_where_nothing_can_be_recorded(
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Calls that a recorder makes to torch.cuda; `recording` is the pool being recorded, if any."""
+    """Calls of a recorder to torch.cuda; `recording` is the pool being recorded, if any."""
     asked: list[tuple[Any, ...]] = []
 
     class Generator:
