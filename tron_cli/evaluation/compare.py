@@ -20,19 +20,17 @@ import torch
 from scipy.special import stdtrit
 
 from tron_cli.checkpoint import Checkpoint
-from tron_cli.data.catalogue import RenumberedDataset, numbers_among
+from tron_cli.data.catalogue import numbers_among
 from tron_cli.data.dataset import Dataset, Sessions
 from tron_cli.data.histories import Predictions
 from tron_cli.errors import InputError
-from tron_cli.evaluation.beyond_accuracy import beyond_accuracy, check_cutoff, count_items
+from tron_cli.evaluation.beyond_accuracy import ItemCounts, beyond_accuracy, check_cutoff
 from tron_cli.evaluation.evaluate import (
-    TIE_RULE,
     EvaluationOptions,
-    catalogue_entry,
     chosen_sessions,
+    coverage,
     fitted,
-    left_out,
-    sample_of,
+    train_item_counts,
 )
 from tron_cli.evaluation.metrics import (
     MAX_CUTOFF,
@@ -111,97 +109,110 @@ def compare(
     """
     config = checkpoints[reference].config
     protocol = options.protocol or dataset.protocol
-    if cutoff is not None:
-        check_cutoff(cutoff)
-    depth = min(config.recommendation_limit if cutoff is None else cutoff, dataset.num_items)
-    if depth > MAX_CUTOFF:
-        raise InputError(
-            f"{checkpoints[reference].path} has recommendation_limit={config.recommendation_limit}"
-            f": pass --cutoff, from 0 to {MAX_CUTOFF}, for shorter lists"
-        )
+    depth = _list_length(checkpoints[reference], dataset, cutoff)
     numbers = [_numbers(checkpoint, checkpoints[reference]) for checkpoint in checkpoints]
     # Each dataset has the item numbers of its checkpoint; the report has the reference's.
     datasets = [fitted(checkpoint, dataset, protocol, options) for checkpoint in checkpoints]
-    dataset = datasets[reference]
-    sessions, _ = chosen_sessions(dataset, options)
+    sessions, _ = chosen_sessions(datasets[reference], options)
     _check_same_events(checkpoints, reference, sessions, protocol, options.full_sessions)
-    measures = parse_measures(config.metrics if options.metrics is None else options.metrics)
+    values_of = values_by_rank(
+        parse_measures(config.metrics if options.metrics is None else options.metrics)
+    )
     filter_rated = _filter_rated(checkpoints, options)
     labels = short_labels([checkpoint.path for checkpoint in checkpoints])
-    counts = None
-    if depth:
-        counts = count_items(
-            dataset.checked_split("train"), dataset.num_items, progress="popularity"
-        )
-    values_of = values_by_rank(measures)
+    counts = train_item_counts(datasets[reference]) if depth else None
 
     models: dict[str, dict[str, Any]] = {label: {} for label in labels}
     of_reference: Predictions | None = None
-    others = [place for place in range(len(checkpoints)) if place != reference]
-    for place in [reference, *others]:
-        checkpoint, number_I = checkpoints[place], numbers[place]
+    for place in sorted(range(len(checkpoints)), key=lambda place: place != reference):
         predictions = predict(
-            checkpoint.build_model(device),
+            checkpoints[place].build_model(device),
             chosen_sessions(datasets[place], options)[0],
             protocol=protocol,
             filter_rated=filter_rated,
             full_sessions=options.full_sessions,
             top_items=depth,
-            batch_size=checkpoint.config.eval_batch_size,
+            batch_size=checkpoints[place].config.eval_batch_size,
             progress=labels[place],
         )
-        if number_I is not None:
-            top_EK = predictions.top_EK
-            predictions = replace(
-                predictions,
-                target_E=number_I[predictions.target_E],
-                top_EK=None if top_EK is None else number_I[top_EK],
-            )
-        metrics = figures(values_of, predictions.rank_E, predictions.session_E)
-        found = models[labels[place]]
-        found["checkpoint"] = str(checkpoint.path)
-        found["metrics"] = {name: asdict(figure) for name, figure in metrics.items()}
-        if of_reference is not None:
-            found["differences"] = _differences(predictions, of_reference, values_of)
-        if counts is not None:
-            assert predictions.top_EK is not None
-            reference_EK = None if of_reference is None else of_reference.top_EK
-            found["beyond_accuracy"] = asdict(
-                beyond_accuracy(predictions.top_EK, predictions.target_E, counts, reference_EK)
-            )
+        predictions = _renumbered(predictions, numbers[place])
+        models[labels[place]] = {
+            "checkpoint": str(checkpoints[place].path),
+            **_figures(predictions, of_reference, values_of, counts),
+        }
         if of_reference is None:
             of_reference = predictions
         del predictions  # free the memory before the next model's arrive
     assert of_reference is not None
-    events = len(of_reference.rank_E)
-    num_sessions = int(np.count_nonzero(np.bincount(of_reference.session_E)))
-    if num_sessions < FEW_SESSIONS:
+    covered = coverage(
+        datasets[reference],
+        options,
+        sessions,
+        of_reference,
+        protocol=protocol,
+        filter_rated=filter_rated,
+    )
+    if covered["sessions"] < FEW_SESSIONS:
         log.warning(
             "only %d sessions: the intervals are too narrow if sessions differ much in length",
-            num_sessions,
+            covered["sessions"],
         )
-    report = {
+    return {
         "models": models,
         "reference": labels[reference],
         "confidence": CONFIDENCE,
         "intervals": INTERVALS,
         "cutoff": depth,
-        "protocol": protocol,
-        "split": options.split,
-        "dataset": dataset.name,
-        "events": events,
-        "sessions": num_sessions,
-        "items": dataset.num_items,
-        "tie_rule": TIE_RULE,
-        "filter_rated": filter_rated,
-        "missed_because_filtered": int((of_reference.rank_E == 0).sum()),
-        "left_out": left_out(dataset, options.split, protocol, sessions, events),
+        **covered,
     }
-    if isinstance(dataset, RenumberedDataset):
-        report["catalogue"] = catalogue_entry(dataset)
-    if options.sample_sessions is not None:
-        report["sample"] = sample_of(dataset, options)
-    return report
+
+
+def _list_length(reference: Checkpoint, dataset: Dataset, cutoff: int | None) -> int:
+    if cutoff is not None:
+        check_cutoff(cutoff)
+    limit = reference.config.recommendation_limit
+    length = min(limit if cutoff is None else cutoff, dataset.num_items)
+    if length > MAX_CUTOFF:
+        raise InputError(
+            f"{reference.path} has recommendation_limit={limit}: pass --cutoff, from 0 to "
+            f"{MAX_CUTOFF}, for shorter lists"
+        )
+    return length
+
+
+def _renumbered(predictions: Predictions, number_I: np.ndarray | None) -> Predictions:
+    """Return predictions with the item numbers that `_numbers` gives."""
+    if number_I is None:
+        return predictions
+    top_EK = predictions.top_EK
+    return replace(
+        predictions,
+        target_E=number_I[predictions.target_E],
+        top_EK=None if top_EK is None else number_I[top_EK],
+    )
+
+
+def _figures(
+    predictions: Predictions,
+    of_reference: Predictions | None,
+    values_of: dict[str, np.ndarray],
+    counts: ItemCounts | None,
+) -> dict[str, Any]:
+    """Return a model's entries in the report; those of the reference itself without differences.
+
+    counts: of the training split; None omits the beyond-accuracy figures.
+    """
+    found = figures(values_of, predictions.rank_E, predictions.session_E)
+    entries: dict[str, Any] = {"metrics": {name: asdict(figure) for name, figure in found.items()}}
+    if of_reference is not None:
+        entries["differences"] = _differences(predictions, of_reference, values_of)
+    if counts is not None:
+        assert predictions.top_EK is not None
+        reference_EK = None if of_reference is None else of_reference.top_EK
+        entries["beyond_accuracy"] = asdict(
+            beyond_accuracy(predictions.top_EK, predictions.target_E, counts, reference_EK)
+        )
+    return entries
 
 
 def _numbers(checkpoint: Checkpoint, reference: Checkpoint) -> np.ndarray | None:

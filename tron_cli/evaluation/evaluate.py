@@ -10,18 +10,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from tron_cli.baselines.base import Baseline
 from tron_cli.checkpoint import Checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.catalogue import RenumberedDataset
 from tron_cli.data.dataset import Dataset, Sessions
 from tron_cli.data.histories import Predictions, ranges
 from tron_cli.errors import InputError
-from tron_cli.evaluation.beyond_accuracy import beyond_accuracy, check_cutoff, count_items
+from tron_cli.evaluation.beyond_accuracy import (
+    ItemCounts,
+    beyond_accuracy,
+    check_cutoff,
+    count_items,
+)
 from tron_cli.evaluation.metrics import figures, parse_measures, values_by_rank
 from tron_cli.evaluation.predict import predict
 from tron_cli.evaluation.slices import KINDS, sliced_figures
 from tron_cli.evaluation.trec import Ids, write_qrels, write_run
 from tron_cli.files import check_writable
+from tron_cli.models.base import Model
 from tron_cli.registry import REGISTERED, settings_of
 
 SAMPLE_SEED = 42
@@ -52,6 +59,31 @@ class EvaluationOptions:
     drop_unknown: bool = False  # leave out events on items that the checkpoint does not know
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """Everything that an evaluation reads: it ranks for hours, and the files may change meanwhile.
+
+    number_S: int64 [S], numbers of the sessions in the split. session_ids, user_ids: original ids
+    of all sessions of the split, and of their users. lost_S: from `Dataset.lost_of_sessions`.
+    depth: length of the lists that a run file holds.
+    """
+
+    checkpoint: Checkpoint
+    model: Model | Baseline
+    dataset: Dataset
+    options: EvaluationOptions
+    protocol: str
+    filter_rated: bool
+    value_of: dict[str, np.ndarray]
+    depth: int
+    sessions: Sessions
+    number_S: np.ndarray
+    session_ids: Ids
+    user_ids: Ids
+    lost_S: np.ndarray | None
+    train_counts: ItemCounts | None
+
+
 def assess(
     checkpoint: Checkpoint, dataset: Dataset, options: EvaluationOptions, device: torch.device
 ) -> dict[str, Any]:
@@ -59,94 +91,168 @@ def assess(
 
     Raises InputError where checkpoint, dataset and options do not fit together.
     """
+    inputs = _read(checkpoint, dataset, options, device)
+    predictions = predict(
+        inputs.model,
+        inputs.sessions,
+        protocol=inputs.protocol,
+        filter_rated=inputs.filter_rated,
+        full_sessions=options.full_sessions,
+        one_pass=options.one_pass,
+        top_items=max(inputs.depth if options.run else 0, options.cutoff),
+        batch_size=checkpoint.config.eval_batch_size,
+        progress=f"{options.split} split",
+    )
+    _write_files(inputs, predictions)
+    return _report(inputs, predictions)
+
+
+def _read(
+    checkpoint: Checkpoint, dataset: Dataset, options: EvaluationOptions, device: torch.device
+) -> _Inputs:
     config = checkpoint.config
     protocol = options.protocol or dataset.protocol
     dataset = fitted(checkpoint, dataset, protocol, options)
     _check(options, checkpoint)
     measures = parse_measures(config.metrics if options.metrics is None else options.metrics)
-    filter_rated = config.filter_rated if options.filter_rated is None else options.filter_rated
     sessions, number_S = chosen_sessions(dataset, options)
     for path in (options.run, options.qrels, options.per_event):
         if path:
             check_writable(path)
-    depth = max(config.recommendation_limit, *(measure["cutoff"] for measure in measures))
     model = checkpoint.build_model(device)
     if options.one_pass and model.mask_item is not None:
         raise InputError(
             f"--one-pass is not for model={config.model}, which predicts from a mask after each "
             "history, so that one pass predicts one event; leave it out"
         )
-    # Read everything before hours of ranking, during which the dataset may be prepared again.
-    names = dataset.session_ids(options.split), dataset.user_ids(options.split)
-    lost = dataset.lost_of_sessions(options.split)
-    train_counts = None
-    if options.cutoff or "popularity" in options.by:
-        train_counts = count_items(
-            dataset.checked_split("train"), dataset.num_items, progress="popularity"
-        )
-    predictions = predict(
-        model,
-        sessions,
+    with_counts = options.cutoff or "popularity" in options.by
+    return _Inputs(
+        checkpoint=checkpoint,
+        model=model,
+        dataset=dataset,
+        options=options,
         protocol=protocol,
-        filter_rated=filter_rated,
-        full_sessions=options.full_sessions,
-        one_pass=options.one_pass,
-        top_items=max(depth if options.run else 0, options.cutoff),
-        batch_size=config.eval_batch_size,
-        progress=f"{options.split} split",
+        filter_rated=(
+            config.filter_rated if options.filter_rated is None else options.filter_rated
+        ),
+        value_of=values_by_rank(measures),
+        depth=max(config.recommendation_limit, *(measure["cutoff"] for measure in measures)),
+        sessions=sessions,
+        number_S=number_S,
+        session_ids=dataset.session_ids(options.split),
+        user_ids=dataset.user_ids(options.split),
+        lost_S=dataset.lost_of_sessions(options.split),
+        train_counts=train_item_counts(dataset) if with_counts else None,
     )
-    _write_files(options, dataset, predictions, number_S, names, depth)
-    value_of = values_by_rank(measures)
-    found = figures(value_of, predictions.rank_E, predictions.session_E)
-    events = len(predictions.rank_E)
-    absent = left_out(dataset, options.split, protocol, sessions, events)
-    metrics: dict[str, dict[str, float | None]] = {
-        name: asdict(figure) for name, figure in found.items()
+
+
+def _report(inputs: _Inputs, predictions: Predictions) -> dict[str, Any]:
+    options = inputs.options
+    report = coverage(
+        inputs.dataset,
+        options,
+        inputs.sessions,
+        predictions,
+        protocol=inputs.protocol,
+        filter_rated=inputs.filter_rated,
+    )
+    report = {
+        "metrics": _metrics(inputs, predictions, report["left_out"]),
+        "checkpoint": str(inputs.checkpoint.path),
+        "positions": _positions(inputs.checkpoint.config, options.one_pass),
+        **report,
     }
-    if absent["lost_predictions"] and not absent["earlier_events"]:
-        _add_lost(metrics, value_of, predictions, lost, absent["lost_predictions"])
-    report: dict[str, Any] = {
-        "metrics": metrics,
-        "protocol": protocol,
-        "split": options.split,
-        "events": events,
-        "sessions": int(np.count_nonzero(np.bincount(predictions.session_E))),
-        "items": dataset.num_items,
-        "checkpoint": str(checkpoint.path),
-        "dataset": dataset.name,
-        "positions": _positions(config, options.one_pass),
-        "tie_rule": TIE_RULE,
-        "filter_rated": filter_rated,
-        "left_out": absent,
-        "missed_because_filtered": int((predictions.rank_E == 0).sum()),
-    }
-    if isinstance(dataset, RenumberedDataset):
-        report["catalogue"] = catalogue_entry(dataset)
-    if options.sample_sessions is not None:
-        report["sample"] = sample_of(dataset, options)
     if options.by:
-        events_I = None if train_counts is None else train_counts.events_I
-        report["slices"] = {
-            kind: {
-                "definition": KINDS[kind],
-                "slices": sliced_figures(kind, value_of, predictions, sessions, events_I),
-            }
-            for kind in options.by
-        }
+        report["slices"] = _slices(inputs, predictions)
     if options.cutoff:
-        assert train_counts is not None
-        assert predictions.top_EK is not None
-        top_EK = predictions.top_EK[:, : options.cutoff]
-        beyond = asdict(beyond_accuracy(top_EK, predictions.target_E, train_counts))
-        del beyond["intersection"]  # there is no other model
-        report["cutoff"] = top_EK.shape[1]
-        report["beyond_accuracy"] = beyond
-    references = dataset.info.get("references", {}).get(options.split)
-    whole_split = absent["sessions_beyond_limit"] == 0
+        report["cutoff"], report["beyond_accuracy"] = _beyond_accuracy(inputs, predictions)
+    references = inputs.dataset.info.get("references", {}).get(options.split)
+    whole_split = report["left_out"]["sessions_beyond_limit"] == 0
     is_same = whole_split and not any(report.get("catalogue", {}).values())
-    if references and protocol == "every-step" and not filter_rated and is_same:
+    if references and inputs.protocol == "every-step" and not inputs.filter_rated and is_same:
         report["references"] = references
     return report
+
+
+def _metrics(
+    inputs: _Inputs, predictions: Predictions, left_out: dict[str, int]
+) -> dict[str, dict[str, float | None]]:
+    """Return value and standard error of each measure.
+
+    Where preparation lost predictions of the evaluated events, also those that count them as
+    misses. Their standard error, clustered by session, is None where the dataset does not record
+    which sessions lost them.
+    """
+    rank_E, session_E = predictions.rank_E, predictions.session_E
+    metrics: dict[str, dict[str, float | None]] = {
+        name: asdict(figure) for name, figure in figures(inputs.value_of, rank_E, session_E).items()
+    }
+    if not left_out["lost_predictions"] or left_out["earlier_events"]:
+        return metrics
+    lost_S = inputs.lost_S
+    if lost_S is None:  # the mean does not depend on the session
+        lost_S = np.array([left_out["lost_predictions"]])
+    for name, figure in figures(inputs.value_of, rank_E, session_E, lost_S).items():
+        known = inputs.lost_S is not None
+        metrics[name]["value_with_lost_as_misses"] = figure.value
+        metrics[name]["stderr_with_lost_as_misses"] = figure.stderr if known else None
+    return metrics
+
+
+def _slices(inputs: _Inputs, predictions: Predictions) -> dict[str, dict[str, Any]]:
+    counts = inputs.train_counts
+    events_I = None if counts is None else counts.events_I
+    return {
+        kind: {
+            "definition": KINDS[kind],
+            "slices": sliced_figures(kind, inputs.value_of, predictions, inputs.sessions, events_I),
+        }
+        for kind in inputs.options.by
+    }
+
+
+def _beyond_accuracy(inputs: _Inputs, predictions: Predictions) -> tuple[int, dict[str, Any]]:
+    """Return the length of the lists, at most that of the catalogue, and their figures."""
+    assert inputs.train_counts is not None
+    assert predictions.top_EK is not None
+    top_EK = predictions.top_EK[:, : inputs.options.cutoff]
+    beyond = asdict(beyond_accuracy(top_EK, predictions.target_E, inputs.train_counts))
+    del beyond["intersection"]  # there is no other model
+    return top_EK.shape[1], beyond
+
+
+def train_item_counts(dataset: Dataset) -> ItemCounts:
+    """Return how often and beside which items each item occurs in training."""
+    return count_items(dataset.checked_split("train"), dataset.num_items, progress="popularity")
+
+
+def coverage(
+    dataset: Dataset,
+    options: EvaluationOptions,
+    sessions: Sessions,
+    predictions: Predictions,
+    *,
+    protocol: str,
+    filter_rated: bool,
+) -> dict[str, Any]:
+    """Return a report's entries about the ranked events and those that were left out."""
+    entries = {
+        "protocol": protocol,
+        "split": options.split,
+        "dataset": dataset.name,
+        "events": len(predictions.rank_E),
+        "sessions": int(np.count_nonzero(np.bincount(predictions.session_E))),
+        "items": dataset.num_items,
+        "tie_rule": TIE_RULE,
+        "filter_rated": filter_rated,
+        "missed_because_filtered": int((predictions.rank_E == 0).sum()),
+        "left_out": _left_out(dataset, options.split, protocol, sessions, len(predictions.rank_E)),
+    }
+    if isinstance(dataset, RenumberedDataset):
+        entries["catalogue"] = _catalogue_entry(dataset)
+    if options.sample_sessions is not None:
+        entries["sample"] = _sample_entry(dataset, options)
+    return entries
 
 
 def fitted(
@@ -202,7 +308,7 @@ def _renumbered(
     return found
 
 
-def catalogue_entry(dataset: RenumberedDataset) -> dict[str, int]:
+def _catalogue_entry(dataset: RenumberedDataset) -> dict[str, int]:
     """Return the report's entry about a dataset with another catalogue than the checkpoint's.
 
     It counts the items that only one of them has and the events that are left out for that.
@@ -247,7 +353,7 @@ def chosen_sessions(dataset: Dataset, options: EvaluationOptions) -> tuple[Sessi
     return Sessions(sessions.items[place_N], offsets), number_S
 
 
-def sample_of(dataset: Dataset, options: EvaluationOptions) -> dict[str, int]:
+def _sample_entry(dataset: Dataset, options: EvaluationOptions) -> dict[str, int]:
     """Return the report's entry about a sample: its size, that of the split, and its seed."""
     assert options.sample_sessions is not None
     population = dataset.split_info(options.split)["sessions"]
@@ -258,7 +364,7 @@ def sample_of(dataset: Dataset, options: EvaluationOptions) -> dict[str, int]:
     }
 
 
-def left_out(
+def _left_out(
     dataset: Dataset, split: str, protocol: str, sessions: Sessions, events: int
 ) -> dict[str, int]:
     """Count the events and sessions that the `events` predicted ones do not cover, by reason."""
@@ -301,28 +407,18 @@ def _check(options: EvaluationOptions, checkpoint: Checkpoint) -> None:
         )
 
 
-def _write_files(
-    options: EvaluationOptions,
-    dataset: Dataset,
-    predictions: Predictions,
-    number_S: np.ndarray,
-    names: tuple[Ids, Ids],
-    depth: int,
-) -> None:
-    """Write the requested files, with lists of up to depth items.
-
-    number_S: int64 [S], numbers of the evaluated sessions in the split. names: original ids of all
-    sessions of the split, and of their users.
-    """
+def _write_files(inputs: _Inputs, predictions: Predictions) -> None:
+    """Write the requested files, with lists of up to `depth` items."""
+    options, dataset = inputs.options, inputs.dataset
     top_EK = predictions.top_EK
     predictions = replace(
         predictions,
-        session_E=number_S[predictions.session_E],
-        top_EK=None if top_EK is None else top_EK[:, :depth],
+        session_E=inputs.number_S[predictions.session_E],
+        top_EK=None if top_EK is None else top_EK[:, : inputs.depth],
     )
     if isinstance(dataset, RenumberedDataset):
         predictions = dataset.at_original_places(predictions)
-    item_ids, (session_ids, user_ids) = dataset.item_ids, names
+    item_ids, session_ids, user_ids = dataset.item_ids, inputs.session_ids, inputs.user_ids
     named_by = user_ids if session_ids is None else session_ids
     if options.qrels:
         write_qrels(options.qrels, predictions, item_ids, named_by)
@@ -332,27 +428,6 @@ def _write_files(
         from tron_cli.evaluation.event_table import write_event_table  # loads polars
 
         write_event_table(options.per_event, predictions, item_ids, session_ids, user_ids)
-
-
-def _add_lost(
-    metrics: dict[str, dict[str, float | None]],
-    value_of: dict[str, np.ndarray],
-    predictions: Predictions,
-    lost: np.ndarray | None,
-    total: int,
-) -> None:
-    """Add figures that count predictions lost in preparation as misses, of the whole split.
-
-    lost: from `Dataset.lost_of_sessions`; `total` is their sum. The standard error, clustered by
-    session, is None where the dataset does not record which sessions lost them.
-    """
-    known = lost is not None
-    if lost is None:  # the mean does not depend on the session
-        lost = np.array([total])
-    found = figures(value_of, predictions.rank_E, predictions.session_E, lost)
-    for name, figure in found.items():
-        metrics[name]["value_with_lost_as_misses"] = figure.value
-        metrics[name]["stderr_with_lost_as_misses"] = figure.stderr if known else None
 
 
 def _positions(config: ExperimentConfig, one_pass: bool) -> str:

@@ -87,16 +87,7 @@ def predict(
             top_items=top_items,
             progress=progress,
         )
-    # The smallest and the largest value are NaN if any value is.
-    if not all(
-        bool(torch.isfinite(torch.stack(parameter.aminmax())).all())
-        for parameter in model.parameters()
-    ):
-        # Checking the scores is not enough: fused attention can turn NaN into zeros.
-        raise RunError(
-            "the model's weights hold NaN or infinite values, so nothing can be ranked; train "
-            "again with a lower lr or with clip_norm"
-        )
+    _check_weights(model)
     was_training = model.training
     model.eval()
     window = model.sequence_length
@@ -128,6 +119,22 @@ def predict(
         found = collect(ranked(), expected=expected, top_items=top_items, progress=progress)
     model.train(was_training)
     return found
+
+
+def _check_weights(model: Model) -> None:
+    """Raise RunError for weights that are not finite.
+
+    Checking the scores is not enough: fused attention can turn NaN into zeros.
+    """
+    # The smallest and the largest value are NaN if any value is.
+    if not all(
+        bool(torch.isfinite(torch.stack(parameter.aminmax())).all())
+        for parameter in model.parameters()
+    ):
+        raise RunError(
+            "the model's weights hold NaN or infinite values, so nothing can be ranked; train "
+            "again with a lower lr or with clip_norm"
+        )
 
 
 def _rows(block: Histories, *, shared: bool) -> _Rows:
