@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.machine import circumstances
 from tron_cli.ops.products import row_products
-from tron_cli.report import format_table
+from tron_cli.text_table import format_table
 
 SIDE = 2048  # of the square matrices: large enough for every library's best rate
 COPIED = 1 << 26  # float32 values, 268 MB: far beyond any cache

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.machine import circumstances, ordinary_pages
-from tron_cli.report import format_table
+from tron_cli.text_table import format_table
 
 REFERENCE = "reference"
 

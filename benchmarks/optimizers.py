@@ -17,7 +17,7 @@ from benchmarks.measure import in_turns, parser
 from benchmarks.ours import training_step
 from benchmarks.training_step import settings
 from tron_cli.data.batches import training_batch
-from tron_cli.report import format_table
+from tron_cli.text_table import format_table
 from tron_cli.training.optim import faster_adam
 
 ITEMS = (10_000, 20_000, 40_000, 80_000, 160_000)

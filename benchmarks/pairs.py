@@ -26,7 +26,7 @@ from benchmarks.generated import LENGTHS, generate_sessions
 from benchmarks.machine import ROOT, circumstances
 from benchmarks.measure import parser
 from tron_cli.data.dataset import DatasetWriter, Sessions
-from tron_cli.report import format_table
+from tron_cli.text_table import format_table
 
 POLICIES = (
     "default",

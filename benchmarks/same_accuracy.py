@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from tron_cli.report import format_table
+from tron_cli.text_table import format_table
 
 RESULT = Path(__file__).parent / "results" / "same_accuracy.json"
 SUFFIX = ".eval.json"

@@ -15,13 +15,13 @@ from helpers.checkpoints import random_checkpoint
 from helpers.datasets import random_sessions, tiny_settings, write_dataset
 
 from tron_cli.checkpoint import Checkpoint, load_checkpoint
+from tron_cli.cli.report import comparison_text, evaluation_text
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.catalogue import numbers_among
 from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
 from tron_cli.evaluation.compare import compare
 from tron_cli.evaluation.evaluate import EvaluationOptions, assess
-from tron_cli.report import comparison_text, evaluation_text
 from tron_cli.training.fit import fit
 
 CPU = torch.device("cpu")

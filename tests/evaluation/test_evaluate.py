@@ -16,6 +16,7 @@ from helpers.datasets import pack_sessions, random_sessions, write_dataset
 from tron_cli.checkpoint import (
     Checkpoint,
 )
+from tron_cli.cli.report import evaluation_text
 from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
 from tron_cli.evaluation.beyond_accuracy import beyond_accuracy, count_items
@@ -23,7 +24,6 @@ from tron_cli.evaluation.evaluate import EvaluationOptions, assess
 from tron_cli.evaluation.predict import predict
 from tron_cli.models.sasrec import SASRec
 from tron_cli.prepare.sources.table import TableColumns, prepare_table
-from tron_cli.report import evaluation_text
 
 CPU = torch.device("cpu")
 TRAIN = [[1, 2, 3], [4, 5]]

@@ -14,7 +14,7 @@ import typer
 
 from tron_cli.cli.options import DATASETS, AsJson, DataDir, Plugins
 from tron_cli.errors import InputError
-from tron_cli.report import format_table
+from tron_cli.text_table import format_table
 
 if TYPE_CHECKING:
     from tron_cli.data.dataset import Dataset

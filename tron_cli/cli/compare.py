@@ -18,7 +18,7 @@ from tron_cli.cli.options import (
     PredictedEvents,
     with_groups,
 )
-from tron_cli.report import comparison_text
+from tron_cli.cli.report import comparison_text
 
 
 @with_groups

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tron_cli.cli.options import CONFIG_HELP, AsJson, Overrides, config_names
-from tron_cli.report import format_table
+from tron_cli.text_table import format_table
 
 app = typer.Typer(help="Inspect configurations.", no_args_is_help=True, rich_markup_mode=None)
 

@@ -10,10 +10,10 @@ import typer
 
 from tron_cli.cli.evaluate import run_evaluation
 from tron_cli.cli.options import DATASETS, DataDir, Overrides
+from tron_cli.cli.report import evaluation_text
 from tron_cli.cli.train import run_training
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import written_aside
-from tron_cli.report import evaluation_text
 
 
 def demo(

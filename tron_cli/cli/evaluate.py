@@ -19,7 +19,7 @@ from tron_cli.cli.options import (
     PredictedEvents,
     with_groups,
 )
-from tron_cli.report import evaluation_text
+from tron_cli.cli.report import evaluation_text
 
 if TYPE_CHECKING:
     from tron_cli.evaluation.evaluate import EvaluationOptions

@@ -7,7 +7,7 @@ from typing import Any
 
 from tron_cli.data.dataset import SPLITS, Dataset
 from tron_cli.prepare.split import DAY, moment
-from tron_cli.report import format_table
+from tron_cli.text_table import format_table
 
 # Sizes after preparation as their authors give them: TRON's paper (train is the whole training
 # period), and for ML-1M gSASRec's repository.

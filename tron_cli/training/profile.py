@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from tron_cli.errors import InputError
 from tron_cli.files import written_aside
-from tron_cli.report import format_table
+from tron_cli.text_table import format_table
 
 TRACE = "trace.json"
 WARM_UP = 5  # steps before those that count

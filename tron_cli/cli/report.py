@@ -1,28 +1,15 @@
-"""Text tables for the terminal."""
+"""Reports of `tron evaluate` and `tron compare` as text for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, the others to the right; a rule under the header."""
-    table = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+from tron_cli.text_table import format_table
 
 
 def evaluation_text(report: dict[str, Any]) -> str:
-    """The table that `tron evaluate` prints, and under it all that the figures rest on."""
+    """Return the table that `tron evaluate` prints, and below it what the figures are based on."""
     metrics = report["metrics"]
     references = report.get("references", {})
     lost = any("value_with_lost_as_misses" in figure for figure in metrics.values())
@@ -59,7 +46,7 @@ def evaluation_text(report: dict[str, Any]) -> str:
 
 
 def _slices_table(kind: str, slices: Sequence[dict[str, Any]]) -> str:
-    """A column for each slice; standard errors in parentheses."""
+    """Make a table with a column for each slice; standard errors are in parentheses."""
     rows = [["events", *(f"{found['events']:,}" for found in slices)]]
     for name in slices[0]["metrics"]:
         figures = [found["metrics"][name] for found in slices]
@@ -68,7 +55,7 @@ def _slices_table(kind: str, slices: Sequence[dict[str, Any]]) -> str:
 
 
 def _facts(report: dict[str, Any], lost_note: str) -> list[str]:
-    """Facts that the figures of a report rest on, a line each."""
+    """Return the lines that say what the figures of a report are based on."""
     left_out = report["left_out"]
     facts = [
         f"protocol   {report['protocol']}, {report['split']} split of {report['dataset']}",
@@ -116,7 +103,7 @@ def _facts(report: dict[str, Any], lost_note: str) -> list[str]:
 
 
 def comparison_text(report: dict[str, Any]) -> str:
-    """The tables that `tron compare` prints: figures, differences, beyond-accuracy figures."""
+    """Return the tables that `tron compare` prints, and below them what they are based on."""
     models, reference = report["models"], report["reference"]
     others = [label for label in models if label != reference]
     names = list(models[reference]["metrics"])
