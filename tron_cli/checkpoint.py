@@ -35,6 +35,8 @@ FORMAT_VERSION = 1
 class Checkpoint:
     """Content of a file. `training` is what resuming needs; empty in a best checkpoint.
 
+    origin: what the weights come from besides the training sessions, such as "init_from".
+
     The tensors are mapped: they are read when they are used, and while they live the file takes
     its room on the disk, also deleted.
     """
@@ -48,6 +50,7 @@ class Checkpoint:
     dataset: dict[str, Any]
     item_ids: torch.Tensor
     training: dict[str, Any]
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def build_model(self, device: torch.device) -> Any:
         """Return the `Model` with its weights, ready to evaluate, or the `Baseline`, on the CPU.
@@ -187,6 +190,7 @@ def save_checkpoint(
     dataset: dict[str, Any],
     item_ids: torch.Tensor,
     training: dict[str, Any],
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Write aside and rename: whoever looks finds the old file or the new one, whole."""
     settings = dataclasses.asdict(config)
@@ -201,6 +205,7 @@ def save_checkpoint(
         "dataset": dataset,
         "item_ids": item_ids,
         "training": training,
+        **({"origin": dict(origin)} if origin else {}),
     }
     try:
         with written_aside(path, "wb") as file:
@@ -249,6 +254,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"(found {version}); train again or name another file"
         )
     del content["format_version"]
+    content.setdefault("origin", {})  # only where there is something to say
     expected = {field.name for field in dataclasses.fields(Checkpoint)} - {"path"}
     if set(content) != expected:
         wrong = ", ".join(sorted(set(content) ^ expected))
@@ -279,7 +285,7 @@ def _damaged_part(path: Path) -> str | None:
 def _flaw(content: dict[str, Any]) -> str | None:
     """Look for entries of a wrong kind; return the first in a few words."""
     kinds: dict[str, type] = {
-        **dict.fromkeys(("config", "weights", "metrics", "dataset", "training"), dict),
+        **dict.fromkeys(("config", "weights", "metrics", "dataset", "training", "origin"), dict),
         **dict.fromkeys(("step", "epoch"), int),
         "item_ids": torch.Tensor,
     }

@@ -41,6 +41,13 @@ def train(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to resume.")] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CKPT",
+            help="Start from the weights of a checkpoint or run, matching items by original id.",
+        ),
+    ] = None,
     profile: Annotated[
         int | None,
         typer.Option(
@@ -60,7 +67,7 @@ def train(
 
     profiler = None if profile is None else StepProfiler(profile)
     saved = run_training(
-        config, overrides or [], data_dir, output_dir, name, resume, device, profiler
+        config, overrides or [], data_dir, output_dir, name, resume, device, profiler, init_from
     )
     if profiler is not None:
         if profiler.result is None:
@@ -84,6 +91,7 @@ def run_training(
     resume: Path | None = None,
     device_name: str = "auto",
     profiler: StepProfiler | None = None,
+    init_from: Path | None = None,
 ) -> Path:
     """Train as `tron train` does; return the best checkpoint, or the last one after profiling."""
     from tron_cli.config import load_config
@@ -98,6 +106,8 @@ def run_training(
         )
     if resume is not None and (name is not None or output_dir is not None):
         raise InputError("a resumed run stays in its folder; leave out --name and --output-dir")
+    if resume is not None and init_from is not None:
+        raise InputError("a resumed run has its weights already; leave out --init-from")
     if resume is not None:
         place = claimed(resume, resume=True)
     else:
@@ -113,8 +123,13 @@ def run_training(
         if not experiment.is_baseline:
             return train_model(
                 experiment, dataset, run_dir, device=device, resume=resume is not None,
-                profiler=profiler,
+                profiler=profiler, init_from=init_from,
             )  # fmt: skip
+        if init_from is not None:
+            raise InputError(
+                f"model={experiment.model} is fitted anew and has no weights to start from; leave "
+                "out --init-from"
+            )
         if profiler is not None:
             raise InputError(
                 f"model={experiment.model} is fitted at once and has no steps to profile; leave "

@@ -162,6 +162,8 @@ def _report(inputs: _Inputs, predictions: Predictions) -> dict[str, Any]:
         "positions": _positions(inputs.checkpoint.config, options.one_pass),
         **report,
     }
+    if inputs.checkpoint.origin:
+        report["origin"] = inputs.checkpoint.origin
     if options.by:
         report["slices"] = _slices(inputs, predictions)
     if options.cutoff:

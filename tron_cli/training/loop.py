@@ -40,16 +40,18 @@ def train(
     device: torch.device,
     resume: bool = False,
     profiler: StepProfiler | None = None,
+    init_from: Path | None = None,
 ) -> Path:
     """Train, choose the best checkpoint on validation, and return its path.
 
     run_dir is made if it is not there, once config and dataset have proved to fit. resume: continue
-    the run saved there. With a profiler, training ends when that has its steps, and the path is
-    that of last.pt. Raises InputError where config and dataset do not fit, RunError where the loss
-    is not finite, InterruptedRunError after Ctrl-C.
+    the run saved there. init_from: a checkpoint whose weights a new run starts with. With a
+    profiler, training ends when that has its steps, and the path is that of last.pt. Raises
+    InputError where the arguments do not fit, RunError where the loss is not finite,
+    InterruptedRunError after Ctrl-C.
     """
     profiler = profiler or StepProfiler(0)
-    start = start_training(config, dataset, run_dir, device, resume, profiler)
+    start = start_training(config, dataset, run_dir, device, resume, profiler, init_from)
     config, run, progress = start.config, start.run, start.run.progress
     step_log = StepLog(run, start.steps_per_epoch)
     steps = range(progress.step, start.total_steps)

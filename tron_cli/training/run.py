@@ -6,6 +6,7 @@
         train.log         log output
         METHOD-DATASET-step=...-R@20=....pt   the best weights by val_metric
         last.pt           the latest weights and all that resuming needs
+        origin.json       the checkpoint that the run started from, if any
 
 Each file but the logs is written atomically. During a run its folder holds a lock.
 """
@@ -38,7 +39,7 @@ from tron_cli.training.profile import phase
 LOG = "train.log"
 LOCK = ".lock"
 # Files of a run that never saved its weights: its folder may be used again.
-_UNSAVED = {"config.json", "metrics.jsonl", "trace.json", LOG, LOCK}
+_UNSAVED = {"config.json", "origin.json", "metrics.jsonl", "trace.json", LOG, LOCK}
 
 log = logging.getLogger("tron")
 
@@ -151,8 +152,13 @@ class RunFolder(RunFiles):
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         progress: Progress,
+        origin: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(run_dir, config)
+        if origin:
+            with written_aside(run_dir / "origin.json") as file:
+                file.write(json.dumps(origin, indent=2) + "\n")
+        self.origin = origin or {}
         self.config = config
         self.model = model
         self.optimizer = optimizer
@@ -206,7 +212,7 @@ class RunFolder(RunFiles):
     def drop_leftovers(self) -> None:
         """Delete former bests, and what a kill left half-written; a person's own copies stay."""
         bests = f"{self.config.method}-{self.config.dataset_name}-step=*.pt"
-        whole = (bests, LAST, "config.json", "metrics.jsonl")
+        whole = (bests, LAST, "config.json", "origin.json", "metrics.jsonl")
         own = (bests, *(f"{pattern}.partial" for pattern in whole))
         for path in (path for pattern in own for path in self.run_dir.glob(pattern)):
             if path.is_file() and path.name != self.progress.best_file:
@@ -259,6 +265,7 @@ class RunFolder(RunFiles):
                 dataset=self.identity,
                 item_ids=self.item_ids,
                 training=training,
+                origin=self.origin,
             )
 
     def _drop_later_metrics(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tron_cli.checkpoint import LAST, encode_item_ids, load_checkpoint
+from tron_cli.checkpoint import LAST, Checkpoint, encode_item_ids, load_checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.batches import Batch
 from tron_cli.data.dataset import Dataset, Sessions
@@ -27,6 +27,7 @@ from tron_cli.training.profile import StepProfiler
 from tron_cli.training.run import Progress, RunFolder
 from tron_cli.training.step import seed_generators, training_step
 from tron_cli.training.validation import with_measures
+from tron_cli.training.warm_start import start_from
 
 log = logging.getLogger("tron")
 
@@ -57,8 +58,11 @@ def start_training(
     device: torch.device,
     resume: bool,
     profiler: StepProfiler,
+    init_from: Path | None = None,
 ) -> Training:
     """Build a model, or load the one that was saved in run_dir, and what its training needs.
+
+    init_from: a checkpoint whose weights a new model starts with.
 
     Raises InputError, before it writes anything, where config and dataset do not fit.
     """
@@ -69,12 +73,17 @@ def start_training(
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     max_epochs_before, is_auto = config.max_epochs, config.optimizer == "auto"
     if resume:
-        model, optimizer, progress, max_epochs_before = _saved(run_dir / LAST, device, scaler)
+        model, optimizer, progress, saved = _saved(run_dir / LAST, device, scaler)
+        max_epochs_before, origin = saved.config.max_epochs, saved.origin
     else:
         chosen = _optimizer(config, sessions, dataset.num_items)
         config = dataclasses.replace(config, optimizer=chosen)
         seed_generators(config.seed, step=0)
-        model = build_model(config, dataset.num_items).to(device)
+        model = build_model(config, dataset.num_items)
+        origin = {}
+        if init_from is not None:
+            origin["init_from"] = start_from(init_from, model, config, dataset)
+        model = model.to(device)
         optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
         progress = Progress()
     on_gpu = device.type == "cuda"
@@ -83,7 +92,7 @@ def start_training(
     total_steps = config.max_epochs * steps_per_epoch
     profiler.check_steps(total_steps - progress.step)
     distribution = _distribution(config, sessions, dataset.num_items, device)
-    run = RunFolder(run_dir, config, dataset, item_ids, model, optimizer, scaler, progress)
+    run = RunFolder(run_dir, config, dataset, item_ids, model, optimizer, scaler, progress, origin)
 
     def prepare(step: int) -> Batch:
         batch = feed.batch(step)
@@ -179,8 +188,8 @@ def _warn_of_a_jump(
 
 def _saved(
     file: Path, device: torch.device, scaler: torch.amp.GradScaler
-) -> tuple[Model, Optimizer, Progress, int]:
-    """Load the training state, and its max_epochs; the scaler's state goes to `scaler`.
+) -> tuple[Model, Optimizer, Progress, Checkpoint]:
+    """Load the training state from a checkpoint; the scaler's state goes to `scaler`.
 
     Raises InputError where the file holds none, or that of another version of tron.
     """
@@ -192,7 +201,7 @@ def _saved(
         progress = Progress(**checkpoint.training["progress"])
     except TypeError as error:
         raise InputError(f"{file} was written by another version of tron: {error}") from error
-    return model, optimizer, progress, checkpoint.config.max_epochs
+    return model, optimizer, progress, checkpoint
 
 
 def _optimizer(config: ExperimentConfig, sessions: Sessions, num_items: int) -> str:
