@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -362,52 +363,15 @@ class DatasetWriter:
         """
         folder = self._folder / name
         folder.mkdir()
-        digest = hashlib.sha256()
-        ids = [_IdsFile(folder, kind) for kind in ("session_ids", "user_ids")]
-        lengths: list[np.ndarray] = []
-        repeated_events = 0
-        span: list[int] = []
-        items_file, times_file = folder / "items.bin", folder / "times.bin"
-        with items_file.open("wb") as items_out, times_file.open("wb") as times_out:
-            for chunk in chunks:
-                chunk_items = np.ascontiguousarray(chunk.items, dtype=np.int32)
-                items_out.write(chunk_items.data)
-                digest.update(chunk_items.data)
-                if chunk.times is not None and len(chunk.times):
-                    span = [*span, int(chunk.times.min()), int(chunk.times.max())]
-                    span = [min(span), max(span)]
-                    times_out.write(np.ascontiguousarray(chunk.times, dtype=np.int64).data)
-                lengths.append(np.diff(chunk.offsets))
-                repeated_events += int(np.count_nonzero(are_repeats(chunk)))
-                for file, values in zip(ids, (chunk.session_ids, chunk.user_ids), strict=True):
-                    if values is not None:
-                        assert len(values) == len(lengths[-1])
-                        file.append(values)
-        for file in ids:
-            file.finish()
         if isinstance(lost_predictions, np.ndarray) and lost_predictions.any():
             np.save(folder / "lost_predictions.npy", lost_predictions.astype(np.int32))
-        length = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
-        offsets = np.zeros(len(length) + 1, np.int64)
-        np.cumsum(length, out=offsets[1:])
-        np.save(folder / "offsets.npy", offsets)
-        digest.update(offsets.data)
-        _with_header(items_file, folder / "items.npy", np.dtype(np.int32))
-        if times_file.stat().st_size:
-            _with_header(times_file, folder / "times.npy", np.dtype(np.int64))
-        else:
-            times_file.unlink()
-        others = {file.name for file in folder.iterdir()} - {"items.npy", "offsets.npy"}
+        with ExitStack() as open_files:
+            arrays = _SplitArrays(folder, open_files)
+            for chunk in chunks:
+                arrays.append(chunk)
+            found = arrays.finish()
         self._splits[name] = {
-            "sessions": len(length),
-            "events": int(offsets[-1]),
-            "mean_length": float(length.mean()) if len(length) else None,
-            "median_length": float(np.median(length)) if len(length) else None,
-            "max_length": int(length.max()) if len(length) else None,
-            "repeated_events": repeated_events,  # show the item of the event before
-            "fingerprint": digest.hexdigest(),
-            "files": {other: sha256_of_file(folder / other) for other in sorted(others)},
-            **({"first_time": span[0], "last_time": span[1]} if span else {}),
+            **found,
             "unseen_events": unseen_events,
             "lost_predictions": int(np.sum(lost_predictions)),
             **counts,
@@ -419,6 +383,7 @@ class DatasetWriter:
         assert protocol in PROTOCOLS
         assert set(self._splits) == set(SPLITS)
         assert self._catalogue
+        self._fingerprint_files()
         content = {
             "format_version": FORMAT_VERSION,
             "name": name,
@@ -431,46 +396,123 @@ class DatasetWriter:
         self._place.put_in_place()
         return Dataset.open(self.path)
 
+    def _fingerprint_files(self) -> None:
+        """Record the SHA-256 of each file that the fingerprint of its split does not cover."""
+        others = [
+            file
+            for split in SPLITS
+            for file in sorted((self._folder / split).iterdir())
+            if file.name not in ("items.npy", "offsets.npy")
+        ]
+        with ThreadPoolExecutor() as threads:  # hashing releases the interpreter's lock
+            for file, digest in zip(others, threads.map(sha256_of_file, others), strict=True):
+                self._splits[file.parent.name]["files"][file.name] = digest
+
+
+class _SplitArrays:
+    """Arrays of one split, which grow chunk by chunk, and counts of what they hold."""
+
+    def __init__(self, folder: Path, open_files: ExitStack) -> None:
+        self._folder = folder
+        self._items = _ArrayFile(folder / "items.npy", np.int32, open_files)
+        self._times: _ArrayFile | None = None
+        self._ids = [_IdsFile(folder, kind, open_files) for kind in ("session_ids", "user_ids")]
+        self._open_files = open_files
+        self._digest = hashlib.sha256()
+        self._lengths = [np.zeros(0, np.int64)]
+        self._repeated_events = 0
+        self._span: list[int] = []
+
+    def append(self, chunk: Sessions) -> None:
+        """Append the sessions of a chunk."""
+        self._digest.update(self._items.append(chunk.items).data)
+        if chunk.times is not None and len(chunk.times):
+            if self._times is None:
+                self._times = _ArrayFile(self._folder / "times.npy", np.int64, self._open_files)
+            self._times.append(chunk.times)
+            span = [*self._span, int(chunk.times.min()), int(chunk.times.max())]
+            self._span = [min(span), max(span)]
+        self._lengths.append(chunk.lengths)
+        self._repeated_events += int(np.count_nonzero(are_repeats(chunk)))
+        for file, ids in zip(self._ids, (chunk.session_ids, chunk.user_ids), strict=True):
+            if ids is not None:
+                assert len(ids) == len(chunk)
+                file.append(ids)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the offsets; return what dataset.json says of the arrays."""
+        length = np.concatenate(self._lengths)
+        offsets = np.zeros(len(length) + 1, np.int64)
+        np.cumsum(length, out=offsets[1:])
+        np.save(self._folder / "offsets.npy", offsets)
+        self._digest.update(offsets.data)
+        return {
+            "sessions": len(length),
+            "events": int(offsets[-1]),
+            "mean_length": float(length.mean()) if len(length) else None,
+            "median_length": float(np.median(length)) if len(length) else None,
+            "max_length": int(length.max()) if len(length) else None,
+            "repeated_events": self._repeated_events,  # show the item of the event before
+            "fingerprint": self._digest.hexdigest(),
+            "files": {},  # filled in by DatasetWriter.finish
+            **dict(zip(("first_time", "last_time"), self._span, strict=False)),
+        }
+
 
 class _IdsFile:
     """Files of the ids of one split's sessions; they are created with the first id."""
 
-    def __init__(self, folder: Path, kind: str) -> None:
-        self._text, self._numbers = folder / f"{kind}.txt", folder / f"{kind}.npy"
-        self._raw, self._offsets = folder / f"{kind}.bin", folder / f"{kind}_offsets.npy"
+    def __init__(self, folder: Path, kind: str, open_files: ExitStack) -> None:
+        self._folder, self._kind, self._open_files = folder, kind, open_files
+        self._array: _ArrayFile | None = None  # of the numbers, or of the offsets into the text
+        self._text: BinaryIO | None = None
 
     def append(self, ids: np.ndarray) -> None:
         """Append the ids of further sessions: all int64, or all str objects."""
-        values = ids
-        if ids.dtype == object:
-            texts = [f"{text}\n".encode() for text in ids]
-            values = np.fromiter(map(len, texts), np.int64, len(texts))
-            with self._text.open("ab") as text_out:
-                text_out.write(b"".join(texts))
-        with self._raw.open("ab") as out:
-            out.write(np.ascontiguousarray(values, np.int64).data)
+        if ids.dtype != object:
+            self._array = self._array or self._created("")
+            self._array.append(ids)
+            return
+        if self._array is None or self._text is None:
+            self._array = self._created("_offsets")
+            self._array.append(np.zeros(1, np.int64))
+            text = (self._folder / f"{self._kind}.txt").open("wb")
+            self._text = self._open_files.enter_context(text)
+        texts = [f"{text}\n".encode() for text in ids]
+        ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
+        self._array.append(self._text.tell() + ends)
+        self._text.write(b"".join(texts))
 
-    def finish(self) -> None:
-        """Turn the appended ids into arrays."""
-        if self._text.exists():
-            ends = np.cumsum(np.fromfile(self._raw, np.int64))
-            np.save(self._offsets, np.concatenate(([0], ends)))
-            self._raw.unlink()
-        elif self._raw.exists():
-            _with_header(self._raw, self._numbers, np.dtype(np.int64))
+    def _created(self, suffix: str) -> _ArrayFile:
+        return _ArrayFile(self._folder / f"{self._kind}{suffix}.npy", np.int64, self._open_files)
 
 
-def _with_header(raw: Path, file: Path, dtype: np.dtype[Any]) -> None:
-    """Turn a file of raw values into .npy without holding it in memory."""
-    header = {
-        "descr": np.lib.format.dtype_to_descr(dtype),
-        "fortran_order": False,
-        "shape": (raw.stat().st_size // dtype.itemsize,),
-    }
-    with raw.open("rb") as source, file.open("wb") as target:
-        np.lib.format.write_array_header_1_0(target, header)
-        shutil.copyfileobj(source, target, 1 << 24)
-    raw.unlink()
+class _ArrayFile:
+    """A list of numbers as .npy that grows; its length is filled in when `open_files` closes."""
+
+    def __init__(self, path: Path, dtype: type[np.generic], open_files: ExitStack) -> None:
+        self._out = open_files.enter_context(path.open("wb"))
+        self._dtype = np.dtype(dtype)
+        self._length = 0
+        self._write_header()
+        open_files.callback(self._write_header)
+
+    def append(self, values: np.ndarray) -> np.ndarray:
+        """Append values; return them as they were written."""
+        values = np.ascontiguousarray(values, dtype=self._dtype)
+        self._out.write(values.data)
+        self._length += len(values)
+        return values
+
+    def _write_header(self) -> None:
+        """Write the header, which has the same size for every length."""
+        self._out.seek(0)
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self._dtype),
+            "fortran_order": False,
+            "shape": (self._length,),
+        }
+        np.lib.format.write_array_header_1_0(self._out, header)
 
 
 def _sha256(content: bytes) -> str:
