@@ -40,7 +40,7 @@ class Entry:
 _TRANSFORMER = ("num_heads", "key_padding_mask", "initialization")
 _BLOCKS = ("block", "feed_forward_dim", "activation", "attention_dropout_rate")
 
-# Networks: modules with `forward(batch, rows_UD) -> hidden_ND`; see models/__init__.py.
+# Networks: modules with `forward(batch, rows_UD) -> hidden_ND`; see models/base.py.
 MODELS = {
     "bert4rec": Entry(
         "tron_cli.models.bert4rec:BERT4Rec",

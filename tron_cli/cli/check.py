@@ -1,4 +1,4 @@
-"""`tron check`: read all of a prepared dataset or of a checkpoint and find what is damaged."""
+"""`tron check`: find damage in a prepared dataset, a checkpoint or a run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def check(
     plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read all of a dataset or checkpoint and compare it with its fingerprints or checksums."""
+    """Find damage in a dataset, a checkpoint or a run.
+
+    Everything is read and compared with its fingerprints or checksums.
+    """
     parts = _parts(target, data_dir)
     faults = [part.fault for part in parts if part.fault is not None]
     if as_json:

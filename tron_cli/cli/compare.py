@@ -47,7 +47,10 @@ def compare(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Compare models on the same events: paired differences with confidence intervals."""
+    """Compare models on the same events.
+
+    Differences are paired, event by event, and have confidence intervals.
+    """
     from tron_cli.checkpoint import load_checkpoint
     from tron_cli.data.dataset import Dataset
     from tron_cli.evaluation.compare import check_choice

@@ -1,4 +1,4 @@
-"""`tron config`: packaged configurations, and what a configuration resolves to."""
+"""`tron config`: packaged configurations, and the resolved values of a configuration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def show(
         ),
     ] = False,
 ) -> None:
-    """Print the resolved values of a configuration and where each came from."""
+    """Print the resolved values of a configuration.
+
+    Each is shown with its origin: default, config file or command line.
+    """
     from tron_cli.config import FIELDS, load_config
     from tron_cli.config.setting import shown
 

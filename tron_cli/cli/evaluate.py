@@ -70,7 +70,10 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Rank the whole catalogue exactly and report figures with standard errors."""
+    """Report exact figures of one checkpoint.
+
+    Each target is ranked among the whole catalogue, and each figure has a standard error.
+    """
     from tron_cli.evaluation.evaluate import EvaluationOptions
 
     options = EvaluationOptions(

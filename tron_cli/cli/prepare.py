@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tron_cli.data.dataset import Dataset
 
 app = typer.Typer(
-    help="Turn raw data into a prepared dataset: filters, splits, memory-mapped arrays.",
+    help="Turn raw data into a prepared dataset.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -116,7 +116,10 @@ def ml1m(
     options: ReadingOptions,
     as_json: AsJson = False,
 ) -> None:
-    """MovieLens-1M in Kang's version, leave-one-out, with gSASRec's split."""
+    """MovieLens-1M in Kang's version, leave-one-out.
+
+    The split is gSASRec's.
+    """
     from tron_cli.prepare.sources.ml1m import prepare_ml1m
 
     _report(prepare_ml1m(raw, data_dir, name, **vars(options)), as_json)
@@ -137,7 +140,10 @@ def sequences(
     options: OwnDataOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Text files with one session per line: integer item ids, oldest first."""
+    """Text files with one session per line.
+
+    A session is integer item ids, oldest first.
+    """
     from tron_cli.prepare.sources.sequences import prepare_sequences
 
     dataset = prepare_sequences(train, test, data_dir, name, val=val, **vars(options))

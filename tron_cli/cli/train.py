@@ -61,7 +61,10 @@ def train(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Train a model, keeping the best checkpoint by validation, or fit a baseline."""
+    """Train a model or fit a baseline.
+
+    The checkpoint with the best validation figure is kept beside the last one.
+    """
     from tron_cli.checkpoint import load_checkpoint
     from tron_cli.training.profile import StepProfiler
 
