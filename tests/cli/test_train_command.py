@@ -228,6 +228,9 @@ def test_every_option_of_train_arrives(
     code, out, _ = command("train", "--config", "c", "lr=1", "--data-dir", "d", "--output-dir", "o",
                            "--name", "n", "--device", "cpu", "seed=2")  # fmt: skip
     assert (code, out) == (0, "best.pt\n")
-    assert seen.pop() == ("c", ["lr=1", "seed=2"], Path("d"), Path("o"), "n", None, "cpu", None)
+    expected = ("c", ["lr=1", "seed=2"], Path("d"), Path("o"), "n", None, "cpu", None, None)
+    assert seen.pop() == expected
     command("train", "--resume", "r")
-    assert seen.pop() == (None, [], Path("datasets"), None, None, Path("r"), "auto", None)
+    assert seen.pop() == (None, [], Path("datasets"), None, None, Path("r"), "auto", None, None)
+    command("train", "--config", "c", "--init-from", "old.pt")
+    assert seen.pop()[-1] == Path("old.pt")
