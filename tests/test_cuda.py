@@ -220,7 +220,7 @@ def test_all_of_a_run_is_on_the_card_that_was_named(tmp_path: Path) -> None:
     pytest.importorskip("ir_measures.measures")
     rows = [list(map(int, row)) for row in map(cyclic_sessions(200).__getitem__, range(200))]
     dataset = write_dataset(tmp_path, train=rows, val=rows[:50], num_items=ITEMS)
-    cli = pytest.importorskip("tron_cli.cli.device")
+    cli = pytest.importorskip("tron_cli.ops.device")
     before = torch.cuda.memory_allocated(0)
     try:
         device = cli.chosen_device("cuda:1")

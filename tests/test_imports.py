@@ -60,8 +60,8 @@ def test_the_rule_reader_sees_imports() -> None:
     assert "tron_cli.data.batches" not in imported(MODULES["tron_cli.models.sasrec"])
     assert "tron_cli.data.batches" in imported(MODULES["tron_cli.models.sasrec"], for_types=True)
     train = MODULES["tron_cli.cli.train"]
-    assert "tron_cli.training.loop" in imported(train)
-    assert "tron_cli.training.loop" not in imported(train, in_functions=False)
+    assert "tron_cli.api.training" in imported(train)
+    assert "tron_cli.api.training" not in imported(train, in_functions=False)
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if ".prepare" in name])
@@ -249,7 +249,12 @@ def test_imports_point_one_way() -> None:
 def test_lower_layers_do_not_know_the_upper_ones(lower: str, uppers: set[str]) -> None:
     for name, file in MODULES.items():
         if group(name) == lower:
-            assert not {group(module) for module in imported(file)} & uppers, name
+            assert not {group(module) for module in imported(file)} & {"api", *uppers}, name
+
+
+def test_the_python_api_does_not_know_the_command_line() -> None:
+    for name, file in MODULES.items():
+        assert group(name) != "api" or "cli" not in map(group, imported(file)), name
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if group(name) == "cli"])

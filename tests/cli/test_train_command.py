@@ -17,6 +17,7 @@ import torch
 from helpers.command_lines import Command, is_one_sentence
 from helpers.datasets import write_dataset
 
+from tron_cli.api.training import TrainingResult
 from tron_cli.checkpoint import load_checkpoint
 
 
@@ -218,19 +219,24 @@ def test_a_run_folder_that_cannot_be_written_to_is_not_resumed(
 def test_every_option_of_train_arrives(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    seen: list[tuple[Any, ...]] = []
+    seen: list[dict[str, Any]] = []
 
-    def run_training(*words: Any) -> Path:
-        seen.append(words)
-        return Path("best.pt")
+    def train(config: str | None, **options: Any) -> TrainingResult:
+        seen.append({"config": config, **options})
+        return TrainingResult(Path("best.pt"), Path(), {}, step=1, steps=1, epochs=1)
 
-    monkeypatch.setattr("tron_cli.cli.train.run_training", run_training)
+    monkeypatch.setattr("tron_cli.api.training.train", train)
     code, out, _ = command("train", "--config", "c", "lr=1", "--data-dir", "d", "--output-dir", "o",
                            "--name", "n", "--device", "cpu", "seed=2")  # fmt: skip
     assert (code, out) == (0, "best.pt\n")
-    expected = ("c", ["lr=1", "seed=2"], Path("d"), Path("o"), "n", None, "cpu", None, None)
-    assert seen.pop() == expected
-    command("train", "--resume", "r")
-    assert seen.pop() == (None, [], Path("datasets"), None, None, Path("r"), "auto", None, None)
+    assert seen.pop() == {
+        "config": "c", "lr": 1.0, "seed": 2, "data_dir": Path("d"), "output_dir": Path("o"),
+        "name": "n", "resume": None, "init_from": None, "profile": None, "device": "cpu",
+    }  # fmt: skip
+    command("train", "--resume", "r", "--profile", 3)
+    assert seen.pop() == {
+        "config": None, "data_dir": Path("datasets"), "output_dir": None, "name": None,
+        "resume": Path("r"), "init_from": None, "profile": 3, "device": "auto",
+    }  # fmt: skip
     command("train", "--config", "c", "--init-from", "old.pt")
-    assert seen.pop()[-1] == Path("old.pt")
+    assert seen.pop()["init_from"] == Path("old.pt")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers.datasets import random_sessions, write_dataset
 
-from tron_cli.cli.device import training_device
+from tron_cli.api.training import training_device
 from tron_cli.config import ExperimentConfig, load_config
 from tron_cli.errors import InputError
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from helpers.datasets import tiny_settings
-from tron_cli.cli.train import run_training
+from tron_cli.api.training import train
+from tron_cli.config import parse_overrides
 
 # 45 sessions in batches of 8 are 6 steps an epoch; a save falls inside each epoch and between two.
 SETTINGS = {"dropout_rate": 0.3, "save_every": 4, "max_epochs": 3, "lr_schedule": "cosine"}
@@ -30,12 +31,14 @@ def write_config(folder: Path, **changes: Any) -> Path:
     return file
 
 
-def start(config: Path, data_dir: Path, runs: Path, name: str) -> Path:
-    return run_training(str(config), [], data_dir, runs, name, None, "cpu")
+def start(config: Path, data_dir: Path, runs: Path, name: str, **more: Any) -> Path:
+    options = {"data_dir": data_dir, "output_dir": runs, "name": name, "device": "cpu", **more}
+    return train(config, **options).checkpoint
 
 
 def resume(data_dir: Path, run_dir: Path, *overrides: str) -> Path:
-    return run_training(None, list(overrides), data_dir, None, None, run_dir, "cpu")
+    changes = parse_overrides(overrides)
+    return train(data_dir=data_dir, resume=run_dir, device="cpu", **changes).checkpoint
 
 
 def same_values(a: Any, b: Any) -> bool:

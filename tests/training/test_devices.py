@@ -12,10 +12,10 @@ import torch
 from helpers.datasets import tiny_settings, write_dataset
 
 from tron_cli import cli
-from tron_cli.cli.device import chosen_device
 from tron_cli.config import ExperimentConfig
 from tron_cli.errors import InputError, RunError
 from tron_cli.evaluation.predict import _float32_arithmetic
+from tron_cli.ops.device import chosen_device
 from tron_cli.training import start
 from tron_cli.training.fit import fit
 
@@ -113,7 +113,7 @@ def test_every_command_that_computes_chooses_its_device_there(
     checkpoint = fit(
         ExperimentConfig(**tiny_settings(model="popular")), dataset, tmp_path / "run"
     )  # fmt: skip
-    module = {"train": "tron_cli.cli.device"}.get(command, f"tron_cli.cli.{command}")
+    module = {"train": "tron_cli.api.training"}.get(command, f"tron_cli.cli.{command}")
     monkeypatch.setattr(sys.modules[module], "chosen_device", choose)
     words = {
         "train": ["--config", "config_synthetic", "dataset_name=tiny"],

@@ -13,8 +13,8 @@ import pytest
 import torch
 from helpers.datasets import random_sessions, tiny_settings, write_dataset
 
+from tron_cli.api import training
 from tron_cli.checkpoint import load_checkpoint
-from tron_cli.cli.train import run_training
 from tron_cli.errors import InputError
 from tron_cli.training.profile import WARM_UP, StepProfiler, phase
 
@@ -125,14 +125,14 @@ def test_profiled_and_resumed_ends_as_if_never_profiled(
 ) -> None:
     """The profile ends within an epoch, at the end of one, or with the run."""
 
-    def train(name: str, profiler: StepProfiler | None = None) -> Path:
-        return run_training(words[2], [], data_dir, tmp_path, name, None, "cpu", profiler)
+    def train(**options: Any) -> Path:
+        return training.train(data_dir=data_dir, device="cpu", **options).checkpoint
 
-    train("whole")
-    saved = train("profiled", StepProfiler(steps))
+    train(config=words[2], output_dir=tmp_path, name="whole")
+    saved = train(config=words[2], output_dir=tmp_path, name="profiled", profile=steps)
     assert saved == tmp_path / "profiled" / "last.pt"
     assert load_checkpoint(saved).step == WARM_UP + steps
-    run_training(None, [], data_dir, None, None, tmp_path / "profiled", "cpu")
+    train(resume=tmp_path / "profiled")
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     assert {path.name for path in (tmp_path / "profiled").iterdir()} == names | {"trace.json"}
     for name in names:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from helpers.checkpoints import random_checkpoint
 from helpers.datasets import random_sessions, tiny_settings, write_dataset
-from helpers.runs import check_same_run, die_in_step, in_process, resume, write_config
+from helpers.runs import check_same_run, die_in_step, in_process, resume, start, write_config
 
+from tron_cli.api import training
 from tron_cli.checkpoint import load_checkpoint, save_checkpoint
-from tron_cli.cli.train import run_training
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
@@ -103,7 +103,7 @@ def test_a_table_that_sleeping_rows_are_behind_in_is_brought_up_to_date(
     """Last.pt of a row-sparse optimizer is read as `tron evaluate` reads it."""
     run_dir = tmp_path / "runs" / "old"
     config = write_config(tmp_path, optimizer="row_adam", max_epochs=1)
-    run_training(str(config), [], data_dir, run_dir.parent, run_dir.name, None, "cpu")
+    start(config, data_dir, run_dir.parent, run_dir.name)
     expected = load_checkpoint(run_dir / "last.pt").build_model(torch.device("cpu"))
     config_new = ExperimentConfig(**tiny_settings(dataset_name="newer"))
     model = build_model(config_new, len(NEW_IDS))
@@ -114,8 +114,7 @@ def test_a_table_that_sleeping_rows_are_behind_in_is_brought_up_to_date(
 
 
 def train(data_dir: Path, config: Path, old: Path | None, name: str) -> Path:
-    runs = config.parent / "runs"
-    return run_training(str(config), [], data_dir, runs, name, None, "cpu", init_from=old)
+    return start(config, data_dir, config.parent / "runs", name, init_from=old)
 
 
 def test_the_run_says_counts_and_records_the_file(
@@ -165,7 +164,7 @@ def die_in_step_from(step: int, config: Path, data_dir: Path, run_dir: Path, old
 
     import helpers.runs as runs
 
-    runs.run_training = functools.partial(run_training, init_from=old)
+    runs.train = functools.partial(training.train, init_from=old)
     die_in_step(step, config, data_dir, run_dir)
 
 

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from tron_cli.cli.device import chosen_device
 from tron_cli.cli.options import (
     DATASETS,
     AsJson,
@@ -19,6 +18,7 @@ from tron_cli.cli.options import (
     with_groups,
 )
 from tron_cli.cli.report import comparison_text
+from tron_cli.ops.device import chosen_device
 
 
 @with_groups

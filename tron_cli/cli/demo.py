@@ -11,7 +11,6 @@ import typer
 from tron_cli.cli.evaluate import run_evaluation
 from tron_cli.cli.options import DATASETS, DataDir, Overrides
 from tron_cli.cli.report import evaluation_text
-from tron_cli.cli.train import run_training
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import written_aside
 
@@ -30,7 +29,8 @@ def demo(
     This takes about two minutes on two cores. The command fails if the model stays below 90 % of
     the best possible R@20, because then something is wrong with the installation.
     """
-    from tron_cli.config import load_config
+    from tron_cli.api.training import train
+    from tron_cli.config import load_config, parse_overrides
     from tron_cli.data.folder import made_with
     from tron_cli.evaluation.evaluate import EvaluationOptions
     from tron_cli.evaluation.reference import reference_figures
@@ -41,7 +41,8 @@ def demo(
         print(f"\n$ {command}", flush=True)
 
     settings = ["dataset_name=demo", *(overrides or [])]
-    load_config(CONFIG, settings)  # refuses wrong settings before minutes of work
+    changes = parse_overrides(settings)
+    load_config(CONFIG, changes)  # refuses wrong settings before minutes of work
     say("tron prepare synthetic --name demo --force")
     options = {"seed": 42, "sessions": 80_000}
     path = data_dir / "demo"
@@ -53,7 +54,8 @@ def demo(
     dataset = prepare_synthetic(data_dir, "demo", reference_figures, force=True, **options)
     summary.print_summary(dataset)
     say(f"tron train --config {CONFIG} {' '.join(settings)}")
-    best = run_training(CONFIG, settings, data_dir, output_dir)
+    trained = train(CONFIG, data_dir=data_dir, output_dir=output_dir, **changes)
+    best = trained.checkpoint
     print(best)
     say(f"tron evaluate {best}")
     report = run_evaluation(best, None, EvaluationOptions(), data_dir, "auto")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tron_cli.cli.device import chosen_device
 from tron_cli.cli.options import (
     DATASETS,
     AsJson,
@@ -20,6 +19,7 @@ from tron_cli.cli.options import (
     with_groups,
 )
 from tron_cli.cli.report import evaluation_text
+from tron_cli.ops.device import chosen_device
 
 if TYPE_CHECKING:
     from tron_cli.evaluation.evaluate import EvaluationOptions

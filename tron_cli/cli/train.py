@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from tron_cli.cli.device import training_device
 from tron_cli.cli.options import (
     CONFIG_HELP,
     DATASETS,
@@ -22,12 +18,6 @@ from tron_cli.cli.options import (
     Plugins,
     config_names,
 )
-from tron_cli.errors import InputError, RunError, explained
-
-if TYPE_CHECKING:
-    from tron_cli.config import ExperimentConfig
-    from tron_cli.data.dataset import Dataset
-    from tron_cli.training.profile import StepProfiler
 
 
 def train(
@@ -65,112 +55,25 @@ def train(
 
     The checkpoint with the best validation figure is kept beside the last one.
     """
-    from tron_cli.checkpoint import load_checkpoint
-    from tron_cli.training.profile import StepProfiler
+    from tron_cli.api.training import train as train_model
+    from tron_cli.config import parse_overrides
 
-    profiler = None if profile is None else StepProfiler(profile)
-    saved = run_training(
-        config, overrides or [], data_dir, output_dir, name, resume, device, profiler, init_from
+    result = train_model(
+        config,
+        data_dir=data_dir,
+        output_dir=output_dir,
+        name=name,
+        resume=resume,
+        init_from=init_from,
+        profile=profile,
+        device=device,
+        **parse_overrides(overrides or []),
     )
-    if profiler is not None:
-        if profiler.result is None:
-            raise RunError("the run stopped early, before all steps were profiled; profile fewer")
-        found = profiler.result
-        shown = {"checkpoint": str(saved), "profile": found.as_json()}
-        print(json.dumps(shown) if as_json else found.as_text())
+    saved = str(result.checkpoint)
+    if result.profile is not None:
+        shown = {"checkpoint": saved, "profile": result.profile.as_json()}
+        print(json.dumps(shown) if as_json else result.profile.as_text())
     elif as_json:
-        metrics = load_checkpoint(saved).metrics
-        print(json.dumps({"checkpoint": str(saved), "validation": metrics}))
+        print(json.dumps({"checkpoint": saved, "validation": result.metrics}))
     else:
         print(saved)
-
-
-def run_training(
-    config_name: str | None,
-    overrides: list[str],
-    data_dir: Path,
-    output_dir: Path | None = None,
-    name: str | None = None,
-    resume: Path | None = None,
-    device_name: str = "auto",
-    profiler: StepProfiler | None = None,
-    init_from: Path | None = None,
-) -> Path:
-    """Train as `tron train` does; return the best checkpoint, or the last one after profiling."""
-    from tron_cli.config import load_config
-    from tron_cli.data.dataset import Dataset
-    from tron_cli.training.fit import fit
-    from tron_cli.training.loop import train as train_model
-    from tron_cli.training.run import LOG, claimed
-
-    if (config_name is None) == (resume is None):
-        raise InputError(
-            "give either --config NAME for a new run or --resume RUN_DIR for an old one"
-        )
-    if resume is not None and (name is not None or output_dir is not None):
-        raise InputError("a resumed run stays in its folder; leave out --name and --output-dir")
-    if resume is not None and init_from is not None:
-        raise InputError("a resumed run has its weights already; leave out --init-from")
-    if resume is not None:
-        place = claimed(resume, resume=True)
-    else:
-        assert config_name is not None
-        experiment, _ = load_config(config_name, overrides)
-        dataset = Dataset.open(data_dir / experiment.dataset_name)
-        run_dir = _run_dir(output_dir or Path("runs"), name, experiment)
-        place = claimed(run_dir, numbered=name is None)
-    device = training_device(device_name, config_name)
-    with place as run_dir, explained(run_dir / LOG):
-        if resume is not None:
-            experiment, dataset = _resumed(resume, overrides, data_dir)
-        if not experiment.is_baseline:
-            return train_model(
-                experiment, dataset, run_dir, device=device, resume=resume is not None,
-                profiler=profiler, init_from=init_from,
-            )  # fmt: skip
-        if init_from is not None:
-            raise InputError(
-                f"model={experiment.model} is fitted anew and has no weights to start from; leave "
-                "out --init-from"
-            )
-        if profiler is not None:
-            raise InputError(
-                f"model={experiment.model} is fitted at once and has no steps to profile; leave "
-                "out --profile"
-            )
-        return fit(experiment, dataset, run_dir)
-
-
-def _resumed(
-    run_dir: Path, overrides: list[str], data_dir: Path
-) -> tuple[ExperimentConfig, Dataset]:
-    """Return the configuration and the dataset of a run to resume."""
-    from tron_cli.checkpoint import LAST, dataset_identity, load_checkpoint
-    from tron_cli.config import parse_overrides
-    from tron_cli.data.dataset import Dataset
-
-    checkpoint = load_checkpoint(run_dir / LAST)
-    changes = parse_overrides(overrides)
-    fixed = sorted(set(changes) - {"max_epochs", "early_stopping_patience"})
-    if fixed:
-        raise InputError(
-            f"a resumed run keeps its settings; only max_epochs and early_stopping_patience "
-            f"can change, not {', '.join(fixed)}"
-        )
-    dataset = Dataset.open(data_dir / checkpoint.config.dataset_name)
-    if checkpoint.dataset != dataset_identity(dataset):
-        raise InputError(
-            f"the run in {run_dir} was trained on another version of {dataset.path}; prepare the "
-            "dataset as it was, or start a new run"
-        )
-    return dataclasses.replace(checkpoint.config, **changes), dataset
-
-
-def _run_dir(output_dir: Path, name: str | None, config: ExperimentConfig) -> Path:
-    """Return the folder of a new run, named by the user or after its time of start."""
-    if name is not None and not re.fullmatch(r"\w[\w.+=-]*", name):
-        raise InputError(
-            f"--name must be a folder name of letters, digits and _ . + = -, got {name!r}"
-        )
-    stamp = f"{config.method}-{config.dataset_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return output_dir / (name or stamp)

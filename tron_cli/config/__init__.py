@@ -4,6 +4,7 @@ from tron_cli.config.experiment import FIELDS, ExperimentConfig
 from tron_cli.config.gsasrec import GSASRecExperimentConfig
 from tron_cli.config.load import (
     CONFIGS_DIR,
+    checked_names,
     config_from_dict,
     load_config,
     packaged_configs,
@@ -16,6 +17,7 @@ __all__ = [
     "FIELDS",
     "ExperimentConfig",
     "GSASRecExperimentConfig",
+    "checked_names",
     "config_from_dict",
     "load_config",
     "packaged_configs",

@@ -24,16 +24,18 @@ log = logging.getLogger("tron")
 
 
 def load_config(
-    name: str, overrides: Sequence[str] = ()
+    name: str, overrides: Sequence[str] | Mapping[str, Any] = ()
 ) -> tuple[ExperimentConfig, dict[str, str]]:
-    """Resolve a config file and key=value overrides.
+    """Resolve a config file and overrides, as key=value words or as values by name.
 
     `name` is a path to a Python file or to one of otto-de/TRON's JSON files, or else the name of a
     packaged config (with or without `.py`). Returns the config and, for each field, where its value
     comes from. Raises InputError.
     """
     path = _find_config(name)
-    changes = parse_overrides(overrides)
+    if not isinstance(overrides, Mapping):
+        overrides = parse_overrides(overrides)
+    changes = checked_names(overrides)
     if path.suffix == ".json":
         config, named = _from_tron(path, changes)
     else:
@@ -70,9 +72,14 @@ def config_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
     Raises UnnamedCodeError where it needs code from outside that nobody has named.
     """
     check_named(values)
+    return ExperimentConfig(**checked_names(values))
+
+
+def checked_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by setting. Raises InputError where a name is no setting's."""
     for key in values:
         _check_key(key)
-    return ExperimentConfig(**values)
+    return dict(values)
 
 
 def packaged_configs() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.batches import prepared_ahead
 from tron_cli.data.dataset import Dataset
-from tron_cli.errors import RunError
+from tron_cli.errors import InputError, RunError
 from tron_cli.files import LAST
 from tron_cli.training.profile import StepProfiler, phase
 from tron_cli.training.run import StepLog
@@ -26,12 +27,28 @@ from tron_cli.training.validation import validate
 _LOG_EVERY = 20  # steps; also how often the loss is checked, since reading it waits for the device
 
 log = logging.getLogger("tron")
+_training = threading.Lock()
 
 
 class InterruptedRunError(RunError):
     """The user stopped the run; it was saved."""
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Refuse a second training in this process: torch's random numbers are those of the process."""
+    if not _training.acquire(blocking=False):
+        raise InputError(
+            "another training is under way in this process, and both would draw from the same "
+            "random numbers; wait for its end, or train in a process of its own"
+        )
+    try:
+        yield
+    finally:
+        _training.release()
+
+
+@_alone()
 def train(
     config: ExperimentConfig,
     dataset: Dataset,
@@ -47,8 +64,8 @@ def train(
     run_dir is made if it is not there, once config and dataset have proved to fit. resume: continue
     the run saved there. init_from: a checkpoint whose weights a new run starts with. With a
     profiler, training ends when that has its steps, and the path is that of last.pt. Raises
-    InputError where the arguments do not fit, RunError where the loss is not finite,
-    InterruptedRunError after Ctrl-C.
+    InputError where the arguments do not fit or another training is under way in this process,
+    RunError where the loss is not finite, InterruptedRunError after Ctrl-C.
     """
     profiler = profiler or StepProfiler(0)
     start = start_training(config, dataset, run_dir, device, resume, profiler, init_from)
@@ -112,7 +129,10 @@ def train(
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Yield a list that is empty until the first Ctrl-C or SIGTERM; a second one stops at once."""
+    """Yield a list that is empty until the first Ctrl-C or SIGTERM; a second one stops at once.
+
+    Only the main thread can handle signals: in another one the list stays empty.
+    """
     received: list[int] = []
 
     def note(number: int, _frame: Any) -> None:
@@ -121,9 +141,15 @@ def _stop_signals() -> Iterator[list[int]]:
         received.append(number)
         log.warning("stopping after this step; press Ctrl-C again to stop at once")
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Those that were not installed from Python could not be put back.
+    ours = {number: handler for number, handler in before.items() if handler is not None}
     try:
+        for number in ours:
+            signal.signal(number, note)
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in ours.items():
             signal.signal(number, handler)

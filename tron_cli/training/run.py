@@ -38,8 +38,9 @@ from tron_cli.training.profile import phase
 
 LOG = "train.log"
 LOCK = ".lock"
+METRICS = "metrics.jsonl"
 # Files of a run that never saved its weights: its folder may be used again.
-_UNSAVED = {"config.json", "origin.json", "metrics.jsonl", "trace.json", LOG, LOCK}
+_UNSAVED = {"config.json", "origin.json", METRICS, "trace.json", LOG, LOCK}
 
 log = logging.getLogger("tron")
 
@@ -113,7 +114,7 @@ class RunFiles:
 
     def __init__(self, run_dir: Path, config: ExperimentConfig) -> None:
         self.run_dir = run_dir
-        self.metrics_file = run_dir / "metrics.jsonl"
+        self.metrics_file = run_dir / METRICS
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             settings = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
@@ -212,7 +213,7 @@ class RunFolder(RunFiles):
     def drop_leftovers(self) -> None:
         """Delete former bests, and what a kill left half-written; a person's own copies stay."""
         bests = f"{self.config.method}-{self.config.dataset_name}-step=*.pt"
-        whole = (bests, LAST, "config.json", "origin.json", "metrics.jsonl")
+        whole = (bests, LAST, "config.json", "origin.json", METRICS)
         own = (bests, *(f"{pattern}.partial" for pattern in whole))
         for path in (path for pattern in own for path in self.run_dir.glob(pattern)):
             if path.is_file() and path.name != self.progress.best_file:
@@ -347,6 +348,17 @@ class StepLog:
         if step % self._steps_per_epoch == 0:
             self._bar.close()
             self._bar = None
+
+
+def last_logged(run_dir: Path) -> tuple[int, int]:
+    """Return the step that a run last logged and the epochs begun until then; 0, 0 for none."""
+    file = run_dir / METRICS
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    for line in reversed(lines):
+        step = _step_of(line)
+        if step is not None:
+            return step, json.loads(line)["epoch"] + 1
+    return 0, 0
 
 
 def _step_of(line: bytes) -> int | None:

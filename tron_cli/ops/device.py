@@ -1,8 +1,7 @@
-"""The device that --device names."""
+"""The device that a person names."""
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import TYPE_CHECKING
 
@@ -11,28 +10,15 @@ from tron_cli.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger("tron")
 
-
-def training_device(name: str, config_name: str | None) -> torch.device:
-    """Return the device of --device; auto follows the config's accelerator, where it has one."""
-    from tron_cli.config import requested_accelerator
-
-    accelerator = "auto"
-    if name == "auto" and config_name is not None:
-        accelerator = requested_accelerator(config_name)
-    device = chosen_device("cpu" if accelerator == "cpu" else name)
-    if accelerator == "gpu" and device.type == "cpu":
-        log.info("accelerator is gpu, but there is none here: training on the CPU")
-    return device
-
-
-def chosen_device(name: str) -> torch.device:
-    """Return the device of --device after a first use; a CUDA device becomes the current one.
+def chosen_device(device: str | torch.device) -> torch.device:
+    """Return the device of that name after a first use; a CUDA device becomes the current one.
 
     Raises InputError where it does not exist or cannot be used.
     """
     import torch
+
+    name = str(device)
 
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d{1,9}))?", name)
     if not match:
@@ -41,16 +27,16 @@ def chosen_device(name: str) -> torch.device:
     if name == "auto":
         chosen = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(chosen)
+        found = torch.device(chosen)
         if match[1] is not None and torch.cuda.is_available():
             count = torch.cuda.device_count()
             if int(match[1]) >= count:  # torch keeps eight bits of it: 256 would be 0
                 there = ", ".join(f"cuda:{index}" for index in range(count))
                 raise InputError(f"--device {name} does not exist here; there is {there}")
             # Graphs, streams and Triton's kernels are those of the current device.
-            torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
+            torch.cuda.set_device(found)
+        torch.zeros(1, device=found)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used here ({reason}); try cpu") from error
-    return device
+    return found

@@ -1,0 +1,184 @@
+"""`tron_cli.train`: train a model or fit a baseline, in a new run or a resumed one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tron_cli.api.settings import add_plugins, load_config
+from tron_cli.checkpoint import dataset_identity, load_checkpoint
+from tron_cli.config import ExperimentConfig, requested_accelerator
+from tron_cli.data.dataset import Dataset
+from tron_cli.errors import InputError, RunError, explained
+from tron_cli.files import LAST, as_path
+from tron_cli.ops.device import chosen_device
+from tron_cli.training.fit import fit
+from tron_cli.training.loop import train as train_model
+from tron_cli.training.profile import Profile, StepProfiler
+from tron_cli.training.run import LOG, claimed, last_logged
+
+log = logging.getLogger("tron")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A run and its best checkpoint.
+
+    checkpoint: the weights that scored highest on validation; the last weights where validation is
+    empty, and last.pt after profiling. run_dir: the folder of the run. metrics: validation figures
+    of the checkpoint by measure, without those that nothing was validated with. step: training
+    steps of the checkpoint's weights. steps, epochs: those of the whole run, including the last
+    epoch if it was begun; 0 for a baseline. profile: where the time of a step goes, if asked for.
+    """
+
+    checkpoint: Path
+    run_dir: Path
+    metrics: dict[str, float]
+    step: int
+    steps: int
+    epochs: int
+    profile: Profile | None = None
+
+
+def train(
+    config: str | os.PathLike[str] | ExperimentConfig | None = None,
+    *,
+    data_dir: str | os.PathLike[str] = "datasets",
+    output_dir: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    init_from: str | os.PathLike[str] | None = None,
+    profile: int | None = None,
+    plugins: Sequence[str] = (),
+    device: str | torch.device = "auto",
+    **settings: Any,
+) -> TrainingResult:
+    """Train a model, keeping the best checkpoint by validation, or fit a baseline.
+
+    config: the name of a packaged config, a Python file, one of otto-de/TRON's JSON files, or an
+    ExperimentConfig; settings override it. output_dir: the folder that the run's folder is made in,
+    `runs` by default; name: that of the run's folder. resume: the folder of a run to continue,
+    instead of a config; of its settings only max_epochs and early_stopping_patience can change.
+    init_from: a checkpoint or run whose weights a new run starts with, items matched by original
+    id. profile: profile so many steps, and stop. plugins: code from outside tron that the config names.
+    device: auto, cpu, cuda or cuda:N.
+
+    In the main thread, Ctrl-C and SIGTERM end the training after the current step, which is saved,
+    with a RunError; in other threads signals are left alone. A process trains one model at a time.
+
+    Raises InputError where config, dataset and options do not fit together or a file is missing,
+    and RunError where training fails.
+
+    >>> import tron_cli
+    >>> result = tron_cli.train("config_synthetic", dataset_name="shop", max_epochs=1, name="first")
+    >>> result.run_dir.as_posix(), result.epochs, "R@20" in result.metrics
+    ('runs/first', 1, True)
+    """
+    if (config is None) == (resume is None):
+        raise InputError(
+            "give either --config NAME for a new run or --resume RUN_DIR for an old one"
+        )
+    if resume is not None and (name is not None or output_dir is not None):
+        raise InputError("a resumed run stays in its folder; leave out --name and --output-dir")
+    if resume is not None and init_from is not None:
+        raise InputError("a resumed run has its weights already; leave out --init-from")
+    add_plugins(plugins)
+    if profile is not None and (type(profile) is not int or profile < 1):
+        raise InputError(f"profile must be a number of steps, at least 1, got {profile!r}")
+    profiler = None if profile is None else StepProfiler(profile)
+    datasets = as_path(data_dir, "data_dir")
+    earlier = None if init_from is None else as_path(init_from, "init_from")
+    if config is None:
+        assert resume is not None
+        place = claimed(as_path(resume, "resume"), resume=True)
+    else:
+        experiment = load_config(config, **settings)
+        dataset = Dataset.open(datasets / experiment.dataset_name)
+        parent = as_path("runs" if output_dir is None else output_dir, "output_dir")
+        place = claimed(_run_dir(parent, name, experiment), numbered=name is None)
+    used_device = training_device(device, config)
+    with place as run_dir, explained(run_dir / LOG):
+        if config is None:
+            experiment, dataset = _resumed(run_dir, settings, datasets)
+        if not experiment.is_baseline:
+            saved = train_model(
+                experiment, dataset, run_dir, device=used_device, resume=config is None,
+                profiler=profiler, init_from=earlier,
+            )  # fmt: skip
+        elif earlier is not None:
+            raise InputError(
+                f"model={experiment.model} is fitted anew and has no weights to start from; leave "
+                "out --init-from"
+            )
+        elif profiler is not None:
+            raise InputError(
+                f"model={experiment.model} is fitted at once and has no steps to profile; leave "
+                "out --profile"
+            )
+        else:
+            saved = fit(experiment, dataset, run_dir)
+    if profiler is not None and profiler.result is None:
+        raise RunError("the run stopped early, before all steps were profiled; profile fewer")
+    checkpoint = load_checkpoint(saved)
+    steps, epochs = (0, 0) if experiment.is_baseline else last_logged(run_dir)
+    return TrainingResult(
+        checkpoint=saved,
+        run_dir=run_dir,
+        metrics=checkpoint.metrics,
+        step=checkpoint.step,
+        steps=steps,
+        epochs=epochs,
+        profile=None if profiler is None else profiler.result,
+    )
+
+
+def training_device(
+    device: str | torch.device, config: str | os.PathLike[str] | ExperimentConfig | None
+) -> torch.device:
+    """Return the device to train on; auto follows the config's accelerator, where it has one."""
+    accelerator = "auto"
+    if device == "auto" and isinstance(config, str | os.PathLike):
+        accelerator = requested_accelerator(os.fspath(config))
+    found = chosen_device("cpu" if accelerator == "cpu" else device)
+    if accelerator == "gpu" and found.type == "cpu":
+        log.info("accelerator is gpu, but there is none here: training on the CPU")
+    return found
+
+
+def _resumed(
+    run_dir: Path, changes: dict[str, Any], data_dir: Path
+) -> tuple[ExperimentConfig, Dataset]:
+    """Return the configuration and the dataset of a run to resume."""
+    checkpoint = load_checkpoint(run_dir / LAST)
+    fixed = sorted(set(changes) - {"max_epochs", "early_stopping_patience"})
+    if fixed:
+        raise InputError(
+            f"a resumed run keeps its settings; only max_epochs and early_stopping_patience "
+            f"can change, not {', '.join(fixed)}"
+        )
+    dataset = Dataset.open(data_dir / checkpoint.config.dataset_name)
+    if checkpoint.dataset != dataset_identity(dataset):
+        raise InputError(
+            f"the run in {run_dir} was trained on another version of {dataset.path}; prepare the "
+            "dataset as it was, or start a new run"
+        )
+    return load_config(checkpoint.config, **changes), dataset
+
+
+def _run_dir(output_dir: Path, name: str | None, config: ExperimentConfig) -> Path:
+    """Return the folder of a new run, named by the user or after its time of start."""
+    is_text = isinstance(name, str)
+    if name is not None and not (is_text and re.fullmatch(r"\w[\w.+=-]*", name)):
+        raise InputError(
+            f"--name must be a folder name of letters, digits and _ . + = -, got {name!r}"
+        )
+    stamp = f"{config.method}-{config.dataset_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return output_dir / (name or stamp)
