@@ -160,6 +160,14 @@ class ColumnOptions:
         Literal["auto", "s", "ms", "us", "ns"],
         typer.Option(help="Unit of numeric times; auto: ISO 8601, or numbers of a guessed unit."),
     ] = "auto"
+    time_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help='Format of other times, such as "%d/%m/%Y %H:%M"; %z reads offsets, .%f fractions '
+            "of a second; UTC without %z.",
+        ),
+    ] = None
     session: Annotated[
         str | None, typer.Option("--session-col", help="Column of the session ids.")
     ] = None

@@ -46,14 +46,21 @@ class BadLines:
         self.count = 0
         self.first: str | None = None
 
-    def reject(self, file: Path, line: int, problem: str, *, unit: str = "line") -> None:
-        """Refuse, or skip and count, one bad line (of a Parquet file: row), numbered from 1."""
+    def reject(
+        self, file: Path, line: int, problem: str, *, unit: str = "line", advice: str | None = None
+    ) -> None:
+        """Refuse, or skip and count, one bad line (of a Parquet file: row), numbered from 1.
+
+        advice: what to do, where correcting or skipping the line is not the answer.
+        """
         if not self.skip:
-            raise InputError(
-                f"{file}, {unit} {line}: {problem}; correct it, or pass --skip-bad-lines"
-            )
+            advice = advice or "correct it, or pass --skip-bad-lines"
+            raise InputError(f"{file}, {unit} {line}: {problem}; {advice}")
         self.count += 1
-        self.first = self.first or f"{file.name}, {unit} {line}: {problem}"
+        if self.first is None:
+            self.first = f"{file.name}, {unit} {line}: {problem}" + (
+                f"; {advice}" if advice else ""
+            )
 
     def check_share(self, good: int) -> None:
         """Raise InputError where too many of all lines were bad; `good` is how many were not."""
@@ -77,6 +84,10 @@ class Parser:
     expected: str
     null_tokens: tuple[str, ...] = ()
 
+    def advice(self, value: Any) -> str | None:
+        """Return what to do about a bad value, where that is not to correct or skip its line."""
+        return None
+
 
 INTEGER = Parser(lambda column: column.cast(pl.Int64, strict=False), "an integer")
 
@@ -97,9 +108,10 @@ class Columns:
         keep = np.logical_and.reduce(list(valid.values()))
         for row in np.flatnonzero(~keep).tolist():
             name = next(name for name in parsers if not valid[name][row])
-            found = _found(self.frame[name][row], parsers[name])
-            problem = f"expected {parsers[name].expected} in {name}, found {found}"
-            bad.reject(self.file, int(self.lines[row]), problem, unit=self.unit)
+            parser, value = parsers[name], self.frame[name][row]
+            problem = f"expected {parser.expected} in {name}, found {_found(value, parser)}"
+            advice = None if bad.first else parser.advice(value)
+            bad.reject(self.file, int(self.lines[row]), problem, unit=self.unit, advice=advice)
         return replace(self, frame=frame).where(keep)
 
     def where(self, keep: np.ndarray) -> Columns:

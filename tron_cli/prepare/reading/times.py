@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -64,6 +67,16 @@ class TimeParser(Parser):
                 f"{_NAMES[most]} ({count:,} of {self._counts.total():,}); write all of them alike"
             )
 
+    def advice(self, value: Any) -> str | None:
+        """Point to --time-format while no time was readable."""
+        if value is None or value == "" or self._unit is not None:
+            return None
+        formats = [f'"{layout}"' for layout in _fitting_formats(str(value))][:3]
+        if not formats:
+            return 'name the format of the times with --time-format, such as "%d/%m/%Y %H:%M"'
+        which = ", whichever is meant" if len(formats) > 1 else ""
+        return f"pass --time-format {' or '.join(formats)}{which}"
+
     def _read(self, column: pl.Series) -> pl.Series:
         if column.dtype == pl.Boolean:
             raise TypeError(column.dtype)
@@ -108,6 +121,122 @@ class TimeParser(Parser):
         return times
 
 
+_SAMPLE = 1_741_824_000_000 + 51_316_000  # 2025-03-13 14:15:16, in ms
+
+
+class FormatParser(Parser):
+    """Reads times of one format, block after block, into int64 milliseconds since 1970 UTC.
+
+    layout: as strptime's and polars', such as %d/%m/%Y %H:%M; without %z the times are UTC. Raises
+    InputError for one that does not give a date, or that polars would read in part.
+    """
+
+    def __init__(self, layout: str) -> None:
+        self._given = layout
+        self._layout = _polars_layout(layout)
+        super().__init__(self._read, f"a time such as {self._checked_example()} (--time-format)")
+        self._fit = self._unfit = 0
+        self._is_checked = False
+
+    def advice(self, value: Any) -> str | None:
+        """Point to the format, which may be the mistake."""
+        return "correct the format or the line, or pass --skip-bad-lines"
+
+    def check(self, file: Path) -> None:
+        """Refuse a format that most times do not fit: it would read the others wrongly."""
+        if self._unfit > self._fit:
+            raise InputError(
+                f"{file}: {self._unfit:,} of {self._fit + self._unfit:,} times do not fit "
+                f'--time-format "{self._given}"; correct the format'
+            )
+
+    def _checked_example(self) -> str:
+        """Return an example of the format; raise InputError unless it reads as the same day."""
+        names = re.findall(r"%%|%Z|%f", self._layout)
+        if "%Z" in names:
+            raise self._wrong("names of zones are not read: give offsets as %z")
+        if "%f" in names:
+            raise self._wrong("%f reads a fraction after a point only; write %3f, %6f or %9f")
+        try:
+            times = pl.Series([_SAMPLE], dtype=pl.Datetime("ms", "UTC"))
+            (example,) = times.dt.strftime(self._given.replace("%#z", "%z"))
+        except pl.exceptions.PolarsError:
+            example = ""
+        try:
+            (again,) = _parsed(pl.Series([example]), self._layout)
+        except pl.exceptions.PolarsError as error:
+            raise self._wrong(str(error).partition("\n")[0]) from error
+        if again is None or abs(again - _SAMPLE) > 86_400_000:
+            raise self._wrong(
+                'expected the year, month and day of a time, such as "%d/%m/%Y %H:%M"'
+            )
+        return example
+
+    def _wrong(self, problem: str) -> InputError:
+        return InputError(f'--time-format "{self._given}": {problem}')
+
+    def _read(self, column: pl.Series) -> pl.Series:
+        if column.dtype.is_temporal():
+            raise InputError("the column holds times already: leave --time-format out")
+        texts = column.cast(pl.String)
+        times = within(_parsed(texts, self._layout), *CALENDAR)
+        fit = len(times) - times.null_count()
+        self._fit += fit
+        self._unfit += int((texts.fill_null("") != "").sum()) - fit
+        if fit and not self._is_checked:
+            self._is_checked = True
+            typical = times.median()
+            assert isinstance(typical, float)
+            year = 1970 + typical / _YEAR
+            if not _YEARS[0] <= year < _YEARS[1]:
+                example = column.filter(times.is_not_null())[0]
+                raise self._wrong(
+                    f"times such as {example} are about the year {year:.0f}, expected {_YEARS[0]} "
+                    f"to {_YEARS[1]}; correct the format: %y reads years of two digits"
+                )
+        return times
+
+
+_DAYS = [
+    *(
+        layout.replace("/", mark)
+        for mark in "/.-"
+        for layout in ("%d/%m/%Y", "%m/%d/%Y", "%Y/%m/%d", "%d/%m/%y", "%m/%d/%y", "%d/%b/%Y")
+    ),
+    "%d %b %Y",
+    "%d %B %Y",
+    "%b %d, %Y",
+    "%B %d, %Y",
+]
+_HOURS = [
+    "",
+    *(
+        mark + hours
+        for mark in (" ", "T", ":", ", ")
+        for hours in ("%H:%M", "%H:%M:%S", "%H:%M:%S.%f", "%I:%M %p", "%I:%M:%S %p")
+    ),
+]
+
+
+def _fitting_formats(text: str) -> list[str]:
+    """Return the usual formats of dates that read the text, as FormatParser takes them."""
+    found: dict[str, str] = {}
+    zones = ("", " %z" if re.search(r" [+-]", text) else "%z")
+    for parts in product(_DAYS, _HOURS, zones):
+        layout = "".join(parts)
+        (time,) = _parsed(pl.Series([text]), _polars_layout(layout))
+        if time is not None and _USUAL[0] <= time < _USUAL[1]:
+            # A fraction may be absent, and %B also reads what %b reads.
+            found.setdefault(layout.replace(".%f", "").replace("%B", "%b"), layout)
+    return list(found.values())
+
+
+def _polars_layout(layout: str) -> str:
+    """Translate .%f, which polars reads as a count of nanoseconds, and %z, which is to read Z."""
+    polars = {".%f": "%.f", "%z": "%#z"}
+    return re.sub(r"%%|\.%f|%z", lambda match: polars.get(match[0], match[0]), layout)
+
+
 def _unit_of(numbers: pl.Series) -> str:
     typical = numbers.abs().median()
     assert isinstance(typical, float)
@@ -124,7 +253,7 @@ def _check_year(column: pl.Series, numbers: pl.Series, unit: str) -> None:
         raise InputError(
             f"--time-unit: times such as {example}, taken as {_NAMES[unit]} since "
             f"1970, are about the year {year:.0f}, expected {_YEARS[0]} to {_YEARS[1]}: name their "
-            "unit, or write dates as 2024-01-31"
+            'unit, or for dates such as 20240131 their format: --time-format "%Y%m%d"'
         )
 
 

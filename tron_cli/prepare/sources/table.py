@@ -35,7 +35,7 @@ from tron_cli.prepare.reading.columns import (
     read_parquet,
 )
 from tron_cli.prepare.reading.inputs import check_distinct, input_files
-from tron_cli.prepare.reading.times import TimeParser, from_iso
+from tron_cli.prepare.reading.times import FormatParser, TimeParser, from_iso
 from tron_cli.prepare.sessions import (
     Events,
     IdKeys,
@@ -75,9 +75,10 @@ _RECBOLE_HEADER = rf"{_TYPED}(?:\t{_TYPED})+"
 class TableColumns:
     """Columns of a table; session, user or both, where session ids are unique per user.
 
-    time_unit: auto, s, ms, us or ns. session_gap: the pause after which a user's session ends, such
-    as 30m; None keeps a user's events together. event, keep_events: only events of these kinds are
-    used. null_tokens: texts that mean a missing session, user or item.
+    time_unit: auto, s, ms, us or ns. time_format: of times that are neither ISO 8601 nor numbers,
+    such as %d/%m/%Y. session_gap: the pause after which a user's session ends, such as 30m; None
+    keeps a user's events together. event, keep_events: only events of these kinds are used.
+    null_tokens: texts that mean a missing session, user or item.
     """
 
     item: str
@@ -85,6 +86,7 @@ class TableColumns:
     session: str | None = None
     user: str | None = None
     time_unit: str = "auto"
+    time_format: str | None = None
     session_gap: str | None = None
     event: str | None = None
     keep_events: tuple[str, ...] = ()
@@ -96,6 +98,7 @@ class TableColumns:
             "item_col": self.item,
             "time_col": self.time,
             "time_unit": self.time_unit,
+            "time_format": self.time_format,
             "session_col": self.session,
             "user_col": self.user,
             "session_gap_ms": gap,
@@ -405,7 +408,7 @@ class _TableReader:
             raise InputError("expected the name of a column for --item-col and --time-col")
         if len(set(self._wanted)) < len(self._wanted):
             raise InputError(f"expected different columns, got {', '.join(self._wanted)}")
-        self._times = TimeParser(columns.time_unit)
+        self._times = _time_parser(columns)
         ids = Parser(_ids, "an id in one line", columns.null_tokens)
         self._parsers = {**dict.fromkeys(self._ids, ids), columns.time: self._times}
         self._kinds: set[str] = set()
@@ -481,6 +484,14 @@ class _TableReader:
         return read_delimited(
             file, self._wanted, self.bad, separator=separator, quoted=not is_recbole
         )
+
+
+def _time_parser(columns: TableColumns) -> TimeParser | FormatParser:
+    if columns.time_format is None:
+        return TimeParser(columns.time_unit)
+    if columns.time_unit != "auto":
+        raise InputError("--time-unit has no effect with --time-format: leave one of them out")
+    return FormatParser(columns.time_format)
 
 
 def _header(file: Path) -> str:
