@@ -36,6 +36,7 @@ class Checkpoint:
     """Content of a file. `training` is what resuming needs; empty in a best checkpoint.
 
     origin: what the weights come from besides the training sessions, such as "init_from".
+    popularity: int64 [I + 1], training events of each item; None in files of earlier versions.
 
     The tensors are mapped: they are read when they are used, and while they live the file takes
     its room on the disk, also deleted.
@@ -51,6 +52,7 @@ class Checkpoint:
     item_ids: torch.Tensor
     training: dict[str, Any]
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    popularity: torch.Tensor | None = None
 
     def build_model(self, device: torch.device) -> Any:
         """Return the `Model` with its weights, ready to evaluate, or the `Baseline`, on the CPU.
@@ -191,6 +193,7 @@ def save_checkpoint(
     item_ids: torch.Tensor,
     training: dict[str, Any],
     origin: Mapping[str, Any] | None = None,
+    popularity: torch.Tensor | None = None,
 ) -> None:
     """Write aside and rename: whoever looks finds the old file or the new one, whole."""
     settings = dataclasses.asdict(config)
@@ -207,6 +210,8 @@ def save_checkpoint(
         "training": training,
         **({"origin": dict(origin)} if origin else {}),
     }
+    if popularity is not None:
+        content["popularity"] = popularity
     try:
         with written_aside(path, "wb") as file:
             torch.save(content, file)  # a zip file with checksums, which load_checkpoint compares
@@ -256,8 +261,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     del content["format_version"]
     content.setdefault("origin", {})  # only where there is something to say
     expected = {field.name for field in dataclasses.fields(Checkpoint)} - {"path"}
-    if set(content) != expected:
-        wrong = ", ".join(sorted(set(content) ^ expected))
+    wrong = ", ".join(sorted((set(content) ^ expected) - {"popularity"}))
+    if wrong:
         raise InputError(f"{path} is not a whole tron checkpoint: {wrong} missing or unknown")
     flaw = _flaw(content)
     if flaw is not None:
@@ -271,6 +276,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path} was written by another version of tron, or with a package that is not "
             f"installed here: {error}"
         ) from error
+    if config.is_baseline:
+        content["popularity"] = content["weights"].get("popularity")
     return Checkpoint(path=path, config=config, **content)
 
 
@@ -306,4 +313,12 @@ def _flaw(content: dict[str, Any]) -> str | None:
     count = len(ids) if ids.dtype == torch.int64 else int((ids == ord("\n")).sum())
     if count != dataset["num_items"]:
         return f"it has {count:,} item ids for {dataset['num_items']:,} items"
+    popularity = content.get("popularity")
+    if popularity is not None and not (
+        isinstance(popularity, torch.Tensor)
+        and popularity.dtype == torch.int64
+        and popularity.shape == (count + 1,)
+        and bool((popularity >= 0).all())
+    ):
+        return "its popularity is not a number of training events for each item"
     return None

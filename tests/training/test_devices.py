@@ -14,7 +14,7 @@ from helpers.datasets import tiny_settings, write_dataset
 from tron_cli import cli
 from tron_cli.config import ExperimentConfig
 from tron_cli.errors import InputError, RunError
-from tron_cli.evaluation.predict import _float32_arithmetic
+from tron_cli.evaluation.predict import float32_arithmetic
 from tron_cli.ops.device import chosen_device
 from tron_cli.training import start
 from tron_cli.training.fit import fit
@@ -146,9 +146,11 @@ def modes() -> dict[str, str]:
 
 @needs_new_settings
 @pytest.mark.parametrize("way", ["returns", "raises"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("before", ["as they come", "all tf32", "legacy high", "differing"])
-def test_no_operation_of_evaluation_rounds_to_tf32(before: str, way: str) -> None:
+def test_no_operation_of_evaluation_rounds_to_tf32(before: str, device: str, way: str) -> None:
     """Matrix products and cuDNN's GRU, however they were set; and then they are as they were."""
+    own = [name for name in OPERATIONS if name.startswith("cpu") == (device == "cpu")]
     at_first = modes(), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         if before == "all tf32":
@@ -163,9 +165,9 @@ def test_no_operation_of_evaluation_rounds_to_tf32(before: str, way: str) -> Non
             BACKENDS.cudnn.rnn.fp32_precision = "ieee"
         outside = modes()
         try:
-            with torch.autocast("cpu", torch.bfloat16), _float32_arithmetic(CPU):
-                assert set(modes().values()) == {"ieee"}
-                assert not torch.is_autocast_enabled("cpu")
+            with torch.autocast("cpu", torch.bfloat16), float32_arithmetic(torch.device(device)):
+                assert {modes()[name] for name in own} <= {"ieee", "none"}
+                assert torch.is_autocast_enabled("cpu") == (device == "cuda")
                 if way == "raises":
                     raise RunError("in the middle of it")
         except RunError:
@@ -177,6 +179,24 @@ def test_no_operation_of_evaluation_rounds_to_tf32(before: str, way: str) -> Non
         torch.set_float32_matmul_precision(at_first[1])
         for name, operation in OPERATIONS.items():
             operation.fp32_precision = at_first[0][name]
+
+
+@needs_new_settings
+def test_threads_that_overlap_share_float32_arithmetic() -> None:
+    """Whoever leaves first does not turn TF32 on again under the others."""
+    operation = OPERATIONS["cpu matmul"]
+    before = operation.fp32_precision
+    first, second = float32_arithmetic(CPU), float32_arithmetic(CPU)
+    try:
+        operation.fp32_precision = "tf32"
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert operation.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert operation.fp32_precision == "tf32"
+    finally:
+        operation.fp32_precision = before
 
 
 @pytest.mark.parametrize("way", ["returns", "raises"])
@@ -191,7 +211,7 @@ def test_tf32_is_off_under_a_torch_that_has_the_legacy_flags_only(
         torch, "set_float32_matmul_precision", lambda value: flags.update(matmul=value)
     )
     try:
-        with _float32_arithmetic(CPU):
+        with float32_arithmetic(CPU):
             assert flags["matmul"] == "highest"
             assert backends.cudnn.allow_tf32 is False
             if way == "raises":

@@ -9,9 +9,18 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from tron_cli.baselines.ranking import Candidates, Excluded, Popularity, best_items, rank_targets
-from tron_cli.data.dataset import Sessions
+from tron_cli.baselines.ranking import (
+    Candidates,
+    Eligible,
+    Excluded,
+    Popularity,
+    best_items,
+    best_with_targets,
+    rank_targets,
+)
+from tron_cli.data.dataset import Sessions, count_events
 from tron_cli.data.histories import Histories
+from tron_cli.errors import InputError
 
 
 class Baseline(ABC):
@@ -23,6 +32,7 @@ class Baseline(ABC):
     is_baseline = True
     popularity: Popularity
     mask_item: None = None  # a network may have one; see models/base.py
+    has_similar_items = False  # True if `best` after a history of one item lists similar ones
 
     def __init__(self, *, num_items: int, sequence_length: int) -> None:
         self.num_items = num_items
@@ -32,8 +42,8 @@ class Baseline(ABC):
         """Fit to training sessions, which are in order of their start."""
         # The array may hold more items where only the first sessions of a split are given.
         sessions = Sessions(sessions.items[: sessions.offsets[-1]], sessions.offsets)
-        count = np.bincount(sessions.items, minlength=self.num_items + 1)
-        self.load_state_dict({"popularity": count, **self.learn(sessions)})
+        count_I = count_events(sessions, self.num_items)
+        self.load_state_dict({"popularity": count_I, **self.learn(sessions)})
 
     def learn(self, sessions: Sessions) -> dict[str, np.ndarray]:
         """Return the arrays that `load_state_dict` needs besides the popularity of the items."""
@@ -62,6 +72,25 @@ class Baseline(ABC):
         rank 0.
         """
 
+    def best(
+        self,
+        histories: Histories,
+        *,
+        excluded: Excluded | None,
+        limit: int,
+        eligible: Eligible | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the items to recommend after each history and their scores, best first.
+
+        int64 and float64 [E, limit], 0 where none are left. In the order of `rank`, ties by
+        ascending item id; targets are not asked for. eligible: only these items. Raises InputError
+        for a baseline from outside the package that does not define it.
+        """
+        raise InputError(
+            f"{type(self).__name__} can be evaluated, but recommends nothing: it does not define "
+            "the method `best`; derive it from SparseBaseline, or add that method"
+        )
+
 
 class SparseBaseline(Baseline):
     """Baseline that scores only a few items per event."""
@@ -77,6 +106,16 @@ class SparseBaseline(Baseline):
         rank_E = rank_targets(candidates, target_E, self.popularity, excluded)
         if not top_items:
             return rank_E, None
-        return rank_E, best_items(
+        return rank_E, best_with_targets(
             candidates, target_E, rank_E, top_items, self.popularity, excluded
         )
+
+    def best(
+        self,
+        histories: Histories,
+        *,
+        excluded: Excluded | None,
+        limit: int,
+        eligible: Eligible | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return best_items(self.candidates(histories), limit, self.popularity, excluded, eligible)

@@ -13,7 +13,13 @@ import numpy as np
 import torch
 
 from tron_cli.baselines.base import Baseline
-from tron_cli.baselines.ranking import Candidates, Excluded, best_items
+from tron_cli.baselines.ranking import (
+    Candidates,
+    Eligible,
+    Excluded,
+    best_items,
+    best_with_targets,
+)
 from tron_cli.data.dataset import Sessions
 from tron_cli.data.histories import Histories, distinct_pairs, ranges
 from tron_cli.errors import InputError
@@ -29,6 +35,8 @@ class EASE(Baseline):
     memory of two such matrices. The checkpoint and ranking hold one in float32. Raises InputError
     for more than MOST_ITEMS items.
     """
+
+    has_similar_items = True
 
     def __init__(self, *, num_items: int, sequence_length: int, ease_l2: float) -> None:
         super().__init__(num_items=num_items, sequence_length=sequence_length)
@@ -85,7 +93,24 @@ class EASE(Baseline):
             return rank_E, None
         # One more than requested, since the target may be among them without being eligible.
         best = _best_candidates(score_EI, min(top_items + 1, self.num_items))
-        return rank_E, best_items(best, target_E, rank_E, top_items, self.popularity, excluded)
+        top_EK = best_with_targets(best, target_E, rank_E, top_items, self.popularity, excluded)
+        return rank_E, top_EK
+
+    def best(
+        self,
+        histories: Histories,
+        *,
+        excluded: Excluded | None,
+        limit: int,
+        eligible: Eligible | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        score_EI = self.scores(histories)
+        if excluded is not None:
+            score_EI[excluded.event_P, excluded.item_P] = -np.inf
+        if eligible is not None:
+            score_EI[:, ~eligible.is_eligible_I] = -np.inf
+        best = _best_candidates(score_EI, min(limit, self.num_items))
+        return best_items(best, limit, self.popularity, excluded, eligible)
 
     def scores(self, histories: Histories) -> np.ndarray:
         """Return the score of each item, float64 [E, I + 1]; -inf for item 0, which is no item."""

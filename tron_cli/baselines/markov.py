@@ -13,6 +13,8 @@ from tron_cli.data.histories import Histories, ranges
 class Markov(SparseBaseline):
     """Rank items by how often they directly followed the last item of the history in training."""
 
+    has_similar_items = True
+
     def learn(self, sessions: Sessions) -> dict[str, np.ndarray]:
         """Return the distinct successors of each item and their counts.
 

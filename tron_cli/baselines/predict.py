@@ -42,7 +42,7 @@ def predict_baseline(
     def ranked() -> Iterator[tuple[Histories, np.ndarray, np.ndarray | None]]:
         # Work of a session: the total length of its histories.
         length_S = sessions.lengths
-        for low, high in _pieces(length_S * np.minimum(length_S, window)):
+        for low, high in pieces(length_S * np.minimum(length_S, window)):
             block = predicted_events(
                 sessions,
                 window=window,
@@ -52,7 +52,7 @@ def predict_baseline(
                 first=low,
                 last=high,
             )
-            for first, last in _pieces(baseline.work(block)):
+            for first, last in pieces(baseline.work(block)):
                 histories = block[first:last]
                 excluded = Excluded(*histories.seen()) if filter_rated else None
                 yield histories, *baseline.rank(histories, excluded=excluded, top_items=top_items)
@@ -63,7 +63,7 @@ def predict_baseline(
     return collect(ranked(), expected=expected, top_items=top_items, progress=progress)
 
 
-def _pieces(work_R: np.ndarray) -> Iterator[tuple[int, int]]:
+def pieces(work_R: np.ndarray) -> Iterator[tuple[int, int]]:
     """Yield ranges (first, last + 1) of at least one row whose work fits the limit."""
     work_before = np.cumsum(work_R)
     low = 0

@@ -60,6 +60,17 @@ class Popularity:
         return len(self.count) - 1
 
 
+class Eligible:
+    """Items to which all recommendations are restricted.
+
+    is_eligible_I: bool [I + 1]. order: int64, these items by popularity, equals by ascending id.
+    """
+
+    def __init__(self, is_eligible_I: np.ndarray, popularity: Popularity) -> None:
+        self.is_eligible_I = is_eligible_I
+        self.order = popularity.order[is_eligible_I[popularity.order]]
+
+
 def rank_targets(
     candidates: Candidates,
     target_E: np.ndarray,
@@ -94,27 +105,47 @@ def rank_targets(
 
 def best_items(
     candidates: Candidates,
+    limit: int,
+    popularity: Popularity,
+    excluded: Excluded | None = None,
+    eligible: Eligible | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best items and their scores: int64 and float64 [E, limit], 0 if none are left.
+
+    In the order of `rank_targets`; ties are ordered by item id. Items that follow by popularity
+    alone have a score of 0.
+    """
+    if excluded is not None:
+        candidates = candidates.where(~_is_excluded(candidates, excluded, popularity.num_items))
+    if eligible is not None:
+        candidates = candidates.where(eligible.is_eligible_I[candidates.item_C])
+    event_C, item_C = candidates.event_C, candidates.item_C
+    order = np.lexsort((item_C, -popularity.count[item_C], -candidates.score_C, event_C))
+    place_C = np.arange(len(item_C)) - candidates.offsets[event_C]
+    top_EK = np.zeros((len(candidates.offsets) - 1, limit), dtype=np.int64)
+    score_EK = np.zeros(top_EK.shape)
+    shown = place_C < limit
+    top_EK[event_C[shown], place_C[shown]] = item_C[order[shown]]
+    score_EK[event_C[shown], place_C[shown]] = candidates.score_C[order[shown]]
+    _fill_up(top_EK, candidates, popularity, excluded, eligible)
+    return top_EK, score_EK
+
+
+def best_with_targets(
+    candidates: Candidates,
     target_E: np.ndarray,
     rank_E: np.ndarray,
     limit: int,
     popularity: Popularity,
     excluded: Excluded | None = None,
 ) -> np.ndarray:
-    """Return the best items in the order of `rank_targets`, int64 [E, limit]; 0 if none are left.
-
-    Ties are ordered by item id, except that the target comes last among them, at its rank.
-    """
+    """Return the best items, int64 [E, limit], with the target last among its ties, at its rank."""
+    width = popularity.num_items + 1
+    barred = np.arange(len(target_E)) * width + target_E
     if excluded is not None:
-        candidates = candidates.where(~_is_excluded(candidates, excluded, popularity.num_items))
-    candidates = candidates.where(candidates.item_C != target_E[candidates.event_C])
-    event_C, item_C = candidates.event_C, candidates.item_C
-    order = np.lexsort((item_C, -popularity.count[item_C], -candidates.score_C, event_C))
-    place_C = np.arange(len(item_C)) - candidates.offsets[event_C]
-    top_EK = np.zeros((len(target_E), limit), dtype=np.int64)
-    shown = place_C < limit
-    top_EK[event_C[shown], place_C[shown]] = item_C[order[shown]]
-    _fill_up(top_EK, candidates, target_E, popularity, excluded)
-    # All other items are in order now; insert the target at its rank.
+        barred = np.union1d(barred, excluded.event_P * width + excluded.item_P)
+    top_EK, _ = best_items(candidates, limit, popularity, Excluded(*np.divmod(barred, width)))
+    # All other items are in order; insert the target at its rank.
     place_E1 = rank_E[:, None] - 1
     column_K = np.arange(limit)
     after = (column_K > place_E1) & (place_E1 >= 0)
@@ -125,24 +156,22 @@ def best_items(
 def _fill_up(
     top_EK: np.ndarray,
     candidates: Candidates,
-    target_E: np.ndarray,
     popularity: Popularity,
     excluded: Excluded | None,
+    eligible: Eligible | None,
 ) -> None:
     """Append the most popular other items where there are too few candidates."""
     width, limit = len(popularity.count), top_EK.shape[1]
     taken_E = np.diff(candidates.offsets)
     event_R = np.flatnonzero(taken_E < limit)
-    # Items that may not be appended: candidates, the target, and excluded items.
-    keys = [
-        candidates.event_C * width + candidates.item_C,
-        np.arange(len(target_E)) * width + target_E,
-    ]
+    # Items that may not be appended: candidates and excluded items.
+    keys = [candidates.event_C * width + candidates.item_C]
     most_excluded = 0
     if excluded is not None and len(excluded.event_P):
         keys.append(excluded.event_P * width + excluded.item_P)
         most_excluded = int(np.bincount(excluded.event_P).max())
-    pool = popularity.order[: limit + 1 + most_excluded]
+    order = popularity.order if eligible is None else eligible.order
+    pool = order[: limit + most_excluded]
     barred = np.sort(np.concatenate(keys))
     free_RM = ~_contains(barred, event_R[:, None] * width + pool)
     place_RM = np.cumsum(free_RM, axis=1) - 1 + taken_E[event_R, None]

@@ -57,6 +57,8 @@ class SessionKNN(SparseBaseline):
     at most a million. Training sessions must be in order of their start.
     """
 
+    has_similar_items = True
+
     def __init__(
         self, *, num_items: int, sequence_length: int, knn_neighbors: int, knn_sample_size: int
     ) -> None:

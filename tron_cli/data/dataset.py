@@ -46,6 +46,7 @@ from tron_cli.errors import InputError
 
 FORMAT_VERSION = 1
 FINGERPRINTED_BYTES = 1 << 28  # arrays up to this size take less than a second to check
+_EVENTS_AT_ONCE = 1 << 24
 DATASET_NAME = r"\w[\w.+-]*"  # a folder in --data-dir, and a part of checkpoints' names
 
 
@@ -84,6 +85,17 @@ def are_repeats(sessions: Sessions) -> np.ndarray:
     starts = sessions.offsets[:-1]
     repeats[starts[starts < len(items)]] = False  # an empty session may stand at the end
     return repeats
+
+
+def count_events(sessions: Sessions, num_items: int) -> np.ndarray:
+    """Return the number of events of each item: int64 [I + 1], entry 0 is no item."""
+    count_I = np.zeros(num_items + 1, np.int64)
+    # The array may hold more events, where only the first sessions of a split are given. Some at a
+    # time, because np.bincount copies them as int64.
+    for low in range(0, int(sessions.offsets[-1]), _EVENTS_AT_ONCE):
+        part = sessions.items[low : min(low + _EVENTS_AT_ONCE, int(sessions.offsets[-1]))]
+        count_I += np.bincount(part, minlength=num_items + 1)
+    return count_I
 
 
 class TextIds:

@@ -35,8 +35,8 @@ class Histories:
     """Events to predict, each with its history. All arrays are int64, places are those in `items`.
 
     items: of the whole split. session_E: sessions of the split. begin_E: where the session begins.
-    start_E: where the history begins, cut to the window. position_E: where the target is; the
-    history ends just before it and holds at least one event.
+    start_E: where the history begins, cut to the window. position_E: where the target is, or would
+    be (`latest_histories`); the history ends just before it and holds at least one event.
     """
 
     items: np.ndarray
@@ -113,6 +113,23 @@ def predicted_events(
         begin_E=begin_E,
         start_E=_history_start(begin_E, last_E if one_pass else position_E, window),
         position_E=position_E,
+    )
+
+
+def latest_histories(sessions: Sessions, window: int) -> Histories:
+    """Return the histories from which the events that follow each session are recommended.
+
+    Each is the last `window` events of a session, of which it has at least one. The targets are not
+    known: `target_E` is not to be asked for.
+    """
+    begin_E = np.asarray(sessions.offsets[:-1], dtype=np.int64)
+    end_E = np.asarray(sessions.offsets[1:], dtype=np.int64)
+    return Histories(
+        items=sessions.items,
+        session_E=np.arange(len(sessions)),
+        begin_E=begin_E,
+        start_E=_history_start(begin_E, end_E, window),
+        position_E=end_E,
     )
 
 

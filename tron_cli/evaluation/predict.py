@@ -5,7 +5,9 @@ Shapes: R rows (histories given to the model), E predicted events, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,11 +89,11 @@ def predict(
             top_items=top_items,
             progress=progress,
         )
-    _check_weights(model)
+    check_weights(model)
     was_training = model.training
     model.eval()
     window = model.sequence_length
-    with _float32_arithmetic(model.item_table.device):
+    with float32_arithmetic(model.item_table.device):
         catalogue = Catalogue(model.item_table[: model.num_items + 1])
 
         def ranked() -> Iterator[tuple[Histories, np.ndarray, np.ndarray | None]]:
@@ -105,8 +107,8 @@ def predict(
                     first=low,
                     last=low + _SESSIONS_AT_ONCE,
                 )
-                rows = _rows(block, shared=one_pass or model.one_row_serves_all)
-                for index_E, hidden_ED in _gathered(_hidden(model, block, rows, batch_size)):
+                shared = one_pass or model.one_row_serves_all
+                for index_E, hidden_ED in hidden_states(model, block, batch_size, shared=shared):
                     histories = block[index_E]
                     yield (
                         histories,
@@ -121,7 +123,7 @@ def predict(
     return found
 
 
-def _check_weights(model: Model) -> None:
+def check_weights(model: Model) -> None:
     """Raise RunError for weights that are not finite.
 
     Checking the scores is not enough: fused attention can turn NaN into zeros.
@@ -146,6 +148,17 @@ def _rows(block: Histories, *, shared: bool) -> _Rows:
     count_R = np.diff(first_R, append=len(block))
     start_R = block.start_E[first_R]
     return _Rows(start_R, block.position_E[first_R + count_R - 1] - start_R, first_R, count_R)
+
+
+def hidden_states(
+    model: Model, block: Histories, batch_size: int, *, shared: bool = False
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Yield events of a block (their numbers) with the hidden states that predict them, [E, D].
+
+    Some thousands at a time. shared: histories that begin at the same place are parts of one row,
+    whose hidden states serve them all. To be called within `float32_arithmetic`.
+    """
+    return _gathered(_hidden(model, block, _rows(block, shared=shared), batch_size))
 
 
 def _hidden(
@@ -219,36 +232,70 @@ def _rank(
 
 
 @contextmanager
-def _float32_arithmetic(device: torch.device) -> Iterator[None]:
+def float32_arithmetic(device: torch.device) -> Iterator[None]:
     """Turn off autocast and the shorter formats in which torch may multiply float32 numbers.
 
-    cuDNN's recurrent layers have a setting of their own and round to TF32 by default.
+    These formats are settings of the process. They are changed only where they are on for this
+    device (cuDNN's recurrent layers round to TF32 by default), by the first of the threads that are
+    inside at the same time, and restored by the last.
     """
-    with _without_tf32(), torch.autocast(device.type, enabled=False):
+    with _without_tf32(device.type), torch.autocast(device.type, enabled=False):
         yield
+
+
+class _Shared:
+    """Threads inside `float32_arithmetic` for one type of device, and how to restore its flags."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.threads = 0
+        self.restore: list[Callable[[], None]] = []
+
+
+_SHARED = {"cpu": _Shared(), "cuda": _Shared()}
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
-    backends: Any = torch.backends
-    if not hasattr(backends, "fp32_precision"):  # before torch 2.9
-        before = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
-        torch.set_float32_matmul_precision("highest")
-        backends.cudnn.allow_tf32 = False
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before[0])
-            backends.cudnn.allow_tf32 = before[1]
-        return
-    # Set one by one: torch refuses to read the flags above if operations differ.
-    operations = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
-    operations += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
-    modes = [operation.fp32_precision for operation in operations]
-    for operation in operations:
-        operation.fp32_precision = "ieee"
+def _without_tf32(device_type: str) -> Iterator[None]:
+    shared = _SHARED[device_type]
+    with shared.lock:
+        # Also where others are inside: somebody else may have turned them on since.
+        shared.restore += _turn_off(device_type)
+        shared.threads += 1
     try:
         yield
     finally:
-        for operation, mode in zip(operations, modes, strict=True):
-            operation.fp32_precision = mode
+        with shared.lock:
+            shared.threads -= 1
+            if not shared.threads:
+                for restore in reversed(shared.restore):
+                    restore()
+                shared.restore = []
+
+
+def _turn_off(device_type: str) -> list[Callable[[], None]]:
+    """Turn off the formats that are on; return functions that restore them."""
+    backends: Any = torch.backends
+    if not hasattr(backends, "fp32_precision"):  # before torch 2.9
+        before = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+        if before == ("highest", False):
+            return []
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = False
+        return [
+            lambda: torch.set_float32_matmul_precision(before[0]),
+            lambda: setattr(backends.cudnn, "allow_tf32", before[1]),
+        ]
+    # Set one by one: torch refuses to read the flags above if operations differ.
+    if device_type == "cpu":
+        operations = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    else:
+        operations = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    restores: list[Callable[[], None]] = []
+    for operation in operations:
+        mode = operation.fp32_precision
+        if mode in ("ieee", "none"):
+            continue
+        operation.fp32_precision = "ieee"
+        restores.append(functools.partial(setattr, operation, "fp32_precision", mode))
+    return restores

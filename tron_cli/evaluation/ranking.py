@@ -254,15 +254,19 @@ class Catalogue:
     def top_items(
         self,
         hidden_ED: torch.Tensor,
-        target_E: torch.Tensor,
+        target_E: torch.Tensor | None,
         limit: int,
         seen: SeenItems | None = None,
+        barred: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the best items in the order of `ranks`, int64 [E, limit]; 0 where none are left.
 
-        Equal scores are ordered by item id, except that the target comes last among its equals.
+        Equal scores are ordered by item id, except that the target comes last among its equals;
+        None: there are no targets. barred: int64, items that no event may be recommended.
         """
         hidden_ED = hidden_ED.float().contiguous()
+        if target_E is None:
+            target_E = torch.zeros(len(hidden_ED), dtype=torch.int64, device=hidden_ED.device)
         largest_E = self._largest_scores(hidden_ED)
         bound_E = self._float32_bound(largest_E)
         close_E = 2 * self._relative_bound(torch.float64) * largest_E
@@ -276,6 +280,8 @@ class Catalogue:
             if seen is not None:
                 here = (seen.event_P >= low) & (seen.event_P < low + events)
                 score_eI[seen.event_P[here] - low, seen.item_P[here] - 1] = -torch.inf
+            if barred is not None:
+                score_eI[:, barred - 1] = -torch.inf
             score_ek, index_ek = score_eI.topk(kept, dim=1)
             # In exact arithmetic an item this far below the last place cannot reach it.
             hopeless_e = score_ek[:, limit_here - 1].double() - 2 * bound_E[part]

@@ -149,6 +149,7 @@ class RunFolder(RunFiles):
         config: ExperimentConfig,
         dataset: Dataset,
         item_ids: torch.Tensor,
+        popularity: torch.Tensor,
         model: Model,
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
@@ -167,6 +168,7 @@ class RunFolder(RunFiles):
         self.progress = progress
         self.identity = dataset_identity(dataset)
         self.item_ids = item_ids
+        self.popularity = popularity
         self._saved_at = time.monotonic()
         self._drop_later_metrics()
 
@@ -265,6 +267,7 @@ class RunFolder(RunFiles):
                 metrics=metrics,
                 dataset=self.identity,
                 item_ids=self.item_ids,
+                popularity=self.popularity,
                 training=training,
                 origin=self.origin,
             )

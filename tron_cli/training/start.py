@@ -15,7 +15,7 @@ import torch
 from tron_cli.checkpoint import LAST, Checkpoint, encode_item_ids, load_checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.batches import Batch
-from tron_cli.data.dataset import Dataset, Sessions
+from tron_cli.data.dataset import Dataset, Sessions, count_events
 from tron_cli.errors import InputError
 from tron_cli.models.base import Model, build_model
 from tron_cli.registry import CATALOGUE_LOSSES, SAMPLERS, load, settings_of
@@ -71,10 +71,13 @@ def start_training(
     config, measures = with_measures(config)
     dtype = _training_dtype(config.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    popularity: torch.Tensor | None = None
     max_epochs_before, is_auto = config.max_epochs, config.optimizer == "auto"
     if resume:
         model, optimizer, progress, saved = _saved(run_dir / LAST, device, scaler)
         max_epochs_before, origin = saved.config.max_epochs, saved.origin
+        if saved.popularity is not None:
+            popularity = saved.popularity.clone()  # not mapped from a file that is replaced
     else:
         chosen = _optimizer(config, sessions, dataset.num_items)
         config = dataclasses.replace(config, optimizer=chosen)
@@ -91,8 +94,12 @@ def start_training(
     steps_per_epoch = min(feed.steps_per_pass, config.max_batches_per_epoch or feed.steps_per_pass)
     total_steps = config.max_epochs * steps_per_epoch
     profiler.check_steps(total_steps - progress.step)
+    if popularity is None:
+        popularity = torch.from_numpy(count_events(sessions, dataset.num_items))
     distribution = _distribution(config, sessions, dataset.num_items, device)
-    run = RunFolder(run_dir, config, dataset, item_ids, model, optimizer, scaler, progress, origin)
+    run = RunFolder(
+        run_dir, config, dataset, item_ids, popularity, model, optimizer, scaler, progress, origin
+    )
 
     def prepare(step: int) -> Batch:
         batch = feed.batch(step)
@@ -230,7 +237,7 @@ def _distribution(
     """
     if config.negative_sampler == "uniform" and not config.logq_correction:
         return Distribution(num_items)
-    count_I = np.bincount(sessions.items, minlength=num_items + 1)[1:].astype(np.float64)
+    count_I = count_events(sessions, num_items)[1:].astype(np.float64)
     entry = SAMPLERS[config.negative_sampler]
     expected_of = None
     if config.logq_correction:

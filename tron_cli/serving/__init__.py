@@ -1,0 +1,1 @@
+"""Serving: recommendations and similar items from a checkpoint, in original item ids."""

@@ -1,0 +1,398 @@
+"""Recommendations after histories never seen, by any trained model, in original item ids.
+
+The items and their order are those of `tron evaluate --run`; only there the target comes last among
+items that score the same.
+
+Shapes: E histories, K places of a list, I items, C items that may be recommended.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tron_cli.baselines.base import Baseline
+from tron_cli.baselines.predict import pieces
+from tron_cli.baselines.ranking import Eligible, Excluded, Popularity
+from tron_cli.checkpoint import Checkpoint, load_checkpoint
+from tron_cli.config.plugins import add_plugin
+from tron_cli.data.dataset import Sessions
+from tron_cli.data.histories import Histories, latest_histories
+from tron_cli.errors import InputError
+from tron_cli.evaluation.predict import check_weights, float32_arithmetic, hidden_states
+from tron_cli.evaluation.ranking import Catalogue, SeenItems
+from tron_cli.models.base import Model
+from tron_cli.ops.device import chosen_device
+from tron_cli.serving.item_lookup import ItemLookup
+from tron_cli.serving.similar import CosineNeighbors
+
+ON_UNKNOWN = ("skip", "warn", "raise")
+ON_EMPTY = ("popular", "raise")
+_HISTORIES_AT_ONCE = 1 << 12
+_PLACES_AT_ONCE = 1 << 22  # of lists
+
+log = logging.getLogger("tron")
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Recommended items, best first, by their original ids, and their scores."""
+
+    items: list[int] | list[str]
+    scores: list[float]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Items that may be recommended.
+
+    item_C: int64, their numbers, ascending; None: all but `barred`, int64 numbers. catalogue: of a
+    network, with item_C as items 1 to C. eligible: of a baseline; None: all items. num_items: how
+    many there are.
+    """
+
+    item_C: np.ndarray | None
+    barred: np.ndarray
+    catalogue: Catalogue | None
+    eligible: Eligible | None
+    num_items: int
+
+
+class Recommender:
+    """A trained model that recommends items after histories given by original item ids.
+
+    checkpoint: what was loaded, with `config`, `dataset`, `step` and `metrics`. num_items: size of
+    the catalogue. sequence_length: number of events of a history that the model sees. item_ids:
+    original ids, int64 [I] or str objects [I], entry i - 1 for item i.
+
+    Methods may be called from several threads at the same time.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        """Build the model of a checkpoint. Raises InputError or RunError where it cannot serve."""
+        self.checkpoint = checkpoint
+        self._device = device
+        self._model: Model | Baseline = checkpoint.build_model(device)
+        self.num_items: int = self._model.num_items
+        self.sequence_length: int = self._model.sequence_length
+        self.item_ids = checkpoint.decoded_item_ids()
+        self.lookup = ItemLookup(self.item_ids)
+        self._catalogue: Catalogue | None = None
+        if not isinstance(self._model, Baseline):
+            check_weights(self._model)
+            self._catalogue = Catalogue(self._model.item_table[: self.num_items + 1])
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        plugins: Sequence[str] = (),
+    ) -> Recommender:
+        """Load a .pt file, or the best checkpoint of a run folder.
+
+        device: "auto", "cpu", "cuda" or "cuda:N". plugins: code from outside tron that the
+        checkpoint needs, as for `--plugin`. Raises InputError where there is no checkpoint that can
+        be used, and RunError where its weights are not finite.
+        """
+        for reference in plugins:
+            add_plugin(reference)
+        return cls(load_checkpoint(Path(path)), chosen_device(device))
+
+    def recommend(
+        self,
+        histories: Iterable[Sequence[int | str]],
+        *,
+        k: int = 20,
+        filter_rated: bool | None = None,
+        exclude: Iterable[int | str] = (),
+        candidates: Iterable[int | str] | None = None,
+        on_unknown: str = "skip",
+        on_empty: str = "popular",
+    ) -> list[Recommendation]:
+        """Return the k best items after each history, from fewer items fewer.
+
+        histories: lists of original item ids, oldest event first. filter_rated: never recommend
+        items of the history; None: as the checkpoint's config says. exclude: items that are never
+        recommended. candidates: only these are ranked. on_unknown: skip events on items that the
+        model does not know, skip them and "warn", or "raise" an error. on_empty: recommend the
+        items with the most training events after a history without known items ("popular"), or
+        "raise" an error.
+
+        Scores are the model's own: dot products of networks, or the scores of a baseline, which are
+        0 for items that follow by popularity alone. Raises InputError for bad arguments.
+        """
+        self.check_options(k, filter_rated, on_unknown, on_empty)
+        scope = self.scope(exclude, candidates)
+        known = []
+        if isinstance(histories, str | bytes | dict) or not isinstance(histories, Iterable):
+            raise InputError(
+                f"histories: expected a list of histories, got {type(histories).__name__}; one "
+                'history is a list of item ids, such as ["a", "b"]'
+            )
+        for place, history in enumerate(histories):
+            numbers = self.known_numbers(history, f"history {place + 1:,}", on_unknown)
+            if on_empty == "raise" and not len(numbers):
+                raise self.no_known_item(f"history {place + 1:,}")
+            known.append(numbers)
+        return self.best(known, k=k, filter_rated=filter_rated, scope=scope)
+
+    def similar(self, item: int | str, *, k: int = 10) -> Recommendation:
+        """Return the k items most similar to an item, best first, without the item itself.
+
+        For networks the scores are cosines of the embeddings that the model reads (those of its
+        inputs, which with a shared table also score items). Some baselines have a measure of their
+        own: markov counts how often items directly followed, ease has its weights, session_knn the
+        votes of sessions with the item; these list no items without a score. Raises InputError for
+        an unknown item, and for other baselines.
+        """
+        self._check_k(k)
+        (number,) = self.lookup.numbers([item], "similar")
+        if not number:
+            raise InputError(
+                f"{item!r} is not in the catalogue of {self.checkpoint.path}; its "
+                f"{self.num_items:,} ids look like {self.item_ids[0]!r}"
+            )
+        return next(self.similar_to(np.array([number]), k=k))
+
+    def similar_to(self, item_E: np.ndarray, *, k: int) -> Iterator[Recommendation]:
+        """Yield the items most similar to each of the item numbers int64; see `similar`."""
+        for low in range(0, len(item_E), _HISTORIES_AT_ONCE):
+            some = item_E[low : low + _HISTORIES_AT_ONCE]
+            best_EK, score_EK, count_E = self._similar(some, k)
+            for row, count in enumerate(count_E.tolist()):
+                yield Recommendation(
+                    self.lookup.ids(best_EK[row, :count]), score_EK[row, :count].tolist()
+                )
+
+    def _similar(self, item_E: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return similar items and scores [E, K], and how many of them there are."""
+        if not isinstance(self._model, Baseline):
+            with torch.inference_mode(), float32_arithmetic(self._device):
+                best, cosine = self._neighbors.nearest(torch.from_numpy(item_E).to(self._device), k)
+            return (
+                best.cpu().numpy(),
+                cosine.float().cpu().numpy(),
+                np.full(len(item_E), best.shape[1]),
+            )
+        if not self._model.has_similar_items:
+            raise InputError(
+                f"model={self.checkpoint.config.model} has no notion of similar items; expected a "
+                "network, or one of the baselines markov, session_knn and ease"
+            )
+        offsets = np.arange(len(item_E) + 1)
+        block = latest_histories(Sessions(item_E.astype(np.int32), offsets), 1)
+        best_EK = np.zeros((len(item_E), k), np.int64)
+        score_EK = np.zeros(best_EK.shape)
+        for first, last in pieces(self._model.work(block)):
+            part = block[first:last]
+            best_EK[first:last], score_EK[first:last] = self._model.best(
+                part, excluded=Excluded(*part.seen()), limit=k
+            )
+        return best_EK, score_EK, np.count_nonzero((best_EK > 0) & (score_EK != 0), axis=1)
+
+    @cached_property
+    def _neighbors(self) -> CosineNeighbors:
+        assert not isinstance(self._model, Baseline)
+        table = self._model.item_embedding.weight[: self.num_items + 1]
+        # A shared table may have one more column, of biases.
+        return CosineNeighbors(table[:, : getattr(self._model, "embedding_dim", table.shape[1])])
+
+    def check_options(
+        self, k: int, filter_rated: bool | None, on_unknown: str, on_empty: str
+    ) -> None:
+        """Raise InputError where an option of `recommend` is not one of its values."""
+        self._check_k(k)
+        if filter_rated not in (None, True, False):
+            raise InputError(f"filter_rated must be True, False or None, got {filter_rated!r}")
+        if on_unknown not in ON_UNKNOWN:
+            raise InputError(f"on_unknown must be one of {ON_UNKNOWN}, got {on_unknown!r}")
+        if on_empty not in ON_EMPTY:
+            raise InputError(f"on_empty must be one of {ON_EMPTY}, got {on_empty!r}")
+
+    def _check_k(self, k: int) -> None:
+        if not isinstance(k, int | np.integer) or isinstance(k, bool):
+            raise InputError(f"k must be an integer, got {k!r}")
+        if not 1 <= k <= self.num_items:
+            raise InputError(
+                f"k must be from 1 to {self.num_items:,}, the number of items, got {k}"
+            )
+
+    def known_numbers(self, history: Any, what: str, on_unknown: str = "skip") -> np.ndarray:
+        """Return the numbers of a history's known items, int64. what: its name in errors.
+
+        Raises InputError where it is no list of ids, or holds unknown ones and on_unknown="raise".
+        """
+        history = list(history) if isinstance(history, Iterator) else history
+        numbers = self.lookup.numbers(history, what)
+        if numbers.all():
+            return numbers
+        if on_unknown != "skip":
+            unknown = np.flatnonzero(numbers == 0)
+            sentence = (
+                f"{what}: {len(unknown):,} of {len(numbers):,} events are on items that "
+                f"{self.checkpoint.path} does not know, the first {history[unknown[0]]!r}"
+            )
+            if on_unknown == "raise":
+                raise InputError(f"{sentence}; leave them out, or pass on_unknown=skip")
+            log.warning("%s; they are left out", sentence)
+        return numbers[numbers > 0]
+
+    def no_known_item(self, what: str) -> InputError:
+        """Return the error to raise for a history that holds no known item."""
+        return InputError(
+            f"{what} holds no item that {self.checkpoint.path} knows; pass on_empty=popular to "
+            "recommend the most popular items instead"
+        )
+
+    def scope(
+        self,
+        exclude: Iterable[int | str] = (),
+        candidates: Iterable[int | str] | None = None,
+    ) -> Scope:
+        """Return what restricts recommendations to candidates, without the excluded items.
+
+        Raises InputError where candidates are not in the catalogue. Excluded items need not be.
+        """
+        barred = np.unique(self.lookup.numbers(exclude, "exclude"))
+        barred = barred[barred > 0]
+        item_C = None
+        if candidates is not None:
+            candidates = list(candidates) if isinstance(candidates, Iterator) else candidates
+            numbers = self.lookup.numbers(candidates, "candidates")
+            unknown = np.flatnonzero(numbers == 0)
+            if len(unknown):
+                raise InputError(
+                    f"candidates: {len(unknown):,} of {len(numbers):,} ids are not in the "
+                    f"catalogue of {self.checkpoint.path}, the first "
+                    f"{list(candidates)[unknown[0]]!r}; leave them out"
+                )
+            item_C = np.setdiff1d(numbers, barred)
+        num_items = self.num_items - len(barred) if item_C is None else len(item_C)
+        eligible, catalogue = None, self._catalogue
+        if item_C is not None and self._catalogue is not None:
+            rows = torch.from_numpy(np.concatenate(([0], item_C))).to(self._device)
+            catalogue = Catalogue(self._catalogue.table[rows])
+        if self._catalogue is None and num_items < self.num_items:
+            is_eligible_I = np.ones(self.num_items + 1, dtype=bool)
+            if item_C is not None:
+                is_eligible_I[:] = False
+                is_eligible_I[item_C] = True
+            is_eligible_I[barred] = False
+            eligible = Eligible(is_eligible_I, self.popularity)
+        return Scope(item_C, barred, catalogue, eligible, num_items)
+
+    def best(
+        self,
+        histories: Sequence[np.ndarray],
+        *,
+        k: int,
+        filter_rated: bool | None = None,
+        scope: Scope | None = None,
+    ) -> list[Recommendation]:
+        """Return the k best items after each history of item numbers, int64; see `recommend`.
+
+        After an empty history these are the most popular items.
+        """
+        scope = self.scope() if scope is None else scope
+        if filter_rated is None:
+            filter_rated = self.checkpoint.config.filter_rated
+        found: list[Recommendation] = [Recommendation([], [])] * len(histories)
+        if not scope.num_items:
+            return found
+        k = min(k, scope.num_items)
+        place_E = np.flatnonzero([len(history) > 0 for history in histories])
+        size = min(_HISTORIES_AT_ONCE, max(1, _PLACES_AT_ONCE // k))
+        for low in range(0, len(place_E), size):
+            some = place_E[low : low + size].tolist()
+            rows = [histories[place] for place in some]
+            offsets = np.cumsum([0, *map(len, rows)])
+            sessions = Sessions(np.concatenate(rows).astype(np.int32), offsets)
+            block = latest_histories(sessions, self.sequence_length)
+            for index_E, top_EK, score_EK in self._ranked(block, k, filter_rated, scope):
+                count_E = np.count_nonzero(top_EK, axis=1)
+                ids_EK = self.item_ids[top_EK - 1]
+                for row, event in enumerate(index_E.tolist()):
+                    shown = slice(count_E[row])
+                    found[some[event]] = Recommendation(
+                        ids_EK[row, shown].tolist(), score_EK[row, shown].tolist()
+                    )
+        if len(place_E) < len(histories):
+            popular = self._most_popular(k, scope)
+            for place in np.flatnonzero([len(history) == 0 for history in histories]).tolist():
+                found[place] = Recommendation([*popular], [0.0] * len(popular))
+        return found
+
+    def _ranked(
+        self, block: Histories, k: int, filter_rated: bool, scope: Scope
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield numbers of histories with their best items int64 [E, K], 0 for none, and scores."""
+        if isinstance(self._model, Baseline):
+            for first, last in pieces(self._model.work(block)):
+                part = block[first:last]
+                excluded = Excluded(*part.seen()) if filter_rated else None
+                yield (
+                    np.arange(first, last),
+                    *self._model.best(part, excluded=excluded, limit=k, eligible=scope.eligible),
+                )
+            return
+        assert scope.catalogue is not None
+        batch_size = self.checkpoint.config.eval_batch_size
+        with torch.inference_mode(), float32_arithmetic(self._device):
+            for index_E, hidden_ED in hidden_states(self._model, block, batch_size):
+                seen = self._seen(block[index_E], scope) if filter_rated else None
+                barred = None
+                if scope.item_C is None and len(scope.barred):
+                    barred = torch.from_numpy(scope.barred).to(self._device)
+                top_EK = scope.catalogue.top_items(hidden_ED, None, k, seen, barred)
+                event_P, place_P = top_EK.nonzero(as_tuple=True)
+                score_EK = hidden_ED.new_zeros(top_EK.shape)
+                score_EK[event_P, place_P] = scope.catalogue.score(
+                    hidden_ED, event_P, top_EK[event_P, place_P]
+                ).float()
+                top = top_EK.cpu().numpy()
+                if scope.item_C is not None:
+                    top = np.concatenate(([0], scope.item_C))[top]
+                yield index_E, top, score_EK.cpu().numpy()
+
+    def _seen(self, histories: Histories, scope: Scope) -> SeenItems:
+        """Return the items of the whole histories, by their numbers in the scope's catalogue."""
+        event_P, item_P = histories.seen()
+        if scope.item_C is not None:
+            at = np.searchsorted(scope.item_C, item_P).clip(max=len(scope.item_C) - 1)
+            is_in = scope.item_C[at] == item_P
+            event_P, item_P = event_P[is_in], at[is_in] + 1
+        return SeenItems(
+            torch.from_numpy(event_P).to(self._device), torch.from_numpy(item_P).to(self._device)
+        )
+
+    @cached_property
+    def popularity(self) -> Popularity:
+        """Training events of each item. Raises InputError where the checkpoint has none."""
+        if isinstance(self._model, Baseline):
+            return self._model.popularity
+        if self.checkpoint.popularity is None:
+            raise InputError(
+                f"{self.checkpoint.path} was written by a version of tron that did not save the "
+                "popularity of items, so nothing can be recommended after a history without known "
+                "items; pass on_empty=raise, leave such histories out, or train again"
+            )
+        return Popularity(self.checkpoint.popularity.numpy())
+
+    def _most_popular(self, k: int, scope: Scope) -> list[int] | list[str]:
+        order = self.popularity.order
+        if scope.item_C is not None:
+            count_C = self.popularity.count[scope.item_C]
+            best = scope.item_C[np.argsort(-count_C, kind="stable")][:k]
+        else:
+            best = order[: k + len(scope.barred)]
+            best = best[~np.isin(best, scope.barred)][:k]
+        return self.lookup.ids(best)
