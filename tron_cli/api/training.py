@@ -68,8 +68,8 @@ def train(
     `runs` by default; name: that of the run's folder. resume: the folder of a run to continue,
     instead of a config; of its settings only max_epochs and early_stopping_patience can change.
     init_from: a checkpoint or run whose weights a new run starts with, items matched by original
-    id. profile: profile so many steps, and stop. plugins: code from outside tron that the config names.
-    device: auto, cpu, cuda or cuda:N.
+    id. profile: profile so many steps, and stop. plugins: code from outside tron that the config
+    names. device: auto, cpu, cuda or cuda:N.
 
     In the main thread, Ctrl-C and SIGTERM end the training after the current step, which is saved,
     with a RunError; in other threads signals are left alone. A process trains one model at a time.
