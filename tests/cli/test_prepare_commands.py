@@ -186,7 +186,8 @@ def test_every_option_reaches_its_source(
 
 COLUMNS = {
     "item": "i", "time": "t", "session": "s", "user": "u", "event": "e", "time_unit": "us",
-    "time_format": "%d/%m/%Y", "session_gap": "2h", "keep_events": ("view", "click"), "null_tokens": ("-", "none"),
+    "time_format": "%d/%m/%Y", "session_gap": "2h", "keep_events": ("view", "click"),
+    "null_tokens": ("-", "none"),
 }  # fmt: skip
 TABLE_OPTIONS = {
     **SAMPLED, "max_bad_share": 0.25, "val_days": 3.5, "test_days": 4.0, "val_from": "2026-01-01",
