@@ -138,6 +138,7 @@ MAY_IMPORT = {
     "training": "baselines checkpoint config data errors evaluation files losses models ops "
     "registry sampling text_table",
     "serving": "baselines checkpoint config data errors evaluation files models ops registry",
+    "importing": "checkpoint config data errors files models",
     "api": "checkpoint config data errors evaluation files models ops prepare registry serving "
     "training",
 }

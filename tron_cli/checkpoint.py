@@ -240,7 +240,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}: expected a .pt file or a run folder")
     try:
-        damaged = _damaged_part(path)
+        damaged = damaged_part(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch's own words advise to load without care
         raise InputError(
@@ -281,7 +281,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path=path, config=config, **content)
 
 
-def _damaged_part(path: Path) -> str | None:
+def damaged_part(path: Path) -> str | None:
     """Name a part whose content does not have its checksum; older last.pt files have none."""
     with zipfile.ZipFile(path) as archive:
         if not any(member.CRC for member in archive.infolist()):
