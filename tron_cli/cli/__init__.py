@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from tron_cli import __version__
-from tron_cli.cli import check, compare, config, demo, evaluate, import_, prepare, train
+from tron_cli.cli import check, compare, config, demo, evaluate, export, import_, prepare, train
 from tron_cli.errors import InputError, RunError, explained, shortened
 
 log = logging.getLogger("tron")
@@ -26,7 +26,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train.train, evaluate.evaluate, compare.compare, check.check, demo.demo):
+for command in (
+    train.train,
+    evaluate.evaluate,
+    compare.compare,
+    export.export,
+    check.check,
+    demo.demo,
+):
     app.command()(command)
 app.command("import")(import_.import_)
 app.add_typer(prepare.app, name="prepare")

@@ -102,13 +102,36 @@ class GRU4Rec(ItemTables):
 
     def _whole_rows(self, x_ND: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Run the recurrence over each row; states in packed order."""
-        assert not batch.padded
+        if batch.padded:
+            return self._padded_rows(x_ND, batch)
         # By place, the last and so the longest rows first, as PackedSequence wants it.
         order_N = len(x_ND) - 1 - batch.places_N.flip(0).argsort(stable=True)
         rows_at_place = batch.places_N.bincount().cpu()
         inputs = PackedSequence(x_ND.index_select(0, order_N), rows_at_place)
         states, _ = self._recurrence(inputs)
         return states.data.index_select(0, order_N.argsort())
+
+    def _padded_rows(self, x_ND: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Run the recurrence over the rows of a padded batch in a loop that `torch.export` keeps.
+
+        Padding stands behind the events, whose states do not depend on it.
+        """
+        from torch._higher_order_ops.scan import scan
+
+        (group,) = batch.groups
+        x_WBD = x_ND[group.gather_RW].transpose(0, 1)
+        weights = self.gru.all_weights
+
+        def step(before_LBD: torch.Tensor, x_BD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            after_BD = []
+            for layer, before_BD in enumerate(before_LBD.unbind()):
+                x_BD = torch.gru_cell(x_BD, before_BD, *weights[layer])
+                after_BD.append(x_BD)
+            return torch.stack(after_BD), x_BD.clone()
+
+        before_LBD = x_ND.new_zeros(self.gru.num_layers, x_WBD.shape[1], x_WBD.shape[2])
+        _, states_WBD = scan(step, before_LBD, x_WBD)
+        return states_WBD.transpose(0, 1).flatten(0, 1)[group.keep]
 
     def _recurrence(self, *inputs: PackedSequence | torch.Tensor) -> Any:
         """Run the GRU, in the precision of autocast or a higher one."""

@@ -65,6 +65,8 @@ def _one_dnn_linear(
 
 
 def _usable(x_ND: torch.Tensor) -> bool:
+    if torch.compiler.is_exporting():  # other runtimes have operations of their own
+        return False
     return x_ND.dtype == torch.float32 and x_ND.device.type == "cpu" and _one_dnn()
 
 
