@@ -130,7 +130,6 @@ class Steps:
             clock = time.perf_counter()
             for step, batch in zip(steps, prepared_ahead(self.prepare, steps, thread), strict=True):
                 self._seed(self._config.seed, step=step + 1)
-                self.optimizer.load_lr()
                 loss = self.take_step(batch)
                 loss_sum += loss
                 self.events += int(batch.lengths_B.sum())
@@ -169,7 +168,7 @@ def measure_steps(steps: Steps, count: int, *, num_sessions: int) -> dict[str, A
     seconds = steps.run(count) / count
     config = steps._config
     table = sum(p.numel() * p.element_size() for p in steps.model.parameters())
-    moments = sum(v.nbytes for state in steps.optimizer.state for v in state.values())
+    moments = sum(v.nbytes for state in steps.optimizer.state.values() for v in state.values())
     found: dict[str, Any] = {
         "step_ms": seconds * 1e3,
         "epochs_an_hour": 3600 / seconds / (num_sessions / config.train_batch_size),

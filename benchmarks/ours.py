@@ -13,7 +13,7 @@ from tron_cli.data.batches import training_batch
 from tron_cli.data.dataset import Sessions
 from tron_cli.models.base import build_model
 from tron_cli.sampling.negatives import Distribution
-from tron_cli.training.optim import build_optimizer
+from tron_cli.training.optim import RowAdam, build_optimizer
 from tron_cli.training.step import training_loss
 
 
@@ -24,18 +24,17 @@ def training_step(
     model = build_model(config, num_items)
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
     # A long run finds its moments in memory; the first steps would ask the system for each page.
-    for moments in optimizer.state:
+    for moments in optimizer.state.values():
         for values in moments.values():
             values.zero_()
     distribution = Distribution(num_items)
+    before_lookup = optimizer.catch_up if isinstance(optimizer, RowAdam) else None
     bf16 = config.precision == "bf16"
 
     def step(sessions: Sessions, chosen: np.ndarray) -> torch.Tensor:
         batch = training_batch(sessions, chosen, config.sequence_length)
         with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
-            loss = training_loss(
-                model, batch, config, distribution, before_lookup=optimizer.catch_up
-            )
+            loss = training_loss(model, batch, config, distribution, before_lookup=before_lookup)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -28,7 +28,7 @@ from tron_cli.sampling.negatives import Distribution
 from tron_cli.training import loop as training
 from tron_cli.training.feed import build_feed
 from tron_cli.training.graphs import CUDARecorder, GraphedSteps
-from tron_cli.training.optim import Optimizer, build_optimizer
+from tron_cli.training.optim import build_optimizer, catch_up_all, set_rate
 from tron_cli.training.step import seed_generators, training_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -51,7 +51,7 @@ def settings(**changes: Any) -> ExperimentConfig:
 
 def run(
     config: ExperimentConfig, dtype: torch.dtype, *, graphs: bool, steps: int = 250
-) -> tuple[SASRec, Optimizer, torch.Tensor, GraphedSteps]:
+) -> tuple[SASRec, torch.optim.Optimizer, torch.Tensor, GraphedSteps]:
     """Steps on cyclic sessions as the training loop takes them; losses float32 [steps]."""
     torch.manual_seed(0)
     sessions = cyclic_sessions()
@@ -76,7 +76,7 @@ def run(
     with ThreadPoolExecutor(1) as thread:
         for step, batch in enumerate(prepared_ahead(prepare, range(steps), thread)):
             seed_generators(config.seed, step=step + 1)
-            optimizer.set_rate(config.lr / (1 + step % 3))
+            set_rate(optimizer, config.lr / (1 + step % 3))
             losses[step] = take_step(batch)
     return model, optimizer, losses.cpu(), take_step
 
@@ -276,10 +276,10 @@ def test_optimizers_step_as_on_the_cpu(name: str) -> None:
             )
             gradient = gradient.to(one.device)
             one.grad = gradient.to_dense() if name == "adam" else gradient
-            optimizer.set_rate(0.01 / (1 + step % 2))
+            set_rate(optimizer, 0.01 / (1 + step % 2))
             optimizer.step()
     for optimizer in optimizers:
-        optimizer.catch_up_all()  # they differ in which rows they wake before that
+        catch_up_all(optimizer)  # they differ in which rows they wake before that
     torch.testing.assert_close(weights[1].cpu(), weights[0], rtol=1e-5, atol=1e-6)
     assert not torch.equal(weights[0], start)
     assert torch.equal(weights[1][0].cpu(), start[0])

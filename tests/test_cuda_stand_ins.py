@@ -16,7 +16,7 @@ from helpers.recorders import CPU, TapeRecorder
 
 from tron_cli.data.batches import Batch
 from tron_cli.training import step as training_steps
-from tron_cli.training.optim import Optimizer, build_optimizer
+from tron_cli.training.optim import build_optimizer
 
 (CHANGES,) = (
     mark
@@ -25,7 +25,7 @@ from tron_cli.training.optim import Optimizer, build_optimizer
 )
 
 
-def build_for_cuda(*of: Any, **more: Any) -> Optimizer:
+def build_for_cuda(*of: Any, **more: Any) -> torch.optim.Optimizer:
     optimizer = build_optimizer(*of, **more)
     optimizer.leaves_out_rows = False
     return optimizer

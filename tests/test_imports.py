@@ -132,7 +132,7 @@ MAY_IMPORT = {
     "sampling": "errors losses models ops registry",
     "losses": "errors models ops registry sampling",
     "baselines": "config data errors registry",
-    "checkpoint": "baselines config data errors files models registry training",
+    "checkpoint": "baselines config data errors files models ops registry",
     "prepare": "data errors files text_table",
     "evaluation": "baselines checkpoint config data errors files models ops registry text_table",
     "training": "baselines checkpoint config data errors evaluation files losses models ops "

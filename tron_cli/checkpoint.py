@@ -25,8 +25,8 @@ from tron_cli.errors import InputError, RunError
 from tron_cli.files import LAST as LAST  # which was defined here
 from tron_cli.files import best_checkpoint, written_aside
 from tron_cli.models.base import Model, build_model
+from tron_cli.ops import row_adam
 from tron_cli.registry import BASELINES, settings_of
-from tron_cli.training.optim import Optimizer, build_optimizer, gradients_are_sparse
 
 FORMAT_VERSION = 1
 
@@ -71,31 +71,30 @@ class Checkpoint:
             if len(arrays["popularity"]) != baseline.num_items + 1:
                 raise self._misfit("counts of another number of items")
             return baseline
-        if self.training and gradients_are_sparse(self.config.optimizer):
-            model, optimizer = self.build_training(device)
-            optimizer.catch_up_all()
-            return model.eval()
-        return self._as_saved(device).eval()
+        model = self.build_saved_model(device)
+        if self.training and self.config.optimizer == "row_adam":
+            self._make_due_moves(model)
+        return model.eval()
 
-    def build_training(self, device: torch.device) -> tuple[Model, Optimizer]:
-        """Return the model and the optimizer just as they were when a last.pt was written.
-
-        Raises InputError where the state of the optimizer is missing or that of another one.
-        """
-        if not self.training:
+    def _make_due_moves(self, model: Model) -> None:
+        """Update the rows that slept when a last.pt was written, and leave its state as it is."""
+        saved = self.training["optimizer"]
+        expected = row_adam.fresh_state(weights.to("meta") for weights in model.parameters())
+        if not row_adam.same_shapes(saved, expected):
             raise InputError(
-                f"{self.path} holds weights alone, as the best checkpoint of a run does, and "
-                f"nothing to go on with; take the {LAST} of its run, or start a new one"
+                f"{self.path}: the saved state of the optimizer is that of another optimizer or of "
+                "another version of tron; start a new run"
             )
-        model = self._as_saved(device)
-        optimizer = build_optimizer(self.config.optimizer, model.parameters(), self.config.lr)
-        try:
-            optimizer.load_state_dict(self.training["optimizer"])
-        except InputError as error:
-            raise InputError(f"{self.path}: {error}") from error
-        return model, optimizer
+        for weights, tensors in zip(model.parameters(), saved["state"], strict=True):
+            state = {name: values.to(weights.device) for name, values in tensors.items()}
+            # Older files have clocks of floats.
+            state |= {"touched": state["touched"].long(), "moved": state["moved"].clone()}
+            rows = torch.arange(len(weights), device=weights.device)
+            moves, steps = (saved[name].to(weights.device) for name in ("moves", "steps"))
+            row_adam.catch_up(weights, rows, **state, moves=moves, steps=steps)
 
-    def _as_saved(self, device: torch.device) -> Model:
+    def build_saved_model(self, device: torch.device) -> Model:
+        """Return the model with its weights just as they were when the file was written."""
         with torch.device("meta"):  # no random weights, only to be replaced
             model = build_model(self.config, self.dataset["num_items"])
         self._check_shapes(model.state_dict())

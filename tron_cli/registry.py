@@ -88,7 +88,7 @@ SAMPLERS = {
     "mixed": Entry("tron_cli.sampling.samplers:mixed", owns=("popularity_alpha", "mixed_share")),
 }
 
-# Subclasses of optim.Optimizer: (parameters, lr).
+# Subclasses of torch.optim.Optimizer: (parameters, lr).
 OPTIMIZERS = {
     # `train` puts adam or row_adam in its place; the rest of the program need not know of it.
     "auto": Entry("tron_cli.training.optim:Adam"),

@@ -72,17 +72,24 @@ def test_an_unknown_device_is_one_sentence(shop: list[str], command: Command) ->
         assert is_one_sentence(err)
 
 
-def test_training_does_without_torchs_compiler(shop: list[str]) -> None:
-    """Its import takes a second or more of a start, and torch.optim brings it along."""
+def test_evaluating_does_without_torchs_compiler(
+    shop: list[str], command: Command, tmp_path: Path
+) -> None:
+    """Its import takes a second or more, and torch.optim brings it along; also with a last.pt,
+    whose rows have moves to make."""
+    words = ["--name", "a", "optimizer=row_adam", "max_epochs=1"]
+    assert command("train", *shop, *words)[0] == 0
     script = (
         "import sys; from tron_cli.cli import _run\n"
-        "for optimizer in ('adam', 'row_adam', 'adagrad'):\n"
-        "    words = ['--name', optimizer, f'optimizer={optimizer}', 'max_epochs=1']\n"
-        "    assert _run([*sys.argv[1:], *words], debug=True) == 0\n"
-        "print(sorted({'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules)))"
+        "assert _run(sys.argv[1:], debug=True) == 0\n"
+        "print(sorted({'torch._dynamo', 'torch._inductor'} & set(sys.modules)))"
     )
+    last = tmp_path / "runs" / "a" / "last.pt"
+    places = shop[shop.index("--data-dir") :][:2]
     done = subprocess.run(
-        [sys.executable, "-c", script, "train", *shop], capture_output=True, text=True
+        [sys.executable, "-c", script, "evaluate", str(last), *places, "--device", "cpu"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"

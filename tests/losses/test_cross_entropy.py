@@ -16,7 +16,7 @@ from benchmarks import cross_entropy as benchmark
 from benchmarks import measure
 from tron_cli.losses import cross_entropy
 from tron_cli.losses.cross_entropy import blocks_of_items, ce
-from tron_cli.training.optim import Adam, RowAdam
+from tron_cli.training.optim import Adam, RowAdam, catch_up_all
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_row_adam_moves_the_table_as_adam_does(sparse_inputs) -> None:
             assert not table.grad.is_sparse
             optimizer.step()
             optimizer.zero_grad()
-        optimizer.catch_up(table)
+        catch_up_all(optimizer)
         trained.append(table.detach())
     torch.testing.assert_close(*trained)
 

@@ -272,7 +272,8 @@ def test_a_step_allocates_nothing_of_the_size_of_a_table(optimizer: str, reuse: 
     model = build_model(config, num_items)
     batch = make_batch(num_items)
     stepper = build_optimizer(optimizer, model.parameters(), lr=0.1)
-    known = [*model.parameters(), *(value for state in stepper.state for value in state.values())]
+    states = [value for state in stepper.state.values() for value in state.values()]
+    known = [*model.parameters(), *states]
     with allocations_of_kernels() as sizes, Largest(known) as largest:
         for _ in range(2):
             stepper.zero_grad()

@@ -36,7 +36,7 @@ from tron_cli.training import start
 from tron_cli.training import step as training_steps
 from tron_cli.training.feed import build_feed
 from tron_cli.training.graphs import CUDARecorder, GraphedSteps
-from tron_cli.training.optim import Optimizer, build_optimizer
+from tron_cli.training.optim import build_optimizer, set_rate
 from tron_cli.training.step import training_step
 
 ITEMS = 300
@@ -80,7 +80,9 @@ def padded_negatives(negatives: Negatives, events: int, padding: int) -> Negativ
     )
 
 
-def build(config: ExperimentConfig, dtype: torch.dtype = torch.float64) -> tuple[Model, Optimizer]:
+def build(
+    config: ExperimentConfig, dtype: torch.dtype = torch.float64
+) -> tuple[Model, torch.optim.Optimizer]:
     torch.manual_seed(1)
     model = build_model(config, ITEMS).to(dtype)
     return model, build_optimizer(config.optimizer, model.parameters(), config.lr)
@@ -88,7 +90,7 @@ def build(config: ExperimentConfig, dtype: torch.dtype = torch.float64) -> tuple
 
 def take(
     model: Model,
-    optimizer: Optimizer,
+    optimizer: torch.optim.Optimizer,
     batch: Batch,
     config: ExperimentConfig,
     distribution: Distribution = Distribution(ITEMS),
@@ -203,7 +205,8 @@ def test_a_padded_step_is_the_step(
     for name, weights in padded[0].named_parameters():
         # Adagrad makes moves of gradients that are zero but for rounding (those of key biases).
         torch.testing.assert_close(weights, theirs[name], rtol=0, atol=1e-7)
-    for one, two in zip(padded[1].state, plain[1].state, strict=True):
+    states = (each[1].state.values() for each in (padded, plain))
+    for one, two in zip(*states, strict=True):
         for name in one:
             torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-12)
 
@@ -214,16 +217,17 @@ def test_rows_that_sleep_are_written_back_as_they_were(optimizer: str) -> None:
     weights = torch.nn.Parameter(torch.arange(12.0).view(6, 2).double())
     stepper = build_optimizer(optimizer, [weights], lr=0.5)
     stepper.leaves_out_rows = False
-    for name in {"mean", "square"} & stepper.state[0].keys():
-        stepper.state[0][name] += 0.25
-    before = [weights.detach().clone(), *(v.clone() for v in stepper.state[0].values())]
+    state = stepper.state[weights]
+    for name in {"mean", "square"} & state.keys():
+        state[name] += 0.25
+    before = [weights.detach().clone(), *(values.clone() for values in state.values())]
     rows = torch.tensor([[2, 5, 0, 0, 0]])
     gradient = torch.zeros(5, 2, dtype=torch.float64)
     gradient[0, 1] = 1e-3
     weights.grad = torch.sparse_coo_tensor(rows, gradient, weights.shape, check_invariants=True)
     stepper.step()
     sleeping = [0, 1, 3, 4, 5]
-    for now, then in zip([weights, *stepper.state[0].values()], before, strict=True):
+    for now, then in zip([weights, *state.values()], before, strict=True):
         assert now[sleeping].tolist() == then[sleeping].tolist()
     assert weights[2, 1] < before[0][2, 1]
 
@@ -379,8 +383,7 @@ def run_steps(
     losses = []
     for number, chosen in enumerate(BATCHES):
         torch.manual_seed(number)
-        optimizer.param_groups[0]["lr"] = 0.01 / (number + 1)
-        optimizer.load_lr()
+        set_rate(optimizer, 0.01 / (number + 1))
         batch = training_batch(sessions, np.array(chosen), config.sequence_length, padded=True)
         losses.append(float(steps(batch.in_one_piece(pinned=False))))
     return losses, model
@@ -440,8 +443,7 @@ def run_lanes(config: ExperimentConfig, recorder: TapeRecorder | None) -> tuple[
     losses = []
     for step in range(30):
         torch.manual_seed(step)
-        optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
-        optimizer.load_lr()
+        set_rate(optimizer, 0.01 / (step + 1))
         losses.append(float(steps(feed.batch(step).in_one_piece(pinned=False))))
     return losses, model
 

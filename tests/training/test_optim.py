@@ -27,9 +27,15 @@ from torch import nn
 from tron_cli.checkpoint import best_checkpoint, load_checkpoint
 from tron_cli.errors import InputError
 from tron_cli.evaluation.evaluate import EvaluationOptions, assess
-from tron_cli.training import optim
+from tron_cli.ops import row_adam
 from tron_cli.training.loop import InterruptedRunError
-from tron_cli.training.optim import build_optimizer, clip_gradients, learning_rate
+from tron_cli.training.optim import (
+    build_optimizer,
+    catch_up_all,
+    clip_gradients,
+    learning_rate,
+    set_rate,
+)
 
 Gradients = dict[int, np.ndarray]  # row -> what its gradients add up to
 CATALOGUE = {
@@ -101,11 +107,6 @@ def table(rng: np.random.Generator, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.from_numpy(rng.standard_normal(shape).astype(np.float32)))
 
 
-def set_rate(optimizer: optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 def check_close(weights: torch.Tensor, expected: np.ndarray, *, moves: float) -> None:
     """Within float32's rounding of weights of order 1, and of moves that add up to `moves`."""
     np.testing.assert_allclose(
@@ -134,7 +135,7 @@ def test_rows_follow_a_loop_with_a_clock_for_each_row(name: str) -> None:
         gradients = dict(zip(rows, weights.grad.to_dense()[rows].numpy(), strict=True))
         oracle.step(gradients, lr)
         if step % 7 == 0 or step == 79:
-            optimizer.catch_up(weights)
+            catch_up_all(optimizer)
             check_close(weights, oracle.weights, moves=0.2 * (step + 1))
 
 
@@ -157,7 +158,7 @@ def test_any_rows_in_any_order_and_repeated(name: str, data: Any) -> None:
         for row, value in zip(rows, values, strict=True):
             gradients[row] = gradients.get(row, 0) + value
         oracle.step(gradients, 0.05)
-        optimizer.catch_up(weights)
+        catch_up_all(optimizer)
         check_close(weights, oracle.weights, moves=0.05 * (step + 1))
 
 
@@ -167,13 +168,13 @@ def test_sleeping_rows_and_their_state_are_left_alone(name: str) -> None:
     weights = table(rng, 10, 4)
     optimizer = build_optimizer(name, [weights], lr=0.1)
     for rows in ([1, 2, 3, 7], [2, 9], [3]):
-        before = weights.detach().clone(), copy.deepcopy(optimizer.state[0])
+        before = weights.detach().clone(), copy.deepcopy(optimizer.state[weights])
         weights.grad = sparse_gradient(rows, rng.standard_normal((len(rows), 4)), weights.shape)
         optimizer.step()
         asleep = [row for row in range(10) if row not in rows]
         assert torch.equal(weights[asleep], before[0][asleep])
         assert (weights[rows] != before[0][rows]).all()
-        for key, value in optimizer.state[0].items():
+        for key, value in optimizer.state[weights].items():
             assert torch.equal(value[asleep], before[1][key][asleep])
 
 
@@ -195,7 +196,7 @@ def test_a_row_whose_gradient_is_zero_sleeps(name: str) -> None:
         optimizers.append(optimizer)
         tables.append(weights)
     assert torch.equal(*tables)
-    first, second = (optimizer.state[0] for optimizer in optimizers)
+    first, second = (next(iter(optimizer.state.values())) for optimizer in optimizers)
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
@@ -229,14 +230,14 @@ def test_parts_give_the_bits_of_the_whole(
 ) -> None:
     finals = []
     for size in (at_once, 1000):
-        monkeypatch.setitem(optim._ROWS_AT_ONCE, "cpu", size)
+        monkeypatch.setitem(row_adam.ROWS_AT_ONCE, "cpu", size)
         rng = np.random.default_rng(2)
         weights = table(rng, 90, 5)
         optimizer = build_optimizer(name, [weights], lr=0.1)
         for count in (64, 90, 13, 0, 65):
             weights.grad = sparse_gradient(*random_rows(rng, (90, 5), count), weights.shape)
             optimizer.step()
-        finals.append([weights.detach(), *optimizer.state[0].values()])
+        finals.append([weights.detach(), *optimizer.state[weights].values()])
     assert all(map(torch.equal, *finals))
 
 
@@ -249,12 +250,12 @@ def test_more_rows_than_are_updated_at_once(name: str) -> None:
     optimizer = build_optimizer(name, [weights], lr=0.1)
     for count in (3500, 1024, 1025):
         rows, values = random_rows(rng, shape, count)
-        assert max(count, 3500) > 3 * optim._ROWS_AT_ONCE["cpu"]
+        assert max(count, 3500) > 3 * row_adam.ROWS_AT_ONCE["cpu"]
         values = np.copysign(np.maximum(np.abs(values), 0.05), values)  # far above eps
         weights.grad = sparse_gradient(rows, values, weights.shape)
         optimizer.step()
         oracle.step(dict(zip(rows, values, strict=True)), 0.1)
-    optimizer.catch_up(weights)
+    catch_up_all(optimizer)
     check_close(weights, oracle.weights, moves=0.3)
 
 
@@ -328,7 +329,7 @@ def difference_from_dense_adam(
 def test_a_sleep_may_be_longer_than_it_is_kept(
     schedule: str, catch_up_every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optim, "_SLEEPS", 700)
+    monkeypatch.setattr(row_adam, "SLEEPS", 700)
     options = {**SCHEDULES[schedule], "catch_up_every": catch_up_every}
     assert difference_from_dense_adam(5_000, 0.01, **options) < 1e-5
 
@@ -358,7 +359,7 @@ def test_gradients_near_eps_sleep_as_in_dense_adam(touched: int, catch_up_every:
 
 def test_sleeps_on_a_device_that_is_never_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows without a gradient are written back as they were, as in a recorded step."""
-    monkeypatch.setattr(optim, "_SLEEPS", 700)
+    monkeypatch.setattr(row_adam, "SLEEPS", 700)
     options = {**SCHEDULES["cosine, warm-up of 0"], "leaves_out_rows": False}
     assert difference_from_dense_adam(3_000, 0.01, **options) < 1e-5
 
@@ -367,7 +368,7 @@ def test_each_row_of_a_table_larger_than_the_sleeps_has_its_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """5,000 rows with one gradient each in steps 1 to 5, then 2,000 steps without any."""
-    monkeypatch.setattr(optim, "_SLEEPS", 600)
+    monkeypatch.setattr(row_adam, "SLEEPS", 600)
     weights = nn.Parameter(torch.zeros(5_000, 1))
     optimizer = build_optimizer("row_adam", [weights], lr=0.1)
     dense = np.zeros(5)
@@ -411,19 +412,34 @@ def test_a_row_that_has_made_its_moves_has_nothing_due(monkeypatch: pytest.Monke
     assert weights.item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adam", "row_adam", "adagrad"])
+@sparse_optimizers
 def test_a_clock_does_not_stop_at_two_to_the_24(name: str) -> None:
     weights = nn.Parameter(torch.ones(3, 2))
     optimizer = build_optimizer(name, [weights], lr=0.1)
-    state = optimizer.state_dict()
-    state["steps"].fill_(2**24)
+    optimizer.steps.fill_(2**24)
     for step in range(1, 4):
-        gradient = sparse_gradient([1], np.ones(2), weights.shape)
-        weights.grad = gradient.to_dense() if name == "adam" else gradient
+        weights.grad = sparse_gradient([1], np.ones(2), weights.shape)
         optimizer.step()
         assert optimizer.steps == 2**24 + step
         if name == "row_adam":
-            assert optimizer.state[0]["touched"][1] == 2**24 + step
+            assert optimizer.state[weights]["touched"][1] == 2**24 + step
+
+
+def test_dense_adam_goes_on_when_float32_counts_no_more_steps() -> None:
+    """torch's clock stops at 2^24, where both bias corrections have long been 1."""
+    weights = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = build_optimizer("adam", [weights], lr=0.1)
+    weights.grad = torch.zeros(1, dtype=torch.float64)
+    saved = optimizer.state_dict()
+    saved["steps"].fill_(2**24)
+    saved["state"][0]["mean"].fill_(0.5)
+    saved["state"][0]["square"].fill_(0.25)
+    optimizer.load_state_dict(saved)
+    expected = 1.0
+    for step in range(1, 4):
+        optimizer.step()
+        expected -= 0.1 * 0.5 * 0.9**step / (0.5 * 0.999 ** (step / 2) + 1e-8)
+    assert weights.item() == pytest.approx(expected, rel=1e-12)
 
 
 # --- torch.optim ----------------------------------------------------------------------------------
@@ -490,7 +506,7 @@ def test_adagrad_is_torchs_on_dense_gradients(dense: bool) -> None:
         # A move that cancels most of a weight shows its own roundings, at the scale of the move.
         assert ((ours - theirs).abs() <= one_ulp + 3e-7 * (theirs - before).abs()).all()
         state = next(iter(reference.state.values()))["sum"]
-        torch.testing.assert_close(optimizer.state[0]["square"], state, rtol=2e-7, atol=0)
+        torch.testing.assert_close(optimizer.state[ours]["square"], state, rtol=2e-7, atol=0)
 
 
 @sparse_optimizers
@@ -512,7 +528,7 @@ def test_sparse_and_dense_parameters_share_one_optimizer(name: str) -> None:
         optimizer.step()
         reference.step()
         oracle.step(dict(zip(rows, values, strict=True)), 0.02)
-        optimizer.catch_up(rows_only)
+        catch_up_all(optimizer)
         check_close(rows_only, oracle.weights, moves=0.2 * (step + 1))
         torch.testing.assert_close(dense, twin, rtol=1e-6, atol=2e-6)
     assert torch.equal(idle, before)
@@ -552,7 +568,8 @@ def test_a_saved_state_goes_on_with_the_same_bits(name: str) -> None:
             gradients(weights, step)
             one.step()
     assert all(map(torch.equal, whole, resumed))
-    assert second.steps == optimizer.steps == 40
+    steps = [each.state_dict()["steps"] for each in (optimizer, second)]
+    assert [count.unique().tolist() for count in steps] == [[40], [40]]
 
 
 @pytest.mark.parametrize("step", [5, 13])
@@ -599,7 +616,7 @@ def test_a_state_with_clocks_of_floats_goes_on() -> None:
             resumed.step()
     assert torch.equal(ours, theirs)
     assert resumed.steps == 40
-    assert resumed.steps.dtype == resumed.state[0]["touched"].dtype == torch.int64
+    assert resumed.steps.dtype == resumed.state[theirs]["touched"].dtype == torch.int64
 
 
 @pytest.mark.parametrize("shares", [True, False])

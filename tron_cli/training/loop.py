@@ -18,6 +18,7 @@ from tron_cli.data.batches import prepared_ahead
 from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import LAST
+from tron_cli.training.optim import catch_up_all, set_rate
 from tron_cli.training.profile import StepProfiler, phase
 from tron_cli.training.run import StepLog
 from tron_cli.training.start import scheduled_rate, start_training
@@ -87,7 +88,7 @@ def train(
 
             # Set the learning rate, and the seed of everything random in this step.
             rate = scheduled_rate(config, step, start.total_steps)
-            run.optimizer.set_rate(rate)
+            set_rate(run.optimizer, rate)
             seed_generators(config.seed, step=step + 1)
 
             # Forward, backward, clip and update.
@@ -108,7 +109,7 @@ def train(
 
             # Validate, keep the best and save; or save alone, so that little is lost.
             if epoch_ends:
-                run.optimizer.catch_up_all()
+                catch_up_all(run.optimizer)
                 values = validate(run.model, start.validation, dataset, config, start.measures)
                 run.finish_epoch(epoch, values)
             elif saves or stops:

@@ -33,7 +33,6 @@ from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import locked, written_aside
 from tron_cli.models.base import Model
-from tron_cli.training.optim import Optimizer
 from tron_cli.training.profile import phase
 
 LOG = "train.log"
@@ -151,7 +150,7 @@ class RunFolder(RunFiles):
         item_ids: torch.Tensor,
         popularity: torch.Tensor,
         model: Model,
-        optimizer: Optimizer,
+        optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         progress: Progress,
         origin: dict[str, Any] | None = None,

@@ -22,7 +22,7 @@ from tron_cli.registry import CATALOGUE_LOSSES, SAMPLERS, load, settings_of
 from tron_cli.sampling.negatives import Distribution
 from tron_cli.training.feed import build_feed, expected_in_batch
 from tron_cli.training.graphs import CUDARecorder, GraphedSteps
-from tron_cli.training.optim import Optimizer, build_optimizer, faster_adam, learning_rate
+from tron_cli.training.optim import build_optimizer, faster_adam, learning_rate
 from tron_cli.training.profile import StepProfiler
 from tron_cli.training.run import Progress, RunFolder
 from tron_cli.training.step import seed_generators, training_step
@@ -195,13 +195,24 @@ def _warn_of_a_jump(
 
 def _saved(
     file: Path, device: torch.device, scaler: torch.amp.GradScaler
-) -> tuple[Model, Optimizer, Progress, Checkpoint]:
+) -> tuple[Model, torch.optim.Optimizer, Progress, Checkpoint]:
     """Load the training state from a checkpoint; the scaler's state goes to `scaler`.
 
     Raises InputError where the file holds none, or that of another version of tron.
     """
     checkpoint = load_checkpoint(file)
-    model, optimizer = checkpoint.build_training(device)
+    if not checkpoint.training:
+        raise InputError(
+            f"{file} holds weights alone, as the best checkpoint of a run does, and nothing to "
+            f"resume from; take the {LAST} of its run, or start a new one"
+        )
+    model = checkpoint.build_saved_model(device)
+    before = checkpoint.config
+    optimizer = build_optimizer(before.optimizer, model.parameters(), before.lr)
+    try:
+        optimizer.load_state_dict(checkpoint.training["optimizer"])
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
     if checkpoint.training["scaler"]:  # empty where the precision before needed none
         scaler.load_state_dict(checkpoint.training["scaler"])
     try:

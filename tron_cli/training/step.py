@@ -6,8 +6,6 @@ was stopped and resumed ends with the weights of one that never was.
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -21,7 +19,7 @@ from tron_cli.registry import CATALOGUE_LOSSES
 from tron_cli.sampling.logits import sampled_logits
 from tron_cli.sampling.lookup import BeforeLookup, look_up, look_up_inputs
 from tron_cli.sampling.negatives import Distribution, sample_negatives
-from tron_cli.training.optim import Optimizer, clip_gradients, gradients_are_sparse
+from tron_cli.training.optim import RowAdam, clip_gradients, gradients_are_sparse
 from tron_cli.training.profile import phase
 
 
@@ -33,7 +31,7 @@ def seed_generators(seed: int, *, step: int) -> None:
 
 def training_step(
     model: Model,
-    optimizer: Optimizer,
+    optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     batch: Batch,
     config: ExperimentConfig,
@@ -41,16 +39,17 @@ def training_step(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Take a step along the gradients of a batch; return its loss, without gradients."""
+    before_lookup = optimizer.catch_up if isinstance(optimizer, RowAdam) else None
     with torch.autocast(batch.inputs_N.device.type, dtype, enabled=dtype != torch.float32):
-        loss = training_loss(model, batch, config, distribution, before_lookup=optimizer.catch_up)
+        loss = training_loss(model, batch, config, distribution, before_lookup=before_lookup)
     with phase("backward"):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
     with phase("optimizer"):
         if config.clip_norm:
-            scaler.unscale_(cast(torch.optim.Optimizer, optimizer))
+            scaler.unscale_(optimizer)
             clip_gradients(model.parameters(), config.clip_norm)
-        scaler.step(cast(torch.optim.Optimizer, optimizer))
+        scaler.step(optimizer)
         scaler.update()
     return loss.detach()
 
