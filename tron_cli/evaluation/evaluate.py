@@ -61,7 +61,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Everything that an evaluation reads: it ranks for hours, and the files may change meanwhile.
+    """Inputs of an evaluation, all read before it ranks: files may change during hours of ranking.
 
     number_S: int64 [S], numbers of the sessions in the split. session_ids, user_ids: original ids
     of all sessions of the split, and of their users. lost_S: from `Dataset.lost_of_sessions`.
