@@ -137,7 +137,8 @@ MAY_IMPORT = {
     "evaluation": "baselines checkpoint config data errors files models ops registry text_table",
     "training": "baselines checkpoint config data errors evaluation files losses models ops "
     "registry sampling text_table",
-    "serving": "baselines checkpoint config data errors evaluation files models ops registry",
+    "serving": "baselines checkpoint config data errors evaluation files models ops prepare "
+    "registry",
     "importing": "checkpoint config data errors files models",
     "api": "checkpoint config data errors evaluation files models ops prepare registry serving "
     "training",

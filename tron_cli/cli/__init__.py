@@ -13,7 +13,18 @@ from typing import Annotated
 import typer
 
 from tron_cli import __version__
-from tron_cli.cli import check, compare, config, demo, evaluate, export, import_, prepare, train
+from tron_cli.cli import (
+    check,
+    compare,
+    config,
+    demo,
+    evaluate,
+    export,
+    import_,
+    prepare,
+    recommend,
+    train,
+)
 from tron_cli.errors import InputError, RunError, explained, shortened
 
 log = logging.getLogger("tron")
@@ -30,6 +41,8 @@ for command in (
     train.train,
     evaluate.evaluate,
     compare.compare,
+    recommend.recommend,
+    recommend.similar,
     export.export,
     check.check,
     demo.demo,

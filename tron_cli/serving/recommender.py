@@ -154,24 +154,27 @@ class Recommender:
         votes of sessions with the item; these list no items without a score. Raises InputError for
         an unknown item, and for other baselines.
         """
-        self._check_k(k)
-        (number,) = self.lookup.numbers([item], "similar")
-        if not number:
-            raise InputError(
-                f"{item!r} is not in the catalogue of {self.checkpoint.path}; its "
-                f"{self.num_items:,} ids look like {self.item_ids[0]!r}"
-            )
-        return next(self.similar_to(np.array([number]), k=k))
+        return self.similar_to(self.item_numbers([item]), k=k)[0]
 
-    def similar_to(self, item_E: np.ndarray, *, k: int) -> Iterator[Recommendation]:
-        """Yield the items most similar to each of the item numbers int64; see `similar`."""
-        for low in range(0, len(item_E), _HISTORIES_AT_ONCE):
-            some = item_E[low : low + _HISTORIES_AT_ONCE]
-            best_EK, score_EK, count_E = self._similar(some, k)
-            for row, count in enumerate(count_E.tolist()):
-                yield Recommendation(
-                    self.lookup.ids(best_EK[row, :count]), score_EK[row, :count].tolist()
-                )
+    def item_numbers(self, items: Sequence[int | str]) -> np.ndarray:
+        """Return the numbers of items, int64. Raises InputError for an unknown one."""
+        numbers = self.lookup.numbers(items, "similar")
+        if not numbers.all():
+            raise InputError(
+                f"{items[int(np.argmin(numbers))]!r} is not in the catalogue of "
+                f"{self.checkpoint.path}; its {self.num_items:,} ids look like "
+                f"{self.lookup.ids(np.array([1]))[0]!r}"
+            )
+        return numbers
+
+    def similar_to(self, item_E: np.ndarray, *, k: int) -> list[Recommendation]:
+        """Return the items most similar to each of the item numbers int64; see `similar`."""
+        self._check_k(k)
+        best_EK, score_EK, count_E = self._similar(item_E, k)
+        return [
+            Recommendation(self.lookup.ids(best_EK[row, :count]), score_EK[row, :count].tolist())
+            for row, count in enumerate(count_E.tolist())
+        ]
 
     def _similar(self, item_E: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return similar items and scores [E, K], and how many of them there are."""

@@ -34,6 +34,7 @@ from tron_cli.prepare.reading.columns import (
     read_json_lines,
     read_parquet,
 )
+from tron_cli.prepare.reading.ids import ids_of
 from tron_cli.prepare.reading.inputs import check_distinct, input_files
 from tron_cli.prepare.reading.times import FormatParser, TimeParser, from_iso
 from tron_cli.prepare.sessions import (
@@ -409,7 +410,7 @@ class _TableReader:
         if len(set(self._wanted)) < len(self._wanted):
             raise InputError(f"expected different columns, got {', '.join(self._wanted)}")
         self._times = _time_parser(columns)
-        ids = Parser(_ids, "an id in one line", columns.null_tokens)
+        ids = Parser(ids_of, "an id in one line", columns.null_tokens)
         self._parsers = {**dict.fromkeys(self._ids, ids), columns.time: self._times}
         self._kinds: set[str] = set()
         self._first: tuple[Path, dict[str, pl.DataType]] | None = None
@@ -512,26 +513,4 @@ def _separator(file: Path, header: str, wanted: list[str]) -> str:
     return by_count[0]
 
 
-def _ids(column: pl.Series) -> pl.Series:
-    """Return integers as Int64, also those stored as floats, and everything else as text."""
-    if column.dtype == pl.Boolean:
-        raise TypeError(column.dtype)
-    if column.dtype.is_float():
-        integers = column.cast(pl.Int64, strict=False)
-        inexact = column.filter(column.is_finite() & (column.abs() >= _EXACT[type(column.dtype)]))
-        if len(inexact):
-            raise InputError(
-                f"ids such as {inexact[0]:.0f} are not exact as {column.dtype}; store the ids as "
-                "integers or as text"
-            )
-        return integers.set(integers != column, None)
-    if column.dtype.is_integer() and column.dtype not in (pl.UInt64, pl.Int128, pl.UInt128):
-        return column.cast(pl.Int64)
-    ids = column.cast(pl.String)
-    # The ids are stored one per line, and NUL is not allowed in text.
-    return ids.set(ids.str.contains(r"^\s*$|[\r\n\x00]"), None)
-
-
-# Integers below these are exact as floats.
-_EXACT: dict[type, int] = {pl.Float16: 2**11, pl.Float32: 2**24, pl.Float64: 2**53}
 _KIND = Parser(lambda column: column.cast(pl.String).fill_null(""), "a kind of event")

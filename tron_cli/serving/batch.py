@@ -1,0 +1,92 @@
+"""Recommendations for many sessions, some at a time, and counts of what their items are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tron_cli.serving.list_files import Write
+from tron_cli.serving.recommender import Recommender, Scope
+from tron_cli.serving.session_files import Session
+
+_WARNINGS = 10
+
+log = logging.getLogger("tron")
+
+
+@dataclass(frozen=True)
+class RecommendOptions:
+    """Options of `Recommender.recommend`, with candidates and exclusions as a scope."""
+
+    k: int
+    filter_rated: bool | None
+    scope: Scope
+    on_unknown: str
+    on_empty: str
+
+
+@dataclass
+class Counts:
+    """Sessions and events that were read, and what the model knows of them."""
+
+    sessions: int = 0
+    events: int = 0
+    unknown_events: int = 0
+    sessions_with_unknown: int = 0
+    without_known: int = 0
+
+    def __str__(self) -> str:
+        text = f"{self.sessions:,} sessions"
+        if self.unknown_events:
+            text += (
+                f"; {self.unknown_events:,} of {self.events:,} events are on items that the model "
+                f"does not know and were left out, in {self.sessions_with_unknown:,} sessions"
+            )
+        if self.without_known:
+            text += f"; {self.without_known:,} sessions without known items got the popular items"
+        return text
+
+
+def recommend_sessions(
+    recommender: Recommender,
+    batches: Iterable[list[Session]],
+    write: Write,
+    options: RecommendOptions,
+) -> Counts:
+    """Write the items recommended after each session, and return counts.
+
+    Raises InputError where the options refuse a session, which it names by its place.
+    """
+    counts = Counts()
+    for batch in batches:
+        histories = [_known(recommender, session, options, counts) for session in batch]
+        lists = recommender.best(
+            histories, k=options.k, filter_rated=options.filter_rated, scope=options.scope
+        )
+        write([session.id for session in batch], lists)
+    return counts
+
+
+def _known(
+    recommender: Recommender, session: Session, options: RecommendOptions, counts: Counts
+) -> np.ndarray:
+    """Return the numbers of a session's known items, and count them."""
+    numbers = recommender.known_numbers(
+        session.items, session.place, "raise" if options.on_unknown == "raise" else "skip"
+    )
+    unknown = len(session.items) - len(numbers)
+    counts.sessions += 1
+    counts.events += len(session.items)
+    counts.unknown_events += unknown
+    if unknown:
+        counts.sessions_with_unknown += 1
+        if options.on_unknown == "warn" and counts.sessions_with_unknown <= _WARNINGS:
+            recommender.known_numbers(session.items, session.place, "warn")
+    if not len(numbers):
+        counts.without_known += 1
+        if options.on_empty == "raise":
+            raise recommender.no_known_item(session.place)
+    return numbers
