@@ -98,14 +98,24 @@ def test_the_four_commands_of_the_readme_compare_two_models_on_a_log(tmp_path):
     about_them = [
         line
         for line in commands()
-        if re.match(r"tron (evaluate|compare|check) (shop|runs/(tron|knn)-shop)", line)
+        if re.match(
+            r"tron (evaluate|compare|check|recommend|similar) (shop|runs/(tron|knn)-shop)", line
+        )
     ]
-    assert len(about_them) >= 7
+    assert len(about_them) >= 12
+    (tmp_path / "sessions.csv").write_text("session,item\nv1,SKU-3\nv2,SKU-4\nv1,SKU-5\n")
+    (tmp_path / "sessions.jsonl").write_text('{"session": "v1", "items": ["SKU-3"]}\n')
     words = [shlex.split(line)[1:] for line in [*four, *about_them]]
     words = [[*line, "max_epochs=1"] if line[0] == "train" else line for line in words]
     script = (
         "import json, sys\nfrom tron_cli.cli import _run\n"
-        "for words in json.loads(sys.argv[1]): assert _run(words, False) == 0, words"
+        "for line in json.loads(sys.argv[1]):\n"
+        "    words, _, files = ' '.join(line).partition(' < ')\n"
+        "    if files:\n"
+        "        source, target = files.split(' > ')\n"
+        "        sys.stdin, sys.stdout, line = open(source), open(target, 'w'), words.split()\n"
+        "    assert _run(line, False) == 0, line\n"
+        "    sys.stdout = sys.__stdout__"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(words)],
@@ -113,7 +123,10 @@ def test_the_four_commands_of_the_readme_compare_two_models_on_a_log(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "difference from tron" in done.stdout
-    assert {"shop.run", "shop.qrels", "shop.parquet"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"shop.run", "shop.qrels", "shop.parquet", "lists.csv", "similar.parquet"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    assert json.loads((tmp_path / "lists.jsonl").read_text())["session"] == "v1"
 
 
 def test_the_results_are_those_of_the_committed_files():
