@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import json
 import logging
 import shutil
@@ -19,6 +20,7 @@ import torch
 from tron_cli.checkpoint import Checkpoint, load_checkpoint
 from tron_cli.data.integrity import sha256_of_file
 from tron_cli.errors import InputError, RunError
+from tron_cli.evaluation.predict import check_weights
 from tron_cli.files import locked
 from tron_cli.registry import MODELS
 from tron_cli.serving.program import Program, Table
@@ -81,20 +83,15 @@ def _check_packages(format: str) -> None:
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that is renamed to `path` when the block has ended well."""
-    partial = path.with_name(f".{path.name}.partial")
-    busy = f"another tron export writes {path}; wait for its end, or name another --output"
-
-    def check_absent() -> None:
-        if path.exists() or path.is_symlink():
-            raise InputError(f"{path} exists already; remove it, or name another --output")
-
-    check_absent()
     try:
+        _check_absent(path)
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error}") from error
+    partial = path.with_name(f".{path.name}.partial")
+    busy = f"another tron export writes {path}; wait for its end, or name another --output"
     with locked(path.with_name(f".{path.name}.lock"), busy):
-        check_absent()  # again: another process may have put one there
+        _check_absent(path)  # again: another process may have put one there
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         try:
             partial.mkdir()
@@ -106,8 +103,14 @@ def _new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def _check_absent(path: Path) -> None:
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path} exists already; remove it, or name another --output")
+
+
 def _write_model(checkpoint: Checkpoint, file: Path, format: str, table: str) -> None:
     model = checkpoint.build_model(torch.device("cpu"))
+    check_weights(model)
     if format == "safetensors":
         _write_safetensors(checkpoint, model, file, table)
         return
@@ -116,15 +119,14 @@ def _write_model(checkpoint: Checkpoint, file: Path, format: str, table: str) ->
     with _quiet():
         exported = torch.export.export(
             program.eval(),
-            (
-                torch.ones(2, 3, dtype=torch.int64),
-                torch.tensor(1),
-                torch.tensor(False),
-            ),
+            (torch.ones(2, 3, dtype=torch.int64), torch.tensor(1), torch.tensor(False)),
             dynamic_shapes=({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}, None, None),
         )
         if format == "torch":
-            torch.export.save(exported, file)
+            # Torch itself would end the process where the disk is full.
+            content = io.BytesIO()
+            torch.export.save(exported, content)
+            file.write_bytes(content.getbuffer())
         else:
             _write_onnx(exported, file)
 
@@ -154,6 +156,7 @@ def _stable_sort(self: Any, stable: bool = True, dim: int = -1, descending: bool
 
 def _write_safetensors(checkpoint: Checkpoint, model: Any, file: Path, table: str) -> None:
     """Write each tensor once; metadata names those that share one, and describe the model."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     places: dict[tuple[int, torch.Size], str] = {}
@@ -181,7 +184,10 @@ def _write_safetensors(checkpoint: Checkpoint, model: Any, file: Path, table: st
         "shared": shared,
     }
     metadata = {name: json.dumps(value) for name, value in described.items()}
-    save_file(tensors, file, metadata={"format": "pt", **metadata})
+    try:
+        save_file(tensors, file, metadata={"format": "pt", **metadata})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _write_items(checkpoint: Checkpoint, folder: Path) -> None:

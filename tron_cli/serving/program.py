@@ -26,8 +26,8 @@ _SPARE_CANDIDATES = 256
 class Table(nn.Module):
     """Rows of an item table, kept as float32, as float16, or as int8 with a scale for each row.
 
-    with_bias: the last column is a bias, which stays float32. Raises RunError where a value is not
-    finite, or beyond the range of float16.
+    with_bias: the last column is a bias, which stays float32. Raises RunError where a value exceeds
+    the range of float16.
     """
 
     values_VD: torch.Tensor
@@ -40,14 +40,15 @@ class Table(nn.Module):
         values_VD = table_VD.detach()
         if with_bias:
             values_VD, bias_V = values_VD[:, :-1].contiguous(), values_VD[:, -1].contiguous()
-        largest_V = values_VD.abs().amax(dim=1)
-        check_finite(largest_V, "the item embeddings hold NaN or infinite values")
         if kind == "float16":
             values_VD = values_VD.half()
-            check_finite(
-                values_VD, "the item embeddings exceed the range of float16; use --table float32"
-            )
+            if not bool(values_VD.isfinite().all()):
+                raise RunError(
+                    "item embeddings exceed 65,504, the range of float16; export with "
+                    "--table float32 or int8"
+                )
         elif kind == "int8":
+            largest_V = values_VD.abs().amax(dim=1)
             scale_V = largest_V.clamp_min(torch.finfo(torch.float32).tiny) / 127
             values_VD = (values_VD / scale_V[:, None]).round().to(torch.int8)
         self.register_buffer("values_VD", values_VD)
@@ -72,12 +73,6 @@ class Table(nn.Module):
         return score_BM if self.bias_V is None else score_BM + self.bias_V[item_BM]
 
 
-def check_finite(values: torch.Tensor, sentence: str) -> None:
-    """Raise RunError(sentence) where a value is NaN or infinite."""
-    if not bool(values.isfinite().all()):
-        raise RunError(sentence)
-
-
 class Program(nn.Module):
     """A network, of which it takes the tables, as a function of padded histories.
 
@@ -100,8 +95,6 @@ class Program(nn.Module):
         # The network is given the rows that it needs, and its states are compared here.
         del model.item_embedding, model.output_embedding
         model.output_bias = False
-        for parameter in model.parameters():
-            check_finite(parameter, "the model's weights hold NaN or infinite values")
         self.model = model.requires_grad_(False)
         # Minus the place of each item by popularity, which no two share.
         popular_V = torch.full((len(self.outputs.values_VD),), -torch.inf)
