@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.datasets import pack_sessions
+from helpers.checkpoints import random_checkpoint
+from helpers.datasets import cyclic_sessions, pack_sessions, write_dataset
 from helpers.networks import PaddedReference, build_pair, make_config
 
 from benchmarks import __main__ as bench
@@ -309,6 +310,24 @@ def test_startup_runs(small_benchmarks, tmp_path) -> None:
     startup.main([*SMALL["startup"], "--output", str(output)])
     train, help_text = json.loads(output.read_text())["figures"]
     assert train["tron_s"] > help_text["tron_s"] > 0
+
+
+def test_exported_tables_run(tmp_path, capsys) -> None:
+    from benchmarks import export
+
+    dataset = write_dataset(tmp_path, train=[[1, 40]], test=cyclic_sessions(30, 1))
+    checkpoint = random_checkpoint(dataset, tmp_path / "a.pt")
+    output = tmp_path / "result.json"
+    words = [checkpoint.path, "--data-dir", tmp_path, "--histories", 3, "--output", output]
+    export.main(list(map(str, words)))
+    ours, *theirs = json.loads(output.read_text())["figures"]
+    assert ours["median ms"] > 0
+    assert theirs[0]["same lists"] == 1
+    sessions = dataset.split("test")
+    found = predict(checkpoint.build_model(torch.device("cpu")), sessions, protocol="every-step")
+    for each in theirs[:2]:
+        assert each["R@20"] == pytest.approx(np.mean(found.rank_E <= 20), abs=0.02)
+    assert "onnxruntime, int8" in capsys.readouterr().out
 
 
 def test_summary_puts_all_results_in_one_table(tmp_path, monkeypatch) -> None:

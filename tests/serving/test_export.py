@@ -352,6 +352,24 @@ def test_hundreds_of_equal_rows_are_ordered_by_number(tmp_path: Path) -> None:
             assert (found[place:] + 100).tolist() == right[row].items[place:]
 
 
+def test_a_program_needs_no_tron_and_tells_no_paths(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, **NETWORKS["gru4rec"])
+    for format, file in {"torch": "model.pt2", "onnx": "model.onnx"}.items():
+        export(checkpoint.path, format=format, output=tmp_path / format)
+        content = (tmp_path / format / file).read_bytes()
+        assert b"gru4rec.py" not in content
+        assert b"gru" in content  # not compressed
+    script = (
+        "import sys; sys.modules['tron_cli'] = None\nimport torch\n"
+        "run = torch.export.load(sys.argv[1]).module()\n"
+        "print(run(torch.tensor([[3, 4]]), torch.tensor(2), torch.tensor(True))[0].tolist())"
+    )
+    words = [sys.executable, "-c", script, tmp_path / "torch" / "model.pt2"]
+    done = subprocess.run(words, cwd=tmp_path, env={}, capture_output=True, text=True)
+    right = Recommender.load(checkpoint.path).recommend([[103, 104]], k=2, filter_rated=True)
+    assert [[number + 100 for number in row] for row in json.loads(done.stdout)] == [right[0].items]
+
+
 def test_a_window_of_one_event(tmp_path: Path, rng: np.random.Generator) -> None:
     checkpoint = make_checkpoint(tmp_path, num_heads=1)
     changed = dataclasses.replace(checkpoint.config, sequence_length=1)

@@ -351,7 +351,10 @@ def without(part: str, content: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda content: content["training"].clear(), "holds weights alone.* nothing to resume from"),
+        (
+            lambda content: content["training"].clear(),
+            "holds weights alone.* nothing to resume from",
+        ),
         (lambda content: without("optimizer", content), "to resume from is not complete"),
         (lambda content: without("scaler", content), "to resume from is not complete"),
         (lambda content: without("progress", content), "to resume from is not complete"),

@@ -122,6 +122,9 @@ def _write_model(checkpoint: Checkpoint, file: Path, format: str, table: str) ->
             (torch.ones(2, 3, dtype=torch.int64), torch.tensor(1), torch.tensor(False)),
             dynamic_shapes=({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}, None, None),
         )
+        for module in exported.graph_module.modules():  # of loops too
+            for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # paths of this machine
         if format == "torch":
             # Torch itself would end the process where the disk is full.
             content = io.BytesIO()
