@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.datasets import pack_sessions, random_sessions
+from helpers.int8 import use_int8
 
 from tron_cli.data.batches import pack
 from tron_cli.errors import RunError
@@ -321,3 +322,18 @@ def test_predicting_leaves_the_model_in_its_mode() -> None:
     found = predict(model, pack_sessions([[1, 2, 3]]), protocol="every-step")
     assert model.training  # while dropout was off:
     assert table(found) == list(one_event_at_a_time(model.eval(), [[1, 2, 3]]))
+
+
+@pytest.mark.parametrize("filter_rated", [False, True])
+def test_ranks_up_to_a_limit_and_lists_do_not_depend_on_int8_products(
+    filter_rated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("end")
+    sessions = pack_sessions(random_sessions(np.random.default_rng(5), 60, NUM_ITEMS))
+    settings: dict[str, Any] = {"protocol": "every-step", "filter_rated": filter_rated}
+    expected = predict(model, sessions, top_items=4, **settings)
+    use_int8(monkeypatch)
+    found = predict(model, sessions, top_items=4, rank_limit=4, **settings)
+    assert np.minimum(found.rank_E, 5).tolist() == np.minimum(expected.rank_E, 5).tolist()
+    assert found.top_EK.tolist() == expected.top_EK.tolist()
+    assert found.rank_E.tolist() != expected.rank_E.tolist()  # int8 was used

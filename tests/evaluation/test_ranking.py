@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.int8 import use_int8
 from helpers.ranks import check, with_ties
 
 from tron_cli.errors import RunError
@@ -19,6 +20,13 @@ from tron_cli.evaluation.ranking import Catalogue
 from tron_cli.ops import rank_kernel
 
 
+@pytest.fixture(params=["float32", "int8"])
+def first_stage(request, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "int8":
+        use_int8(monkeypatch)
+
+
+@pytest.mark.usefixtures("first_stage")
 @pytest.mark.parametrize("seed", range(60))
 def test_ranks_and_lists_equal_a_brute_force_sort(
     seed: int, monkeypatch: pytest.MonkeyPatch
@@ -43,6 +51,7 @@ def test_ranks_and_lists_equal_a_brute_force_sort(
     check(hidden, table, targets, histories, limit=int(rng.integers(1, num_items + 4)))
 
 
+@pytest.mark.usefixtures("first_stage")
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e17])
 @pytest.mark.parametrize("dim", [3, 64])
 def test_near_ties_within_float32_rounding(scale: float, dim: int) -> None:

@@ -47,10 +47,12 @@ def check(
     seen_items = as_seen(seen, targets, hidden.device) if seen is not None else None
     target_E = torch.tensor(targets, dtype=torch.int64, device=hidden.device)
     ranks = catalogue.ranks(hidden, target_E, seen_items).tolist()
+    up_to_limit = catalogue.ranks(hidden, target_E, seen_items, limit=limit).tolist()
     top = catalogue.top_items(hidden, target_E, limit, seen_items).tolist()
     for event, target in enumerate(targets):
         best = sorted_list(scores[event], target, seen[event] if seen else set())
         assert ranks[event] == 1 + best.index(target)
+        assert min(up_to_limit[event], limit + 1) == min(ranks[event], limit + 1)
         assert top[event] == (best + [0] * limit)[:limit]
 
 

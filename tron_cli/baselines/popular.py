@@ -1,4 +1,4 @@
-"""Most popular items, whatever the history."""
+"""The most popular items, whatever the history."""
 
 from __future__ import annotations
 

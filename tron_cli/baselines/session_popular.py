@@ -1,4 +1,4 @@
-"""Most popular items of the current session, then those of all sessions (S-POP)."""
+"""The most popular items of the current session, then those of all sessions (S-POP)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `tron`: subcommands, one file each, and the exit codes of failures.
+"""The `tron` command: its subcommands, a file each, and how failures become exit codes.
 
 Modules of this folder import torch, NumPy and polars inside functions only, so that help is quick.
 """
@@ -101,7 +101,7 @@ def _options(
 
 
 class _BarSafeHandler(logging.Handler):
-    """Handler that writes to stderr above a progress bar instead of into it."""
+    """Writes to stderr above a progress bar instead of into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm

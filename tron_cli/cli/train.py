@@ -38,14 +38,6 @@ def train(
             help="Start from the weights of a checkpoint or run, matching items by original id.",
         ),
     ] = None,
-    final: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN",
-            help="Run or best checkpoint: train with its settings, on validation sessions too, for "
-            "as many steps as validation chose.",
-        ),
-    ] = None,
     profile: Annotated[
         int | None,
         typer.Option(
@@ -73,7 +65,6 @@ def train(
         name=name,
         resume=resume,
         init_from=init_from,
-        final=final,
         profile=profile,
         device=device,
         **parse_overrides(overrides or []),

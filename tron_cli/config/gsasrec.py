@@ -1,4 +1,4 @@
-"""Settings from the arguments of gSASRec's GSASRecExperimentConfig (arXiv 2308.07192)."""
+"""The arguments of gSASRec's GSASRecExperimentConfig (arXiv 2308.07192) as settings."""
 
 from __future__ import annotations
 

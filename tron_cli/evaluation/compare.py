@@ -115,9 +115,8 @@ def compare(
     datasets = [fitted(checkpoint, dataset, protocol, options) for checkpoint in checkpoints]
     sessions, _ = chosen_sessions(datasets[reference], options)
     _check_same_events(checkpoints, reference, sessions, protocol, options.full_sessions)
-    values_of = values_by_rank(
-        parse_measures(config.metrics if options.metrics is None else options.metrics)
-    )
+    measures = parse_measures(config.metrics if options.metrics is None else options.metrics)
+    values_of = values_by_rank(measures)
     filter_rated = _filter_rated(checkpoints, options)
     labels = short_labels([checkpoint.path for checkpoint in checkpoints])
     counts = train_item_counts(datasets[reference]) if depth else None
@@ -132,6 +131,7 @@ def compare(
             filter_rated=filter_rated,
             full_sessions=options.full_sessions,
             top_items=depth,
+            rank_limit=max(depth, *(measure["cutoff"] for measure in measures)),
             batch_size=checkpoints[place].config.eval_batch_size,
             progress=labels[place],
         )

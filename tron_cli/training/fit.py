@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 from tron_cli.baselines import build_baseline
 from tron_cli.checkpoint import (
@@ -27,16 +26,9 @@ from tron_cli.training.validation import validate, with_measures
 log = logging.getLogger("tron")
 
 
-def fit(
-    config: ExperimentConfig,
-    dataset: Dataset,
-    run_dir: Path,
-    *,
-    final: dict[str, Any] | None = None,
-) -> Path:
+def fit(config: ExperimentConfig, dataset: Dataset, run_dir: Path) -> Path:
     """Fit the baseline that `config.model` names, and return the path of its checkpoint.
 
-    final: record of a `FinalStart`, on whose sessions it is fitted.
     run_dir is made if it is not there, once config and dataset have proved to fit. Raises
     InputError where they do not, or where the baseline cannot hold the catalogue.
     """
@@ -44,8 +36,7 @@ def fit(
     config, measures = with_measures(config)
     item_ids = encode_item_ids(dataset.item_ids)
     baseline = build_baseline(config, dataset.num_items)
-    origin = {} if final is None else {"final": final}
-    run = RunFiles(run_dir, config, origin)
+    run = RunFiles(run_dir, config)
     with run.logged():
         log.info(
             "%s on %s: %s sessions, %s items", config.method, dataset.name,
@@ -55,7 +46,7 @@ def fit(
         baseline.fit(sessions)
         log.info("fitted in %.1f s", time.perf_counter() - clock)
         values = validate(baseline, validation, dataset, config, measures)
-        path = run_dir / checkpoint_name(config, 0, values, final=final is not None)
+        path = run_dir / checkpoint_name(config, 0, values)
         save_checkpoint(
             path,
             config=config,
@@ -66,7 +57,6 @@ def fit(
             dataset=dataset_identity(dataset),
             item_ids=item_ids,
             training={},
-            origin=origin,
         )
         if values:
             run.write_metrics(step=0, epoch=0, validation=values)

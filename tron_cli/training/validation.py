@@ -37,6 +37,7 @@ def validate(
             sessions,
             protocol=dataset.protocol,
             filter_rated=config.filter_rated,
+            rank_limit=max(measure["cutoff"] for measure in measures),
             batch_size=config.eval_batch_size,
             progress="validation",
         )

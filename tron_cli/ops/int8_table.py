@@ -1,0 +1,343 @@
+"""Items that can be among the best, by int8 products with a proved error bound.
+
+A row e of the table and a query h are rounded to multiples of steps of their own: e = s q + d and
+h = t p + f, with integers |q|, |p| <= 127. Then
+
+    |h.e - s t (p.q)| = |t p.d + f.e| <= t |p| |d| + |f| |e|
+
+and p.q is exact in int32. Whoever scores the few items that int8 cannot decide again, exactly, has
+an exact result. Items are sorted by the length of their rows, so that one bound is tight for all
+items of a chunk and the largest scores come first.
+
+64 queries and 1,855,603 items of width 200 take 46 ms on two cores with AVX-512 VNNI, a quarter of
+a float32 product; one query takes 14 ms, in which 0.37 GB are read.
+
+Shapes: E queries, D width, I items, C items of a chunk, G groups of items, P (query, item) pairs.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional as F
+
+_QUERIES = 64  # at once: their scores of a chunk, 4 MB, fit the cache
+_CHUNK = 1 << 14
+_GROUP = 16  # items of which only the maximum is looked at first
+_SCARCE = 16  # groups per item asked for, below which too many items would be possible
+_LARGEST = 127
+_MOST_PAIRS = 1 << 14  # of one query, and _GROUP more for each item asked for
+_ROWS_AT_ONCE = 1 << 12
+_EPS = torch.finfo(torch.float32).eps
+_SLACK = 1 + 1e-5  # for the rounding of the bounds themselves, of norms of up to 100 dimensions
+
+
+def usable(device: torch.device) -> bool:
+    """Return True if the processor multiplies int8 exactly and fast, and PyTorch lets it."""
+    return device.type == "cpu" and _has_int8_products()
+
+
+@functools.cache
+def _has_int8_products() -> bool:
+    # Without VNNI oneDNN adds pairs of products in int16, which can overflow.
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.onednn, "qlinear_prepack")
+        and getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
+    )
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """Rounded queries. point_ED: uint8, p + 128. step_E, norm_E, error_E: float64, t, |p|, |f| / t.
+
+    Scores and bounds of a query are in units of its t.
+    """
+
+    point_ED: torch.Tensor
+    step_E: torch.Tensor
+    norm_E: torch.Tensor
+    error_E: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.step_E)
+
+    def __getitem__(self, index: torch.Tensor) -> _Queries:
+        return _Queries(
+            self.point_ED[index], self.step_E[index], self.norm_E[index], self.error_E[index]
+        )
+
+
+def _rounded(hidden_ED: torch.Tensor) -> _Queries:
+    hidden_ED = hidden_ED.double()
+    step_E1 = hidden_ED.abs().amax(dim=1, keepdim=True) / _LARGEST
+    scaled_ED = torch.where(step_E1 > 0, hidden_ED / step_E1, 0.0)
+    point_ED = scaled_ED.round()
+    return _Queries(
+        (point_ED + 128).to(torch.uint8),
+        step_E1[:, 0],
+        point_ED.norm(dim=1),
+        (scaled_ED - point_ED).norm(dim=1),
+    )
+
+
+class _Chunk:
+    """Some items of similar length, in the layout that the product wants.
+
+    size: number of items; they are in groups of _GROUP, of which the last may be filled up.
+    """
+
+    def __init__(self, rows_CD: torch.Tensor) -> None:
+        self.size = len(rows_CD)
+        self.num_groups = -(-self.size // _GROUP)
+        largest_C = rows_CD.abs().amax(dim=1)
+        # The product may flush numbers near the smallest to zero.
+        self._step_C = torch.where(largest_C > 1e-30, largest_C / _LARGEST, 0.0)
+        point_CD = (rows_CD / self._step_C[:, None]).nan_to_num_(0.0, 0.0, 0.0).round_()
+        point_CD.clamp_(-_LARGEST, _LARGEST)
+        underflow = 1e-18 * rows_CD.shape[1] ** 0.5  # of squares
+        self._norm = float(rows_CD.norm(dim=1).max()) * _SLACK + underflow
+        error_CD = point_CD.mul(self._step_C[:, None]).sub_(rows_CD)
+        # The last term is the rounding of s q and of the difference.
+        self._error = float(error_CD.norm(dim=1).max()) * _SLACK + _EPS * self._norm + underflow
+        self._packed = torch.ops.onednn.qlinear_prepack(point_CD.to(torch.int8), None)
+        self._zero_C = torch.zeros(self.size, dtype=torch.int32)
+
+    def scores(self, queries: _Queries) -> torch.Tensor:
+        """Return s (p.q), float32 [E, C]; -inf where the last group is filled up."""
+        score_EC = torch.ops.onednn.qlinear_pointwise(
+            queries.point_ED,
+            1.0,
+            128,
+            self._packed,
+            self._step_C,
+            self._zero_C,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        missing = self.num_groups * _GROUP - self.size
+        return F.pad(score_EC, (0, missing), value=-torch.inf) if missing else score_EC
+
+    def bound(self, queries: _Queries) -> torch.Tensor:
+        """Return the largest possible error of a score, float64 [E]."""
+        # The last term is the rounding of s (p.q), and of a difference with a bound.
+        longest = self._norm + self._error
+        bound_E = queries.norm_E * (self._error + 3 * _EPS * longest) + queries.error_E * self._norm
+        return bound_E * _SLACK
+
+
+@dataclass(frozen=True)
+class Undecided:
+    """Pairs to be scored again: item_P of query_P, both int64, each pair once, in no order.
+
+    open_E: bool, queries about which nothing is known; they have no pairs.
+    """
+
+    query_P: torch.Tensor
+    item_P: torch.Tensor
+    open_E: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Queries and places in the order of lengths, int64; scores, float."""
+
+    query_P: torch.Tensor
+    place_P: torch.Tensor
+    score_P: torch.Tensor
+
+    def __getitem__(self, keep_P: torch.Tensor) -> _Pairs:
+        return _Pairs(self.query_P[keep_P], self.place_P[keep_P], self.score_P[keep_P])
+
+
+class _Scored:
+    """Scores of a chunk, the best of each group, and the bound of each query's scores."""
+
+    def __init__(self, chunk: _Chunk, first_place: int, queries: _Queries) -> None:
+        self._first_place = first_place
+        self._score_EC = chunk.scores(queries)
+        # Group g has items g, g + G, g + 2 G ..., so that maxima are taken over whole vectors.
+        self.best_EG = self._score_EC.unflatten(1, (_GROUP, chunk.num_groups)).amax(dim=1)
+        self.bound_E = chunk.bound(queries)
+
+    def certain_EG(self) -> torch.Tensor:
+        """Return the scores that the best item of each group reaches at least, float32."""
+        return self.best_EG - _rounded_up(self.bound_E)[:, None]
+
+    def reaching(self, threshold_E: torch.Tensor) -> _Pairs:
+        """Return the pairs that can score threshold_E (float64) or more, with int8 scores."""
+        below_E1 = _rounded_down(threshold_E - self.bound_E)[:, None]
+        query_Q, group_Q = (self.best_EG >= below_E1).nonzero(as_tuple=True)
+        num_groups = self.best_EG.shape[1]
+        column_QM = group_Q[:, None] + torch.arange(0, num_groups * _GROUP, num_groups)
+        place_QM = query_Q[:, None] * self._score_EC.shape[1] + column_QM
+        score_QM = self._score_EC.flatten()[place_QM]
+        row_P, member_P = (score_QM >= below_E1[query_Q]).nonzero(as_tuple=True)
+        return _Pairs(
+            query_Q[row_P],
+            column_QM[row_P, member_P] + self._first_place,
+            score_QM[row_P, member_P],
+        )
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Higher items so far, ahead_E, and items in doubt, doubts_E, of each query.
+
+    threshold_E: float64, infinite for a query that is done.
+    """
+
+    threshold_E: torch.Tensor
+    limit_E: torch.Tensor
+    ahead_E: torch.Tensor
+    doubts_E: torch.Tensor
+    open_E: torch.Tensor
+
+    def add(self, scored: _Scored, index_e: torch.Tensor) -> _Pairs:
+        """Add a chunk, scored for the queries index_e; return the pairs in doubt."""
+        threshold_e, ahead_e = self.threshold_E[index_e], self.ahead_E[index_e]
+        above_e1 = _rounded_up(threshold_e + scored.bound_E)[:, None]
+        # A higher group has a higher item; with enough of them nothing else matters.
+        higher_e = (scored.best_EG > above_e1).sum(dim=1)
+        enough_e = ahead_e + higher_e >= self.limit_E[index_e]
+        threshold_e[enough_e] = torch.inf
+        pairs = scored.reaching(threshold_e)
+        is_higher_P = pairs.score_P > above_e1[pairs.query_P, 0]
+        higher_e = higher_e.where(enough_e, _count(pairs.query_P[is_higher_P], len(index_e)))
+        pairs = pairs[~is_higher_P]
+        doubts_e = self.doubts_E[index_e] + _count(pairs.query_P, len(index_e))
+        open_e = doubts_e > _MOST_PAIRS
+        self.threshold_E[index_e] = threshold_e.masked_fill(open_e, torch.inf)
+        self.ahead_E[index_e] = ahead_e + higher_e
+        self.doubts_E[index_e] = doubts_e
+        self.open_E[index_e] = open_e
+        return replace(pairs, query_P=index_e[pairs.query_P])
+
+
+class Int8Table:
+    """Rows 1..I of a float32 table [I + 1, D] in int8, which take I x D bytes. I is at least 1."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        norm_I = torch.cat([rows.double().norm(dim=1) for rows in table[1:].split(_ROWS_AT_ONCE)])
+        self._in_range = bool(norm_I.max() < 1e15)  # so that no square overflows
+        self._item_I = norm_I.argsort(descending=True, stable=True).int() + 1
+        self._chunks = [_Chunk(table[item_C.long()]) for item_C in self._item_I.split(_CHUNK)]
+
+    def possible(self, hidden_ED: torch.Tensor, count_E: torch.Tensor) -> Undecided:
+        """Return pairs that include the best count_E items of each query.
+
+        hidden_ED: float32. count_E: int64, 1 or more. A query is open where too many items are
+        asked for, or are close to the best.
+        """
+        queries = _rounded(hidden_ED)
+        open_E = self._unfit(queries) | (_SCARCE * _GROUP * count_E > len(self._item_I))
+        count_E = count_E.masked_fill(open_E, 1)
+        found: list[_Pairs] = []
+        for index_e in torch.arange(len(queries)).split(_QUERIES):
+            open_e = open_E[index_e]
+            if bool(open_e.all()):
+                continue
+            pairs_e = self._possible(queries[index_e], count_E[index_e], open_e)
+            found += [replace(pairs, query_P=index_e[pairs.query_P]) for pairs in pairs_e]
+            open_E[index_e] = open_e
+        return self._undecided(found, open_E)
+
+    def higher(
+        self, hidden_ED: torch.Tensor, score_E: torch.Tensor, limit_E: torch.Tensor
+    ) -> tuple[torch.Tensor, Undecided]:
+        """Count the items that certainly score higher than score_E; return those in doubt.
+
+        score_E: float64. limit_E: int64, 1 or more: where so many items are higher, only limit_E or
+        more of them are counted, and pairs are missing. Returns int64 [E] and the pairs. A query is
+        open, and its count meaningless, where too many items are in doubt.
+        """
+        queries = _rounded(hidden_ED)
+        open_E = self._unfit(queries)
+        counts = _Counts(
+            threshold_E=(score_E / queries.step_E).masked_fill(open_E, torch.inf),
+            limit_E=limit_E,
+            ahead_E=torch.zeros_like(limit_E),
+            doubts_E=torch.zeros_like(limit_E),
+            open_E=open_E,
+        )
+        found: list[_Pairs] = []
+        # Most queries are done after a few chunks; then the others are put together.
+        low, high = 0, 1
+        while low < len(self._chunks):
+            active_E = counts.threshold_E.isfinite().nonzero()[:, 0]
+            if not len(active_E):
+                break
+            for index_e in active_E.split(_QUERIES):
+                some = queries[index_e]
+                for number in range(low, high):
+                    scored = _Scored(self._chunks[number], number * _CHUNK, some)
+                    found.append(counts.add(scored, index_e))
+            low, high = high, min(4 * high, len(self._chunks))
+        return counts.ahead_E, self._undecided(found, counts.open_E)
+
+    def _possible(
+        self, queries: _Queries, count_E: torch.Tensor, open_E: torch.Tensor
+    ) -> list[_Pairs]:
+        """Return the pairs of some queries; open_E is updated."""
+        most = int(count_E.max())
+        # The highest of the scores that the best items of groups reach at least.
+        best_EK = torch.full((len(count_E), most), -torch.inf)
+        certain: list[torch.Tensor] = []  # since they were last compared
+        waiting: list[_Scored] = []  # until there is a threshold
+        done, next_update = 0, most
+        doubts_E = torch.zeros_like(count_E)
+        found: list[_Pairs] = []
+        for number, chunk in enumerate(self._chunks):
+            scored = _Scored(chunk, number * _CHUNK, queries)
+            waiting.append(scored)
+            certain.append(scored.certain_EG())
+            done += chunk.num_groups
+            is_last = number + 1 == len(self._chunks)
+            if done >= next_update or is_last:
+                next_update = 2 * done
+                best_EK = torch.cat([best_EK, *certain], dim=1).topk(most, dim=1).values
+                threshold_E = best_EK.gather(1, count_E[:, None] - 1)[:, 0].double()
+                certain.clear()
+            if done < most and not is_last:
+                continue
+            threshold_E[open_E] = torch.inf
+            for scored in waiting:
+                pairs = scored.reaching(threshold_E)
+                doubts_E += _count(pairs.query_P, len(doubts_E))
+                # From here on, the most that the items can score.
+                highest_P = pairs.score_P + scored.bound_E[pairs.query_P]
+                found.append(replace(pairs, score_P=highest_P))
+            waiting.clear()
+            open_E |= doubts_E > _MOST_PAIRS + _GROUP * most
+        return [pairs[pairs.score_P >= threshold_E[pairs.query_P]] for pairs in found]
+
+    def _unfit(self, queries: _Queries) -> torch.Tensor:
+        """Return where a query cannot be rounded: its products could underflow or overflow."""
+        return (queries.step_E < 1e-30) | (not self._in_range)
+
+    def _undecided(self, found: list[_Pairs], open_E: torch.Tensor) -> Undecided:
+        """Return the pairs, but for those of open queries."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        query_P = torch.cat([nothing, *(pairs.query_P for pairs in found)])
+        place_P = torch.cat([nothing, *(pairs.place_P for pairs in found)])
+        keep_P = ~open_E[query_P]
+        return Undecided(query_P[keep_P], self._item_I[place_P[keep_P]].long(), open_E)
+
+
+def _count(query_P: torch.Tensor, num_queries: int) -> torch.Tensor:
+    return torch.bincount(query_P, minlength=num_queries)
+
+
+def _rounded_up(values: torch.Tensor) -> torch.Tensor:
+    return torch.nextafter(values.float(), torch.tensor(torch.inf))
+
+
+def _rounded_down(values: torch.Tensor) -> torch.Tensor:
+    return torch.nextafter(values.float(), torch.tensor(-torch.inf))
