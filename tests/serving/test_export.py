@@ -27,6 +27,7 @@ from tron_cli.config import config_from_dict
 from tron_cli.data.batches import pack
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import locked
+from tron_cli.serving import export as export_module
 from tron_cli.serving.export import export
 from tron_cli.serving.recommender import Recommender
 from tron_cli.training.loop import InterruptedRunError
@@ -368,6 +369,21 @@ def test_a_program_needs_no_tron_and_tells_no_paths(tmp_path: Path) -> None:
     done = subprocess.run(words, cwd=tmp_path, env={}, capture_output=True, text=True)
     right = Recommender.load(checkpoint.path).recommend([[103, 104]], k=2, filter_rated=True)
     assert [[number + 100 for number in row] for row in json.loads(done.stdout)] == [right[0].items]
+
+
+def test_weights_of_a_large_onnx_model_are_in_a_file_beside_it(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that moves with it."""
+    export(checkpoint.path, format="onnx", output=tmp_path / "small")
+    monkeypatch.setattr(export_module, "_LARGEST_FILE", 100)
+    files = export(checkpoint.path, format="onnx", output=tmp_path / "large")["files"]
+    table = 4 * checkpoint.weights["item_embedding.weight"].numel()
+    assert files["model.onnx.data"]["bytes"] > table
+    (tmp_path / "large").rename(tmp_path / "moved")
+    row = np.array([[3, 9, 4]])
+    small, large = (in_onnxruntime(tmp_path / name)(row, 9, True) for name in ("small", "moved"))
+    assert small[0].tolist() == large[0].tolist()
 
 
 def test_a_window_of_one_event(tmp_path: Path, rng: np.random.Generator) -> None:

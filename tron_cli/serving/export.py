@@ -25,6 +25,7 @@ from tron_cli.files import locked
 from tron_cli.registry import MODELS
 from tron_cli.serving.program import Program, Table
 
+_LARGEST_FILE = 1 << 29  # bytes of weights; those of larger ONNX models have a file of their own
 FORMATS = ("onnx", "safetensors", "torch")
 TABLES = ("float32", "float16", "int8")
 _MANIFEST_VERSION = 1
@@ -110,6 +111,7 @@ def _check_absent(path: Path) -> None:
 
 def _write_model(checkpoint: Checkpoint, file: Path, format: str, table: str) -> None:
     model = checkpoint.build_model(torch.device("cpu"))
+    checkpoint.weights.clear()  # of large tables there is no room for many copies
     check_weights(model)
     if format == "safetensors":
         _write_safetensors(checkpoint, model, file, table)
@@ -145,7 +147,8 @@ def _write_onnx(exported: torch.export.ExportedProgram, file: Path) -> None:
         custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
     )
     assert program is not None
-    program.save(file)
+    weights = sum(values.nbytes for values in exported.state_dict.values())
+    program.save(file, external_data=weights > _LARGEST_FILE)
 
 
 def _stable_sort(self: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:

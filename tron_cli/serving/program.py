@@ -48,9 +48,10 @@ class Table(nn.Module):
                     "--table float32 or int8"
                 )
         elif kind == "int8":
-            largest_V = values_VD.abs().amax(dim=1)
+            least_V, most_V = values_VD.aminmax(dim=1)
+            largest_V = torch.maximum(most_V, -least_V)
             scale_V = largest_V.clamp_min(torch.finfo(torch.float32).tiny) / 127
-            values_VD = (values_VD / scale_V[:, None]).round().to(torch.int8)
+            values_VD = (values_VD / scale_V[:, None]).round_().to(torch.int8)
         self.register_buffer("values_VD", values_VD)
         self.register_buffer("scale_V", scale_V)
         self.register_buffer("bias_V", bias_V)
