@@ -23,6 +23,7 @@ from tron_cli.cli import (
     import_,
     prepare,
     recommend,
+    serve,
     train,
 )
 from tron_cli.errors import InputError, RunError, explained, shortened
@@ -43,6 +44,7 @@ for command in (
     compare.compare,
     recommend.recommend,
     recommend.similar,
+    serve.serve,
     export.export,
     check.check,
     demo.demo,

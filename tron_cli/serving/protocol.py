@@ -1,0 +1,98 @@
+"""HTTP/1.1 as uvicorn speaks it, with bounds on clients that are slow, many or endless."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+RECEIVE_SECONDS = 10.0  # for a request to arrive, and for an answer to leave
+MAX_HEAD = 1 << 16  # bytes
+MAX_CONNECTIONS = 900  # beneath the usual limit of 1,024 open files
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """A connection."""
+
+    _deadline: asyncio.TimerHandle | None = None
+    _write_deadline: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast(asyncio.Transport, transport))
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._refuse(503, "the server has too many connections; try again in a second")
+        else:
+            self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        if self._write_deadline is not None:
+            self._write_deadline.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:  # in the middle of headers
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD:
+                self._refuse(431, f"the headers of a request may have {MAX_HEAD} bytes")
+            else:
+                self._arm()
+            return
+        self._head_bytes = 0
+        if self.cycle.more_body:
+            self._arm()
+        else:
+            self._disarm()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_deadline = self.loop.call_later(RECEIVE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_deadline is not None:
+            self._write_deadline.cancel()
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():  # a client that does not read its answer
+            self.transport.abort()
+        super().timeout_keep_alive_handler()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "this is no valid HTTP/1.1 request")
+
+    def _arm(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(RECEIVE_SECONDS, self._too_slow)
+
+    def _disarm(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_slow(self) -> None:
+        self._deadline = None
+        self._refuse(408, f"the request did not arrive within {RECEIVE_SECONDS:.0f} seconds")
+
+    def _refuse(self, status: int, sentence: str) -> None:
+        """Answer and close, unless an answer is on its way."""
+        if not (self.cycle is not None and self.cycle.response_started) or (
+            self.cycle.response_complete
+        ):
+            body = msgspec.json.encode({"error": sentence})
+            headers: dict[str, Any] = {
+                "content-type": "application/json",
+                "content-length": len(body),
+                "connection": "close",
+            }
+            if status == 503:
+                headers["retry-after"] = 1
+            head = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
+            self.transport.write(STATUS_LINE[status] + head + b"\r\n" + body)
+        self.transport.close()

@@ -1,0 +1,68 @@
+"""The model that is served, and its replacement while the server runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from tron_cli.errors import sentence_of
+from tron_cli.files import best_checkpoint
+from tron_cli.serving.recommender import Recommender
+
+log = logging.getLogger("tron")
+
+
+class ServedModel:
+    """The recommender of a .pt file or a run folder. `load` returns that of a path.
+
+    A new model takes the place of the old one when it is loaded and has recommended once; a batch
+    that is being computed ends with the old one. Raises what `load` raises.
+    """
+
+    def __init__(self, path: Path, load: Callable[[Path], Recommender]) -> None:
+        self._path, self._load = path, load
+        self._seen = self._state()
+        self.recommender = _tried(load(path))
+
+    @property
+    def name(self) -> str:
+        return self.recommender.checkpoint.path.name
+
+    @property
+    def step(self) -> int:
+        return self.recommender.checkpoint.step
+
+    def changed(self) -> bool:
+        """Return True where there is another file than at the last (re)load."""
+        return self._state() != self._seen
+
+    def reload(self) -> bool:
+        """Load the file of now; on any failure keep the old model, log why and return False."""
+        # Before reading: a file that changes meanwhile counts as changed.
+        self._seen = self._state()
+        try:
+            self.recommender = _tried(self._load(self._path))
+        except Exception as error:
+            log.error("not reloaded, %s is still served: %s", self.name, sentence_of(error))
+            return False
+        log.info("reloaded: %s", self.described())
+        return True
+
+    def described(self) -> str:
+        return f"{self.name}, step {self.step:,}, {self.recommender.num_items:,} items"
+
+    def _state(self) -> object:
+        """Return what tells one version of the file from another; None where there is none."""
+        try:
+            file = best_checkpoint(self._path) if self._path.is_dir() else self._path
+            found = file.stat()
+        except Exception:  # a folder between two checkpoints, for example
+            return None
+        return file, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _tried(recommender: Recommender) -> Recommender:
+    """Recommend once: what fails at that must not be served, and first calls are slow."""
+    recommender.recommend([recommender.item_ids[:1].tolist()], k=1)
+    return recommender
