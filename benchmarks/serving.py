@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,6 +125,8 @@ def served(command: list[str]) -> Iterator[Served]:
             found = re.search(r"on http://[\d.]+:(\d+)", line)
             if not found:
                 raise RuntimeError(f"no server: {line}{process.stderr.read()}")
+            # Else it would wait when the pipe is full.
+            threading.Thread(target=process.stderr.read, daemon=True).start()
             yield Served(int(found[1]), process.pid, time.perf_counter() - clock)
         finally:
             process.terminate()

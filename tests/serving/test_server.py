@@ -183,6 +183,22 @@ def test_chunked_bodies_are_counted(server: RunningServer) -> None:
     assert raw(server.port, head + chunk * 5).startswith(b"HTTP/1.1 413")  # and no end
 
 
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+def test_clients_that_offer_another_protocol_are_answered_in_this_one(
+    server: RunningServer, protocol: bytes
+) -> None:
+    """Java's client offers HTTP/2 with its first request."""
+    body = b'{"items": [10], "k": 1}'
+    head = (
+        b"POST /recommend HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: %s\r\n\r\n"
+    )
+    with socket.create_connection((HOST, server.port), timeout=5) as connection:
+        for _ in range(2):
+            connection.sendall(head % (len(body), protocol) + body)
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 OK")
+
+
 @pytest.mark.parametrize(
     ("data", "status"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any, cast
 
 import msgspec
@@ -11,6 +12,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 RECEIVE_SECONDS = 10.0  # for a request to arrive, and for an answer to leave
 MAX_HEAD = 1 << 16  # bytes
 MAX_CONNECTIONS = 900  # beneath the usual limit of 1,024 open files
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -36,6 +38,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        if b"pgrade" in data:
+            # Java's client offers HTTP/2 that way, and the parser would take no body after it.
+            data = _UPGRADE.sub(b"\r\nx-asked:", data)
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:  # in the middle of headers
             self._head_bytes += len(data)

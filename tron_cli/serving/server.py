@@ -291,17 +291,21 @@ class Server(uvicorn.Server):
         self.should_exit = True
         self.application.stopping = True
 
-    def reload(self) -> asyncio.Future[None]:
-        """Begin to replace the model."""
-        loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._reloads, self.application.reload)
+    def reload(self) -> None:
+        """Begin to replace the model, unless the server stops."""
+        if not self.should_exit:
+            self._reloads.submit(self.application.reload)
 
     async def _reload_on_change(self) -> None:
         loop = asyncio.get_running_loop()
+
+        def reload_if_changed() -> None:
+            if self.application.model.changed():
+                self.application.reload()
+
         while True:
             await asyncio.sleep(self.application.settings.reload_every)
-            if await loop.run_in_executor(self._reloads, self.application.model.changed):
-                await self.reload()
+            await loop.run_in_executor(self._reloads, reload_if_changed)
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
