@@ -51,6 +51,30 @@ def one_sentence(message: str) -> bool:
     return "\n" not in message and len(message) < 400
 
 
+def test_a_model_may_map_its_weights_without_a_copy(tmp_path: Path) -> None:
+    save(tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    found = load_checkpoint(tmp_path / "a.pt")
+    model = found.build_model(torch.device("cpu"), mapped=True)
+    weights = found.weights["item_embedding.weight"]
+    assert model.item_table.data_ptr() == weights.data_ptr()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        model.item_table[2] += 1
+    assert (tmp_path / "a.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "popularity",
+    [[1] * 6, torch.ones(5, dtype=torch.int64), torch.ones(6), -torch.ones(6, dtype=torch.int64)],
+)
+def test_popularity_that_is_no_count_per_item_is_refused(popularity: Any, tmp_path: Path) -> None:
+    save(tmp_path / "a.pt", popularity=popularity)
+    with pytest.raises(InputError, match="its popularity is not") as error:
+        load_checkpoint(tmp_path / "a.pt")
+    assert one_sentence(str(error.value))
+
+
 def test_it_holds_all_that_evaluation_needs(tmp_path: Path) -> None:
     data = write_dataset(tmp_path, train=[[1, 2, 5]], protocol="last-item")
     model, config = save(tmp_path / "a.pt", dataset=dataset_identity(data))

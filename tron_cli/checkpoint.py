@@ -54,12 +54,13 @@ class Checkpoint:
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     popularity: torch.Tensor | None = None
 
-    def build_model(self, device: torch.device) -> Any:
+    def build_model(self, device: torch.device, *, mapped: bool = False) -> Any:
         """Return the `Model` with its weights, ready to evaluate, or the `Baseline`, on the CPU.
 
         The weights are those that training has come to: rows that the optimizer had put to sleep
-        when the file was written make the moves that are due. Raises InputError where the state of
-        the optimizer is that of another version of tron.
+        when the file was written make the moves that are due. mapped: where none are due, a network
+        on the CPU has `weights` themselves, which it must not change, instead of copies. Raises
+        InputError where the state of the optimizer is that of another version of tron.
         """
         if self.config.is_baseline:
             baseline = build_baseline(self.config, self.dataset["num_items"])
@@ -71,9 +72,11 @@ class Checkpoint:
             if len(arrays["popularity"]) != baseline.num_items + 1:
                 raise self._misfit("counts of another number of items")
             return baseline
-        model = self.build_saved_model(device)
         if self.training and self.config.optimizer == "row_adam":
+            model = self.build_saved_model(device)
             self._make_due_moves(model)
+        else:
+            model = self.build_saved_model(device, mapped=mapped and device.type == "cpu")
         return model.eval()
 
     def _make_due_moves(self, model: Model) -> None:
@@ -93,13 +96,17 @@ class Checkpoint:
             moves, steps = (saved[name].to(weights.device) for name in ("moves", "steps"))
             row_adam.catch_up(weights, rows, **state, moves=moves, steps=steps)
 
-    def build_saved_model(self, device: torch.device) -> Model:
-        """Return the model with its weights just as they were when the file was written."""
+    def build_saved_model(self, device: torch.device, *, mapped: bool = False) -> Model:
+        """Return the model with its weights just as they were when the file was written.
+
+        mapped: they are `weights`, not copies.
+        """
         with torch.device("meta"):  # no random weights, only to be replaced
             model = build_model(self.config, self.dataset["num_items"])
         self._check_shapes(model.state_dict())
-        model.to_empty(device=device)
-        model.load_state_dict(self.weights)
+        if not mapped:
+            model.to_empty(device=device)
+        model.load_state_dict(self.weights, assign=mapped)
         return model
 
     def _check_shapes(self, expected: Mapping[str, torch.Tensor]) -> None:

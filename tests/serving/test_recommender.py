@@ -12,7 +12,10 @@ import pytest
 import torch
 from helpers.checkpoints import random_checkpoint
 from helpers.datasets import random_sessions, write_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tron_cli.data.batches import pack
 from tron_cli.data.dataset import Dataset
 from tron_cli.data.histories import Predictions
 from tron_cli.errors import InputError, RunError
@@ -42,9 +45,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     )
 
 
-def recommender(data: Dataset, folder: Path, model: str, **settings: Any) -> Recommender:
+def recommender(data: Dataset, folder: Path, model: str, **changes: Any) -> Recommender:
     file = folder / "model.pt"
-    random_checkpoint(data, file, with_ties=True, model=model, **settings)
+    random_checkpoint(data, file, with_ties=True, model=model, **changes)
     return Recommender.load(file)
 
 
@@ -58,12 +61,12 @@ def prefixes(data: Dataset, found: Predictions) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("filter_rated", [False, True])
-@pytest.mark.parametrize(("model", "settings"), VARIANTS)
+@pytest.mark.parametrize(("model", "changes"), VARIANTS)
 def test_the_items_are_those_that_evaluate_lists(
-    model: str, settings: dict[str, Any], filter_rated: bool, data: Dataset, tmp_path: Path
+    model: str, changes: dict[str, Any], filter_rated: bool, data: Dataset, tmp_path: Path
 ) -> None:
     """In the same order; only a target that ties may be further up, among its equals."""
-    served = recommender(data, tmp_path, model, **settings)
+    served = recommender(data, tmp_path, model, **changes)
     found = predict(
         served.checkpoint.build_model(torch.device("cpu")),
         data.split("test"),
@@ -116,6 +119,69 @@ def test_exclude_and_candidates_leave_the_order_as_it_is(
                         if item not in barred and item in options.get("candidates", ids)
                     ][:k]
                     assert list(zip(here.items, here.scores, strict=True)) == expected
+
+
+@pytest.fixture(scope="module")
+def shared(data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recommender]:
+    folder = tmp_path_factory.mktemp("shared")
+    return {
+        "sasrec": recommender(data, folder, "sasrec"),
+        "gru4rec": recommender(data, folder, "gru4rec", output_bias=True),
+    }
+
+
+ANY_IDS = st.lists(st.integers(FIRST_ID - 3, FIRST_ID + NUM_ITEMS + 3), max_size=15)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    histories=st.lists(ANY_IDS, max_size=5),
+    k=st.integers(1, NUM_ITEMS),
+    filter_rated=st.booleans(),
+    exclude=ANY_IDS,
+    candidates=st.none() | st.sets(st.integers(FIRST_ID, FIRST_ID + NUM_ITEMS - 1)),
+    model=st.sampled_from(["sasrec", "gru4rec"]),
+)
+def test_any_request_is_answered_as_by_sorting_all_scores(
+    histories: list[list[int]],
+    k: int,
+    filter_rated: bool,
+    exclude: list[int],
+    candidates: set[int] | None,
+    model: str,
+    shared: dict[str, Recommender],
+    data: Dataset,
+) -> None:
+    """Scores in float64 of each hidden state, computed for one history at a time."""
+    served = shared[model]
+    network = served.checkpoint.build_model(torch.device("cpu"))
+    table = network.item_table.detach().double().numpy()
+    count = np.bincount(data.split("train").items, minlength=NUM_ITEMS + 1)
+    lists = served.recommend(
+        histories, k=k, filter_rated=filter_rated, exclude=exclude, candidates=candidates
+    )
+    assert len(lists) == len(histories)
+    for history, here in zip(histories, lists, strict=True):
+        known = [item - FIRST_ID + 1 for item in history if 0 < item - FIRST_ID + 1 <= NUM_ITEMS]
+        if known:
+            items = np.array(known[-served.sequence_length :], np.int32)
+            batch = pack(items, np.array([0]), np.array([len(items)]), with_targets=False)
+            with torch.inference_mode():
+                score = table @ network(batch)[-1].double().numpy()
+        else:
+            score = count.astype(float)
+        eligible = [
+            number
+            for number in range(1, NUM_ITEMS + 1)
+            if number + FIRST_ID - 1 not in exclude
+            and (candidates is None or number + FIRST_ID - 1 in candidates)
+            and not (filter_rated and number in known)
+        ]
+        # Equal embeddings tie, also where another order of summation makes float64 differ.
+        best = sorted(eligible, key=lambda number: (-round(score[number], 12), number))[:k]
+        assert here.items == [number + FIRST_ID - 1 for number in best]
+        expected = score[best] if known else np.zeros(len(best))
+        np.testing.assert_allclose(here.scores, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_networks_score_in_float64_and_order_ties_by_number(data: Dataset, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -37,6 +38,7 @@ from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError, RunError
 from tron_cli.evaluation.evaluate import EvaluationOptions, assess
 from tron_cli.models.base import build_model
+from tron_cli.training import start as start_module
 from tron_cli.training.loop import InterruptedRunError, train
 from tron_cli.training.optim import build_optimizer
 from tron_cli.training.run import Progress, RunFolder
@@ -311,6 +313,31 @@ def test_weights_that_are_not_finite_are_not_saved(
             save(0)
     assert [path.name for path in (tmp_path / "run").glob("*.pt*")] == ["last.pt"]
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_checkpoints_hold_the_popularity_that_is_counted_once(
+    data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run takes it from last.pt, and counts again where an earlier version wrote that."""
+    dataset = Dataset.open(data_dir / "tiny")
+    config = ExperimentConfig(**tiny_settings(max_epochs=1))
+    expected = np.bincount(dataset.split("train").items, minlength=31).tolist()
+    run_dir = tmp_path / "run"
+    best = train(config, dataset, run_dir, device=CPU)
+    found = load_checkpoint(best).popularity
+    assert found is not None
+    assert found.tolist() == expected
+    longer = dataclasses.replace(config, max_epochs=2)
+    with monkeypatch.context() as patch:
+        patch.delattr(start_module, "count_events")
+        train(longer, dataset, run_dir, device=CPU, resume=True)
+    content = torch.load(run_dir / "last.pt", weights_only=True)
+    assert content.pop("popularity").tolist() == expected
+    torch.save(content, run_dir / "last.pt")
+    train(dataclasses.replace(config, max_epochs=3), dataset, run_dir, device=CPU, resume=True)
+    again = load_checkpoint(run_dir / "last.pt").popularity
+    assert again is not None
+    assert again.tolist() == expected
 
 
 def test_a_finished_run_resumed_changes_nothing(data_dir: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class Recommender:
         """Build the model of a checkpoint. Raises InputError or RunError where it cannot serve."""
         self.checkpoint = checkpoint
         self._device = device
-        self._model: Model | Baseline = checkpoint.build_model(device)
+        self._model: Model | Baseline = checkpoint.build_model(device, mapped=True)
         self.num_items: int = self._model.num_items
         self.sequence_length: int = self._model.sequence_length
         self.item_ids = checkpoint.decoded_item_ids()
