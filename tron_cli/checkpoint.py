@@ -21,6 +21,7 @@ from tron_cli.baselines.base import Baseline
 from tron_cli.config import ExperimentConfig, config_from_dict
 from tron_cli.config.plugins import UnnamedCodeError, label
 from tron_cli.data.dataset import Dataset
+from tron_cli.data.final import TrainAndValidation
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import LAST as LAST  # which was defined here
 from tron_cli.files import best_checkpoint, written_aside
@@ -134,8 +135,13 @@ class Checkpoint:
         return self.item_ids.numpy()
 
 
-def checkpoint_name(config: ExperimentConfig, step: int, metrics: dict[str, float]) -> str:
-    """Such as tron-otto-step=12000-loss=ssm-negs=16384+127-topk=100-emb=200-...-R@20=0.4720.pt."""
+def checkpoint_name(
+    config: ExperimentConfig, step: int, metrics: dict[str, float], *, final: bool = False
+) -> str:
+    """Such as tron-otto-step=12000-loss=ssm-negs=16384+127-topk=100-emb=200-...-R@20=0.4720.pt.
+
+    final: trained on validation sessions too, which the name then says.
+    """
     parts = [config.method, config.dataset_name]
     if config.is_baseline:
         settings = settings_of(BASELINES[config.model], config, num_items=0)
@@ -145,6 +151,8 @@ def checkpoint_name(config: ExperimentConfig, step: int, metrics: dict[str, floa
         parts += _settings_of_training(config, step)
     if config.val_metric in metrics:
         parts.append(f"{config.val_metric}={metrics[config.val_metric]:.4f}")
+    if final:
+        parts.append("final")
     return "-".join(parts) + ".pt"
 
 
@@ -170,13 +178,16 @@ def _settings_of_training(config: ExperimentConfig, step: int) -> list[str]:
 
 def dataset_identity(dataset: Dataset) -> dict[str, Any]:
     """Return the facts by which a checkpoint knows its dataset."""
-    return {
+    identity = {
         "name": dataset.name,
         "protocol": dataset.protocol,
         "num_items": dataset.num_items,
         "catalogue_fingerprint": dataset.catalogue_fingerprint,
         "train_fingerprint": dataset.split_info("train")["fingerprint"],
     }
+    if isinstance(dataset, TrainAndValidation):
+        identity |= {"trained_on": "train+val", "val_fingerprint": dataset.val_fingerprint}
+    return identity
 
 
 def encode_item_ids(item_ids: np.ndarray) -> torch.Tensor:

@@ -13,24 +13,24 @@ MAX_CHARACTERS = 500
 
 
 class _SentenceError(Exception):
-    """A failure whose sentence fits a screen, whatever it quotes."""
+    """Failure in one sentence, short enough for a screen whatever it quotes."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(shortened(sentence))
 
 
 class InputError(_SentenceError):
-    """Wrong usage or bad input: what was expected, what came, where, what to do. Exit 2."""
+    """Wrong usage or bad input (exit 2): what was expected, what came, where, and what to do."""
 
 
 class RunError(_SentenceError):
-    """A run that started properly and failed, such as a loss that is no longer finite. Exit 1."""
+    """Failure of a run that started properly (exit 1), such as a loss that is no longer finite."""
 
 
 def shortened(sentence: str) -> str:
     """Return at most MAX_CHARACTERS of a sentence, cut in the middle, in printable characters.
 
-    Its start says where and what, its end what to do: what is quoted between them can go.
+    The start says where and what, and the end what to do; quoted text between them can go.
     """
     if len(sentence) > MAX_CHARACTERS:
         half = MAX_CHARACTERS // 2 - 3
@@ -46,10 +46,10 @@ def shortened(sentence: str) -> str:
 
 @contextmanager
 def explained(log_file: Path | None = None) -> Iterator[None]:
-    """Raise a RunError with one sentence for every failure that is neither of the above.
+    """Raise a RunError with one sentence for every failure that is no InputError or RunError.
 
-    Its traceback is appended to log_file and the sentence names that; without one, or where its
-    folder is not there, a new file in the system's temporary folder is written.
+    The traceback is appended to log_file, which the sentence names. Without a log_file, or where
+    it cannot be written, it goes to a new file in the system's temporary folder.
     """
     try:
         yield
@@ -62,7 +62,7 @@ def explained(log_file: Path | None = None) -> Iterator[None]:
 
 
 def sentence_of(error: BaseException) -> str:
-    """A sentence, without its end, for a failure of any type."""
+    """Describe a failure of any type in the first half of a sentence."""
     if _is_out_of_device_memory(error):
         return "the GPU is out of memory; lower train_batch_size or eval_batch_size"
     of_torch = ("DefaultCPUAllocator: ", "Storage size calculation overflowed")
@@ -93,12 +93,12 @@ def place_of(path: Path, error: BaseException) -> str:
 
 
 def _is_out_of_device_memory(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")  # what never loaded it cannot have raised its errors
+    torch = sys.modules.get("torch")  # not loaded: it cannot have raised an error
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def _written_traceback(error: BaseException, log_file: Path | None) -> Path | None:
-    """The file that the traceback was written to, or None where it could not be."""
+    """Write the traceback; return the file, or None where none could be written."""
     import tempfile
 
     lines = traceback.format_exception(type(error), error, error.__traceback__)

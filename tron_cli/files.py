@@ -1,4 +1,4 @@
-"""Files that are whole or absent, locks that end with their process, a run's checkpoint."""
+"""Atomic writes, locks that end with their process, and the best checkpoint of a run folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from tron_cli.errors import InputError
 
-LAST = "last.pt"  # of a run: what resuming needs
+LAST = "last.pt"  # the state from which a run is resumed
 
 
 def as_path(value: str | os.PathLike[str], name: str) -> Path:
@@ -22,7 +22,7 @@ def as_path(value: str | os.PathLike[str], name: str) -> Path:
 
 @contextmanager
 def written_aside(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file that takes the place of `path` when the block has ended well, and else disappears."""
+    """Write `path` atomically: yield a file that replaces it if the block ends without an error."""
     partial = _partial(path)
     try:
         with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -61,7 +61,7 @@ def check_writable(path: Path) -> None:
 def _claimed(path: Path, *, patience: float = 0) -> Iterator[None]:
     if path.is_dir():
         raise IsADirectoryError("it is a folder")
-    # First, because a lock makes missing folders, and waits where files cannot be made.
+    # Before the lock, which makes missing folders, and waits where files cannot be made.
     _partial(path).touch()
     busy = f"another process writes {path}; wait for its end, or name another file"
     with locked(path.with_name(f".{path.name}.lock"), busy, patience=patience):
@@ -87,14 +87,14 @@ def locked(file: Path, in_use: str, *, patience: float = 0) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before the release: whoever has opened the file meanwhile finds it gone, and tries again.
+        # Before the release: a process that opened the file meanwhile finds it gone, and retries.
         with suppress(OSError):
             file.unlink()
         lock.release()
 
 
 def best_checkpoint(run_dir: Path) -> Path:
-    """The one .pt file of a run folder that is not last.pt. Raises InputError."""
+    """Return the .pt file beside last.pt in a run folder. Raises InputError unless there is one."""
     found = sorted(path.name for path in run_dir.glob("*.pt") if path.name != LAST)
     if len(found) != 1:
         what = f"{len(found)} ({', '.join(found)})" if found else "none"

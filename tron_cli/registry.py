@@ -1,7 +1,7 @@
-"""Names in a configuration and their code: the one place to add a model, a loss or a sampler.
+"""Names of models, losses, samplers and optimizers in a configuration, and the code behind each.
 
-Entries are loaded when they are asked for, so that reading a configuration imports neither torch
-nor what is not used. What is registered says by its keyword-only parameters which settings it
+A new one is a line here. Entries are loaded on demand, so that reading a configuration imports
+neither torch nor unused code. The keyword-only parameters of an entry name the settings that it
 needs; `settings_of` finds these.
 """
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """Something registered: path is "module:attribute".
+    """Registered model, loss, sampler or optimizer: path is "module:attribute".
 
-    owns: settings of the configuration that have an effect on this and on other owners only, so
-    that they are refused elsewhere. Of models: shares_table, whether inputs and scores have one
-    table where reuse_item_embeddings does not say; masks_inputs, whether the items that training
-    sees are masked at random. Of optimizers: sparse_gradients, whether the gradients of tables hold
-    only the rows touched.
+    owns: settings that have an effect on this and on other owners only, and are refused elsewhere.
+    shares_table: True for models whose inputs and scores have one table unless
+    reuse_item_embeddings says otherwise. masks_inputs: True for models in whose training items are
+    masked at random. sparse_gradients: True for optimizers for which the gradients of tables hold
+    only the rows that a step uses.
     """
 
     path: str
@@ -72,7 +72,7 @@ LOSSES = {
     "ssm": Entry("tron_cli.losses.sampled:ssm"),
 }
 
-# Losses that look at the whole catalogue: (hidden_ND, table_VD, targets_N) -> loss_N.
+# Losses over the whole catalogue: (hidden_ND, table_VD, targets_N) -> loss_N.
 CATALOGUE_LOSSES = {
     "ce": Entry("tron_cli.losses.cross_entropy:ce"),
     "sce": Entry(
@@ -81,7 +81,7 @@ CATALOGUE_LOSSES = {
     ),
 }
 
-# What negatives are drawn from: training occurrences of each item, float64 [I] -> weights [I].
+# Distributions of negatives: training occurrences of each item, float64 [I] -> weights [I].
 SAMPLERS = {
     "uniform": Entry("tron_cli.sampling.samplers:uniform"),
     "popularity": Entry("tron_cli.sampling.samplers:popularity", owns=("popularity_alpha",)),
@@ -90,7 +90,7 @@ SAMPLERS = {
 
 # Subclasses of torch.optim.Optimizer: (parameters, lr).
 OPTIMIZERS = {
-    # `train` puts adam or row_adam in its place; the rest of the program need not know of it.
+    # Training replaces it by adam or row_adam before anything else sees it.
     "auto": Entry("tron_cli.training.optim:Adam"),
     "adam": Entry("tron_cli.training.optim:Adam"),
     "row_adam": Entry("tron_cli.training.optim:RowAdam", sparse_gradients=True),
@@ -107,7 +107,7 @@ REGISTERED = {
 
 
 def load(entry: Entry) -> Any:
-    """Return what an entry names."""
+    """Return the class or function of an entry."""
     module, _, attribute = entry.path.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -115,7 +115,7 @@ def load(entry: Entry) -> Any:
 def settings_of(entry: Entry, config: DataclassInstance, **more: Any) -> dict[str, Any]:
     """Return the settings that an entry's keyword-only parameters name, from `more` or the config.
 
-    A class that takes **settings for the class that it extends needs that one's as well. Raises
+    A class that passes **settings to its base class needs those of the base as well. Raises
     InputError where a parameter names neither.
     """
     values = {**{field.name: getattr(config, field.name) for field in fields(config)}, **more}
@@ -131,7 +131,7 @@ def settings_of(entry: Entry, config: DataclassInstance, **more: Any) -> dict[st
 
 
 def _keywords(registered: Any) -> list[str]:
-    """Names of keyword-only parameters."""
+    """Return the names of keyword-only parameters."""
     parameters = inspect.signature(registered).parameters.values()
     names = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
     if inspect.isclass(registered) and any(each.kind is each.VAR_KEYWORD for each in parameters):

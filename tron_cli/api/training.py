@@ -17,9 +17,11 @@ from tron_cli.api.settings import add_plugins, load_config
 from tron_cli.checkpoint import dataset_identity, load_checkpoint
 from tron_cli.config import ExperimentConfig, requested_accelerator
 from tron_cli.data.dataset import Dataset
+from tron_cli.data.final import TrainAndValidation
 from tron_cli.errors import InputError, RunError, explained
 from tron_cli.files import LAST, as_path
 from tron_cli.ops.device import chosen_device
+from tron_cli.training.final import final_start
 from tron_cli.training.fit import fit
 from tron_cli.training.loop import train as train_model
 from tron_cli.training.profile import Profile, StepProfiler
@@ -56,6 +58,7 @@ def train(
     name: str | None = None,
     resume: str | os.PathLike[str] | None = None,
     init_from: str | os.PathLike[str] | None = None,
+    final: str | os.PathLike[str] | None = None,
     profile: int | None = None,
     plugins: Sequence[str] = (),
     device: str | torch.device = "auto",
@@ -68,8 +71,10 @@ def train(
     `runs` by default; name: that of the run's folder. resume: the folder of a run to continue,
     instead of a config; of its settings only max_epochs and early_stopping_patience can change.
     init_from: a checkpoint or run whose weights a new run starts with, items matched by original
-    id. profile: profile so many steps, and stop. plugins: code from outside tron that the config
-    names. device: auto, cpu, cuda or cuda:N.
+    id. final: a run or its best checkpoint, instead of a config; trains with its settings, on the
+    validation sessions too, for as many steps as validation chose. profile: profile so many steps,
+    and stop. plugins: code from outside tron that the config names. device: auto, cpu, cuda or
+    cuda:N.
 
     In the main thread, Ctrl-C and SIGTERM end the training after the current step, which is saved,
     with a RunError; in other threads signals are left alone. A process trains one model at a time.
@@ -82,36 +87,35 @@ def train(
     >>> result.run_dir.as_posix(), result.epochs, "R@20" in result.metrics
     ('runs/first', 1, True)
     """
-    if (config is None) == (resume is None):
-        raise InputError(
-            "give either --config NAME for a new run or --resume RUN_DIR for an old one"
-        )
-    if resume is not None and (name is not None or output_dir is not None):
-        raise InputError("a resumed run stays in its folder; leave out --name and --output-dir")
-    if resume is not None and init_from is not None:
-        raise InputError("a resumed run has its weights already; leave out --init-from")
+    _check_together(config, resume, final, init_from, name, output_dir, settings)
     add_plugins(plugins)
     if profile is not None and (type(profile) is not int or profile < 1):
         raise InputError(f"profile must be a number of steps, at least 1, got {profile!r}")
     profiler = None if profile is None else StepProfiler(profile)
     datasets = as_path(data_dir, "data_dir")
     earlier = None if init_from is None else as_path(init_from, "init_from")
-    if config is None:
-        assert resume is not None
+    record = None
+    if resume is not None:
         place = claimed(as_path(resume, "resume"), resume=True)
     else:
-        experiment = load_config(config, **settings)
-        dataset = Dataset.open(datasets / experiment.dataset_name)
+        if final is not None:
+            start = final_start(as_path(final, "final"), datasets, earlier)
+            experiment, dataset = start.config, start.dataset
+            earlier, record = start.init_from, start.record
+        else:
+            assert config is not None
+            experiment = load_config(config, **settings)
+            dataset = Dataset.open(datasets / experiment.dataset_name)
         parent = as_path("runs" if output_dir is None else output_dir, "output_dir")
         place = claimed(_run_dir(parent, name, experiment), numbered=name is None)
     used_device = training_device(device, config)
     with place as run_dir, explained(run_dir / LOG):
-        if config is None:
+        if resume is not None:
             experiment, dataset = _resumed(run_dir, settings, datasets)
         if not experiment.is_baseline:
             saved = train_model(
-                experiment, dataset, run_dir, device=used_device, resume=config is None,
-                profiler=profiler, init_from=earlier,
+                experiment, dataset, run_dir, device=used_device, resume=resume is not None,
+                profiler=profiler, init_from=earlier, final=record,
             )  # fmt: skip
         elif earlier is not None:
             raise InputError(
@@ -124,7 +128,7 @@ def train(
                 "out --profile"
             )
         else:
-            saved = fit(experiment, dataset, run_dir)
+            saved = fit(experiment, dataset, run_dir, final=record)
     if profiler is not None and profiler.result is None:
         raise RunError("the run stopped early, before all steps were profiled; profile fewer")
     checkpoint = load_checkpoint(saved)
@@ -138,6 +142,31 @@ def train(
         epochs=epochs,
         profile=None if profiler is None else profiler.result,
     )
+
+
+def _check_together(
+    config: object,
+    resume: object,
+    final: object,
+    init_from: object,
+    name: object,
+    output_dir: object,
+    settings: dict[str, Any],
+) -> None:
+    """Raise InputError where the arguments of `train` exclude each other."""
+    if [config, resume, final].count(None) != 2:
+        raise InputError(
+            "give either --config NAME for a new run, --resume RUN_DIR for an old one, or --final "
+            "RUN_DIR for a final model of one"
+        )
+    if resume is not None and (name is not None or output_dir is not None):
+        raise InputError("a resumed run stays in its folder; leave out --name and --output-dir")
+    if resume is not None and init_from is not None:
+        raise InputError("a resumed run has its weights already; leave out --init-from")
+    if final is not None and settings:
+        raise InputError(
+            f"a final model keeps the settings that were validated; leave out {min(settings)}"
+        )
 
 
 def training_device(
@@ -165,6 +194,12 @@ def _resumed(
             f"can change, not {', '.join(fixed)}"
         )
     dataset = Dataset.open(data_dir / checkpoint.config.dataset_name)
+    if "final" in checkpoint.origin:
+        if "max_epochs" in changes:
+            raise InputError(
+                "a final model takes as many steps as validation chose; leave out max_epochs"
+            )
+        dataset = TrainAndValidation(dataset)
     if checkpoint.dataset != dataset_identity(dataset):
         raise InputError(
             f"the run in {run_dir} was trained on another version of {dataset.path}; prepare the "

@@ -1,4 +1,4 @@
-"""The most popular items, whatever the history."""
+"""Most popular items, whatever the history."""
 
 from __future__ import annotations
 

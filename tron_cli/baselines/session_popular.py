@@ -1,4 +1,4 @@
-"""The most popular items of the current session, then those of all sessions (S-POP)."""
+"""Most popular items of the current session, then those of all sessions (S-POP)."""
 
 from __future__ import annotations
 

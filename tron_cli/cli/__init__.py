@@ -1,4 +1,4 @@
-"""The `tron` command: its subcommands, a file each, and how failures become exit codes.
+"""The command `tron`: subcommands, one file each, and the exit codes of failures.
 
 Modules of this folder import torch, NumPy and polars inside functions only, so that help is quick.
 """
@@ -103,7 +103,7 @@ def _options(
 
 
 class _BarSafeHandler(logging.Handler):
-    """Writes to stderr above a progress bar instead of into it."""
+    """Handler that writes to stderr above a progress bar instead of into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm

@@ -50,7 +50,7 @@ def check(
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A part of a dataset or a checkpoint: a description of its content, or its fault."""
+    """Part of a dataset or a checkpoint, with a description of its content or its fault."""
 
     name: str
     holds: str
@@ -84,7 +84,7 @@ def _part(name: str, describe: Callable[[], str]) -> _Part:
 
     try:
         return _Part(name, describe(), None)
-    except UnnamedCodeError:  # nothing is wrong with the file
+    except UnnamedCodeError:  # the file itself is sound
         raise
     except InputError as error:
         return _Part(name, "", str(error))

@@ -37,7 +37,10 @@ def export(
     plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a trained network for other runtimes, beside its item ids, popularity and settings."""
+    """Write a trained network for other runtimes.
+
+    Its item ids, their popularity and the settings are written beside it.
+    """
     from tron_cli.serving.export import export as write
 
     written = write(checkpoint, format=format, output=output, table=table)

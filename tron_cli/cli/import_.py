@@ -43,7 +43,10 @@ def import_(
     data_dir: DataDir = DATASETS,
     as_json: AsJson = False,
 ) -> None:
-    """Import a checkpoint of otto-de/TRON or gSASRec-pytorch, without running its code."""
+    """Import a checkpoint of otto-de/TRON or gSASRec-pytorch.
+
+    The file is read without running its code.
+    """
     from tron_cli.data.dataset import Dataset
     from tron_cli.importing.foreign import import_checkpoint
 

@@ -47,7 +47,7 @@ def _add_plugins(context: typer.Context, references: list[str] | None) -> list[s
     from tron_cli.config.plugins import add_plugin
 
     for reference in references or []:
-        if not context.resilient_parsing:  # of shell completion, which runs nobody's code
+        if not context.resilient_parsing:  # shell completion must not run code
             add_plugin(reference)
     return references
 

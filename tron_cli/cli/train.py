@@ -38,6 +38,14 @@ def train(
             help="Start from the weights of a checkpoint or run, matching items by original id.",
         ),
     ] = None,
+    final: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Run or best checkpoint: train with its settings, on validation sessions too, for "
+            "as many steps as validation chose.",
+        ),
+    ] = None,
     profile: Annotated[
         int | None,
         typer.Option(
@@ -65,6 +73,7 @@ def train(
         name=name,
         resume=resume,
         init_from=init_from,
+        final=final,
         profile=profile,
         device=device,
         **parse_overrides(overrides or []),

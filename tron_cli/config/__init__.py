@@ -1,4 +1,4 @@
-"""Configurations: the settings of an experiment, and the files and words they are read from."""
+"""Configurations: settings of an experiment, from files and from words of the command line."""
 
 from tron_cli.config.experiment import FIELDS, ExperimentConfig
 from tron_cli.config.gsasrec import GSASRecExperimentConfig

@@ -1,7 +1,7 @@
-"""The settings of an experiment: one frozen, typed, validated dataclass.
+"""Settings of an experiment: one frozen, typed, validated dataclass.
 
-Names are gSASRec's where it has one and TRON's for the rest. Everything said about a setting stands
-at its field: the errors, `tron config show --explain` and docs/configuration.md come from there.
+Names are gSASRec's where it has one and TRON's for the rest. Each setting is declared once, at its
+field; errors, `tron config show --explain` and docs/configuration.md come from the declarations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tron_cli.registry import BASELINES, CATALOGUE_LOSSES, MODELS, REGISTERED
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-    """Everything that decides what is trained; the defaults are TRON's, for sessions."""
+    """Settings that decide what is trained and how; the defaults are TRON's, for sessions."""
 
     # fmt: off
     # Short keywords share lines: the range in one, the names in other tools in the next.
@@ -142,13 +142,13 @@ class ExperimentConfig:
     knn_neighbors: int = setting(
         200,
         section="Baselines",
-        help="the most similar sessions, which vote",
+        help="number of most similar sessions, whose items are scored",
         unit="sessions", low=1,
     )
     knn_sample_size: int = setting(
         2500,
-        help="latest sessions that share an item with the history, among which the "
-        "most similar are sought",
+        help="number of latest sessions that share an item with the history; the most similar "
+        "are chosen among these",
         unit="sessions", low=1, high=1_000_000,
     )
     ease_l2: float = setting(
@@ -167,7 +167,7 @@ class ExperimentConfig:
     )
     gbce_t: float = setting(
         0.75,
-        help="gbce: how far it undoes the overconfidence of sampling; 0: not at all, 1: fully",
+        help="gbce: how much of the overconfidence of sampling to undo; 0: none, 1: all",
         low=0, high=1,
         gsasrec="gbce_t",
     )
@@ -233,7 +233,7 @@ class ExperimentConfig:
     )
     sampling_style: str = setting(
         "batchwise",
-        help="what shares one set of uniform negatives: an event, a session or a batch",
+        help="draw one set of uniform negatives per event, per session or per batch",
         choices=("eventwise", "sessionwise", "batchwise"),
         tron="sampling_style",
     )
@@ -278,7 +278,7 @@ class ExperimentConfig:
     max_batches_per_epoch: int = setting(
         0,
         help="maximum number of steps per epoch, that is, between validations; the next epoch "
-        "continues where the last one ended; 0: all sessions",
+        "continues where this one ended; 0: all sessions",
         unit="steps", low=0,
         gsasrec="max_batches_per_epoch",
     )
@@ -378,12 +378,12 @@ class ExperimentConfig:
     save_minutes: float = setting(
         10.0,
         section="Saving",
-        help="time between writes of last.pt within an epoch; 0: none by the clock",
+        help="time between writes of last.pt within an epoch; 0: no writes by time",
         unit="minutes", low=0,
     )
     save_every: int = setting(
         0,
-        help="steps between writes of last.pt within an epoch; 0: none by the count",
+        help="steps between writes of last.pt within an epoch; 0: no writes by step",
         unit="steps", low=0,
     )
 

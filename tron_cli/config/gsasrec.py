@@ -1,4 +1,4 @@
-"""The arguments of gSASRec's GSASRecExperimentConfig (arXiv 2308.07192) as settings."""
+"""Settings from the arguments of gSASRec's GSASRecExperimentConfig (arXiv 2308.07192)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations from files and from key=value words: defaults < file < command line."""
+"""Configurations from files and from key=value words, which override the files."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def load_config(
 
 
 def requested_accelerator(name: str) -> str:
-    """gpu, cpu or auto: where a config is to be trained; only TRON's JSON files say so."""
+    """Return the device that a config asks for: gpu, cpu or auto; only TRON's JSON files ask."""
     path = _find_config(name)
     return tron_json.tron_accelerator(path) if path.suffix == ".json" else "auto"
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """`["lr=1e-3", "metrics=R@20,nDCG@10"]` -> {"lr": 0.001, "metrics": ("R@20", "nDCG@10")}."""
+    """Return settings by name: `["lr=1e-3", "loss=ce"]` -> {"lr": 0.001, "loss": "ce"}."""
     changes: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
@@ -76,14 +76,14 @@ def config_from_dict(values: Mapping[str, Any]) -> ExperimentConfig:
 
 
 def checked_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by setting. Raises InputError where a name is no setting's."""
+    """Return values by setting. Raises InputError for a name that is not a setting."""
     for key in values:
         _check_key(key)
     return dict(values)
 
 
 def packaged_configs() -> list[str]:
-    """Names of the configs that come with the package."""
+    """Return the names of the configs that come with the package."""
     return sorted(path.stem for path in CONFIGS_DIR.glob("config_*.py"))
 
 
@@ -100,7 +100,7 @@ def _find_config(name: str) -> Path:
 
 
 def _from_tron(path: Path, changes: dict[str, Any]) -> tuple[ExperimentConfig, set[str]]:
-    """The config of one of TRON's JSON files, and the settings that it decides."""
+    """Return the config of one of TRON's JSON files, and the settings that the file decides."""
     settings, notes = tron_json.tron_settings(path, changes)
     try:
         config = ExperimentConfig(**{**settings, **changes})

@@ -22,7 +22,7 @@ config = ExperimentConfig(dataset_name="shop", embedding_dim=128, max_epochs=20)
 ```
 
 `--config` takes the path of such a file or the name of a packaged config (`tron config list`). \
-Settings behind the command override it:
+Settings on the command line override it:
 
 ```
 tron train --config config_diginetica lr=1e-3 positions=start
@@ -32,10 +32,10 @@ tron config show config_diginetica --explain
 
 `tron config show` prints every setting and where its value came from, `--explain` also what it \
 means. Unknown names, wrong types and values out of range are errors, and so are settings that \
-have no effect on the chosen model, loss, sampler or optimizer. A name and a colon in front of a \
-meaning say what the setting is for. [Models and losses](models-and-losses.md) describes the \
-models, losses, samplers and baselines, and [extending](extending.md) how to use code of your own \
-in their place.
+have no effect on the chosen model, loss, sampler or optimizer. Names and a colon before \
+a meaning are those of the only models, losses or samplers that have the setting. [Models and \
+losses](models-and-losses.md) describes the models, losses, samplers and baselines, and \
+[extending](extending.md) how to use code of your own in their place.
 """
 
 _NAMES = """\

@@ -1,9 +1,9 @@
-"""Models, losses and samplers from outside the package, which join the registry by name.
+"""Models, losses and samplers from outside the package, added to the registry by name.
 
 `mine.py:Mean` names a class or function of a file, `package.module:Mean` one of a module. Such code
-runs where a person names it: in a configuration, or with `--plugin`. A checkpoint that names it
-never runs it by itself. Installed packages may also announce entry points, in the groups
-tron.models, tron.losses and tron.samplers: these have plain names and are loaded like our own.
+runs only where a person names it, in a configuration or with `--plugin`; a checkpoint that names it
+does not run it. Installed packages may also register entry points in the groups tron.models,
+tron.losses and tron.samplers, which have plain names and are loaded like those of the package.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ _OVER_CATALOGUE = ["hidden_ND", "table_VD", "targets_N"]
 
 
 class UnnamedCodeError(InputError):
-    """A checkpoint needs code that nobody has named on the command line."""
+    """Refusal of a checkpoint that needs code which nobody has named."""
 
 
-# What was named by a person in this process: the entry's path of each name.
+# Code that a person named in this process: the path of the entry by name.
 _named: dict[str, str] = {}
 
 
 def registered_name(key: str, name: str, settings: Collection[str]) -> str:
     """Return the name under which the registry has `name`, loading code from outside if needed.
 
-    key: a setting of GROUPS. settings: names of all settings, which are what code may ask for. A
-    name that is nowhere found is returned as it is. Raises InputError where the code cannot be
-    loaded, or is not what the key needs.
+    key: a setting of GROUPS. settings: names of all settings, which the code's parameters may
+    have. A name that is not found is returned as it is. Raises InputError where the code cannot be
+    loaded, or is not of the kind that the key needs.
     """
     if name in REGISTERED[key]:
         return name
@@ -89,7 +89,7 @@ def add_plugin(reference: str) -> str:
     else:
         name = f"{Path(place).name}:{attribute}"
         if reference == name in _named:
-            return name  # wherever it came from
+            return name  # from whichever folder
         module = _module_of_file(Path(place).resolve())
     _check_attribute(module, attribute, reference)
     path = f"{module.__name__}:{attribute}"
@@ -101,7 +101,7 @@ def add_plugin(reference: str) -> str:
 
 
 def check_named(values: Mapping[str, Any]) -> None:
-    """Refuse settings of a checkpoint whose code nobody has named. Raises UnnamedCodeError."""
+    """Raise UnnamedCodeError for settings of a checkpoint whose code nobody has named."""
     for key in GROUPS:
         name = values.get(key)
         if isinstance(name, str) and ":" in name and name not in _named:
@@ -123,7 +123,7 @@ def _register(key: str, name: str, entry: Entry, settings: Collection[str]) -> N
         raise InputError(f"{key}={name} is neither a class nor a function, but {found!r}")
     try:
         parameters = inspect.signature(found).parameters.values()
-    except ValueError as error:  # of what is not written in Python
+    except ValueError as error:  # of code that is not Python
         raise InputError(f"{key}={name} does not say which parameters it has") from error
     asked = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
     given = [str(each).partition(":")[0] for each in parameters if each.name not in asked]
@@ -159,7 +159,7 @@ def _register(key: str, name: str, entry: Entry, settings: Collection[str]) -> N
 
 
 def _check_parameters(what: str, given: list[str], expected: list[list[str]]) -> None:
-    """Refuse parameters before the * that are not those of the registry's contract."""
+    """Raise InputError unless the parameters before the * are those of the registry's interface."""
     if given not in expected:
         ways = " or ".join(f"({', '.join([*names, '*', '...'])})" for names in expected)
         raise InputError(
@@ -188,7 +188,7 @@ def _module(name: str) -> ModuleType:
 def _module_of_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise InputError(f"no file {path}, whose code was asked for")
-    # Under a name of its own: a file called random.py must not pass for the module.
+    # The module has a name of its own: a file called random.py must not replace that module.
     name = f"tron_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None

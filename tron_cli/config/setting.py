@@ -1,4 +1,4 @@
-"""A setting as its field declares it: type, default, range, meaning and names in other tools."""
+"""Declaration of a setting: type, default, range, meaning and names in other tools."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TYPES = {
 
 
 def shown(value: Any) -> str:
-    """Return a value as it would be typed behind `key=`."""
+    """Return a value as it is typed after `key=`."""
     return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
@@ -39,11 +39,11 @@ def setting(default: Any = dataclasses.MISSING, **about: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Everything known about one setting of a configuration.
+    """Declaration of one setting of a configuration.
 
-    low and high belong to its range, above and below do not. choices may be a registry, which grows
+    low and high are allowed values, above and below are not. choices may be a registry, which grows
     as plugins are added. tron, gsasrec, recbole and rectools hold its names there, separated by
-    commas; a name after "not" means the opposite. section is the heading that starts with it.
+    commas; a name after "not" means the opposite. section: heading that starts at this setting.
     """
 
     name: str
@@ -85,13 +85,13 @@ class Setting:
 
     @property
     def owners(self) -> list[str]:
-        """Names of the models, losses and samplers that alone have the setting; empty: all do."""
+        """Only models, losses and samplers that have the setting, by name; empty: all have it."""
         entries = {name: each for table in REGISTERED.values() for name, each in table.items()}
         return [name for name, entry in entries.items() if self.name in entry.owns]
 
     @property
     def shown_default(self) -> str:
-        """The default value in words."""
+        """Default value in words."""
         return "required" if self.default is dataclasses.MISSING else shown(self.default)
 
     def names_elsewhere(self, tool: str) -> list[str]:
@@ -114,7 +114,7 @@ class Setting:
         return tuple(part for part in re.split(r"[,\s]+", text) if part)
 
     def typed(self, value: Any) -> Any:
-        """Return a value of the setting's type, which whole numbers become. Raises InputError."""
+        """Return a value of the setting's type; whole numbers become floats. Raises InputError."""
         if self.optional and value is None:
             return None
         if isinstance(value, int) and abs(value) >= 1 << 63:

@@ -1,4 +1,4 @@
-"""otto-de/TRON's JSON files (arXiv 2307.14906), for SASRec and for its GRU4Rec, as settings.
+"""Settings from otto-de/TRON's JSON files (arXiv 2307.14906), for its SASRec and its GRU4Rec.
 
 A value keeps the meaning that TRON's code gives it; `differences_from_tron` lists where tron still
 differs.
@@ -37,7 +37,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "accelerator": (str,),
 }
 
-# What TRON's code knows; tron knows more, which key=value words can ask for.
+# Values that TRON's code knows; tron has more, which key=value words can choose.
 _CHOICES = {
     "model": ("sasrec", "gru4rec"),
     "loss": ("bce", "bpr-max", "ssm"),
@@ -87,7 +87,7 @@ def tron_settings(
 
     settings = {name: values[key] for key, name in _SETTINGS.items() if values.get(key) is not None}
     settings["overfit_batches"] = int(values["overfit_batches"])
-    # What TRON's code does without asking the file.
+    # Fixed in TRON's code.
     settings["positions"] = "end"
     settings["session_parallel"] = is_gru
     settings["topk_sampling"] = values.get("topk_sampling", False)

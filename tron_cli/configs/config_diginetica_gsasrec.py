@@ -5,19 +5,19 @@ from tron_cli.config import ExperimentConfig
 config = ExperimentConfig(
     dataset_name="diginetica",
     model="gsasrec",
-    # Its own N(0, 1) tables take long to unlearn where items are many.
+    # gSASRec's own N(0, 1) tables take long to unlearn with many items.
     initialization="normal",
     loss="gbce",
-    # Its 256 on MovieLens-1M pull all scores down for epochs here, before any is learned.
+    # With the 256 of MovieLens-1M, the first epochs here only push all scores down.
     num_uniform_negatives=16,
     num_batch_negatives=0,
     sampling_style="eventwise",
     topk_sampling=False,
-    # gBCE holds for negatives drawn from all items.
+    # gBCE assumes negatives drawn from all items.
     reject_in_batch_items=False,
     mask_collisions=False,
     lr=1e-3,
-    # A small data set overfits: TRON's dropout for it.
+    # TRON's dropout for this data set, which is small enough to overfit.
     dropout_rate=0.2,
     max_epochs=100,
     early_stopping_patience=2,

@@ -11,7 +11,7 @@ config = ExperimentConfig(
     reject_uniform_session_items=True,
     topk_sampling=False,
     lr=1e-3,
-    # One epoch is 101,000 steps: validate and save ten times in it.
+    # A pass over the data is 101,000 steps: validate and save ten times in it.
     max_epochs=100,
     max_batches_per_epoch=10_000,
 )

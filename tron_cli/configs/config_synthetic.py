@@ -6,7 +6,7 @@ config = ExperimentConfig(
     dataset_name="synthetic",
     embedding_dim=64,
     dropout_rate=0.0,
-    # A small catalogue: fewer negatives, of which top-k keeps half.
+    # Fewer negatives for a small catalogue; top-k keeps more than half of them.
     num_uniform_negatives=512,
     topk_sampling_k=300,
     lr=5e-3,

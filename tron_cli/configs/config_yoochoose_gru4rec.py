@@ -5,7 +5,7 @@ from tron_cli.config import ExperimentConfig
 config = ExperimentConfig(
     dataset_name="yoochoose",
     model="gru4rec",
-    # Lanes of sessions, one event of each a step, the hidden state carried on: the original's way.
+    # As in the original: a step is one event of each lane, and hidden states carry over.
     session_parallel=True,
     sequence_length=200,
     embedding_dim=100,
@@ -16,7 +16,7 @@ config = ExperimentConfig(
     loss="bpr-max",
     bpr_penalty=0.5,
     num_uniform_negatives=2048,
-    # All the other lanes.
+    # One from each of the other lanes.
     num_batch_negatives=31,
     topk_sampling=False,
     train_batch_size=32,

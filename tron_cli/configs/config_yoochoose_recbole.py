@@ -17,7 +17,7 @@ config = ExperimentConfig(
     num_uniform_negatives=0,
     num_batch_negatives=0,
     topk_sampling=False,
-    # About as many predictions a step as RecBole's 2,048 histories.
+    # About as many predictions per step as RecBole's 2,048 histories.
     train_batch_size=512,
     lr=1e-3,
     max_epochs=10,

@@ -61,7 +61,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Everything that an evaluation reads: it ranks for hours, and the files may change meanwhile.
+    """Inputs of an evaluation, all read before it ranks: files may change during hours of ranking.
 
     number_S: int64 [S], numbers of the sessions in the split. session_ids, user_ids: original ids
     of all sessions of the split, and of their users. lost_S: from `Dataset.lost_of_sessions`.
@@ -275,7 +275,18 @@ def fitted(
     trained_on = checkpoint.dataset
     if trained_on["catalogue_fingerprint"] != dataset.catalogue_fingerprint:
         return _renumbered(checkpoint, dataset, protocol, options)
-    if trained_on["train_fingerprint"] != dataset.split_info("train")["fingerprint"]:
+    trained_splits = [split for split in ("train", "val") if f"{split}_fingerprint" in trained_on]
+    seen = {
+        split: trained_on[f"{split}_fingerprint"] == dataset.split_info(split)["fingerprint"]
+        for split in trained_splits
+    }
+    if seen.get(options.split):
+        raise InputError(
+            f"{checkpoint.path} is a final model, trained on the {options.split} split of "
+            f"{dataset.path} too, so that figures on it would mean nothing; evaluate it on the test"
+            " split, or the run that it came from on this one"
+        )
+    if not all(seen.values()):
         log.warning(
             "%s was not trained on the training split of %s, but on other sessions",
             checkpoint.path,

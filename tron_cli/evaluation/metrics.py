@@ -29,7 +29,7 @@ _RECALL_NAMES = {"hit", "hits", "hitrate", "hitratio", "hr"}
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over events and its standard error, clustered by session (None for one session)."""
+    """Mean over events and its standard error, clustered by session (None for one session)."""
 
     value: float
     stderr: float | None

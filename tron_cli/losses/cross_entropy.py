@@ -110,7 +110,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _columns(targets_N: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the column of each target in a block, and if it is in the block: both [N, 1]."""
+    """Return the column of each target in a block, and whether it is in the block: both [N, 1]."""
     column_N = targets_N - block.start
     last = block.stop - block.start - 1
     inside_N = (column_N >= 0) & (column_N <= last)

@@ -1,8 +1,8 @@
 """BERT4Rec: SASRec's layers in both directions, trained to fill in masked events.
 
 Sun et al., BERT4Rec (CIKM 2019). It is trained on the batches of `feed.Cloze`; to predict, a mask
-is appended to the history. So a session goes through the model once for every event that is
-predicted, and its layers see no padding.
+is appended to the history. A session therefore goes through the model once for every event
+that is predicted, and its layers see no padding.
 """
 
 from __future__ import annotations

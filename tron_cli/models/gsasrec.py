@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class GSASRec(Transformer):
-    """Item plus position embedding, dropout, blocks, final LayerNorm.
+    """Transformer of item plus position embedding, dropout, blocks and a final LayerNorm.
 
     initialization: "default" draws all tables from N(0, 1), as its code does, which takes long to
     unlearn with many items; "normal" draws tables and matrices from N(0, 0.02).
@@ -40,7 +40,7 @@ class GSASRec(Transformer):
         initialization: str = "default",
         **settings: Any,
     ) -> None:
-        """settings: the others of Transformer."""
+        """Build the layers; `settings` are the other settings of Transformer."""
         is_normal = initialization == "normal"
         draw = small_normal if is_normal else standard_normal
         super().__init__(
@@ -59,7 +59,7 @@ class GSASRec(Transformer):
 
 
 class GSASRecBlock(nn.Module):
-    """Queries are normalized and serve as the residual; keys and values are not normalized.
+    """Layer whose normalized queries are the residual; keys and values are not normalized.
 
     The feed-forward network has its normalized input as residual. Heads split the width, and no
     layer mixes them before that network.

@@ -75,7 +75,7 @@ class SASRec(Transformer):
         initialization: str = "default",
         **settings: Any,
     ) -> None:
-        """settings: the others of Transformer."""
+        """Build the layers; `settings` are the other settings of Transformer."""
         norm_first = block != "post-norm"
         eps = 1e-5 if norm_first else _POST_NORM_EPS
         super().__init__(
@@ -109,7 +109,7 @@ class SASRec(Transformer):
 
 
 class Block(nn.Module):
-    """A layer with the arithmetic and initialization of nn.TransformerEncoderLayer.
+    """Layer with the arithmetic and initialization of nn.TransformerEncoderLayer.
 
     norm_first: norms stand before attention and feed-forward; otherwise after their residuals, and
     then the feed-forward network has no dropout inside, as in RecBole. gated: with norm_first, the

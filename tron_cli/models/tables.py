@@ -1,4 +1,4 @@
-"""The item tables of a network.
+"""Item tables of a network.
 
 Shapes: N packed events, D width of the hidden states, U rows of a table that a batch needs.
 """
@@ -18,7 +18,7 @@ Draw = Callable[[int, int], torch.Tensor]
 
 
 class ItemTables(Model):
-    """The embeddings of the inputs, and the output table, whose rows score hidden states.
+    """Network with input embeddings and an output table, whose rows score hidden states.
 
     The bias of an item is one more column of the output table, multiplied with a constant 1.
     """

@@ -1,4 +1,4 @@
-"""The transformer over packed sessions, without its blocks.
+"""Transformer over packed sessions, without its blocks.
 
 Shapes: N packed events, B rows, D embedding_dim, U rows of a table that a batch needs.
 """

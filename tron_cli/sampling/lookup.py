@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Looked:
-    """Rows of a table, with a batch and negatives that refer to them by place.
+    """Looked-up rows of a table, with a batch and negatives that refer to them by place.
 
     rows_UD: with a gradient of the whole table. batch, negatives: as given, but their item ids are
     places in rows_UD.
@@ -112,7 +112,7 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (ids_U,) = ctx.saved_tensors
         if ctx.sparse:
-            # The ids are distinct, or have a gradient of zero: there is nothing to add up.
+            # The ids are distinct or have a gradient of zero, so there is nothing to add up.
             return (
                 torch.sparse_coo_tensor(
                     ids_U[None], grads[0], ctx.shape, is_coalesced=True, check_invariants=False

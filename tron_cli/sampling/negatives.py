@@ -157,7 +157,7 @@ def sample_negatives(
 
 @dataclass(frozen=True)
 class _Gaps:
-    """The items that remain under rejection, arranged so that a draw takes one binary search.
+    """Items that remain under rejection, arranged so that a draw takes one binary search.
 
     Lay the weights of the allowed items end to end. The j-th smallest rejected id (from 0) has
     gap_j of them below it, so the item at place r lies behind all rejected ids with gap_j <= r, and
@@ -172,7 +172,7 @@ class _Gaps:
 
     @classmethod
     def of(cls, rejected_RJ: torch.Tensor, distribution: Distribution) -> _Gaps:
-        """rejected_RJ: int64 ids, repeated or not; those above the number of items are padding."""
+        """Arrange rejected int64 ids, repeated or not; those above num_items are padding."""
         padding = distribution.num_items + 1
         ids = rejected_RJ.sort(dim=1).values
         repeated = torch.zeros_like(ids, dtype=torch.bool)

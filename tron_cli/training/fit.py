@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from tron_cli.baselines import build_baseline
 from tron_cli.checkpoint import (
@@ -26,9 +27,16 @@ from tron_cli.training.validation import validate, with_measures
 log = logging.getLogger("tron")
 
 
-def fit(config: ExperimentConfig, dataset: Dataset, run_dir: Path) -> Path:
+def fit(
+    config: ExperimentConfig,
+    dataset: Dataset,
+    run_dir: Path,
+    *,
+    final: dict[str, Any] | None = None,
+) -> Path:
     """Fit the baseline that `config.model` names, and return the path of its checkpoint.
 
+    final: record of a `FinalStart`, on whose sessions it is fitted.
     run_dir is made if it is not there, once config and dataset have proved to fit. Raises
     InputError where they do not, or where the baseline cannot hold the catalogue.
     """
@@ -36,7 +44,8 @@ def fit(config: ExperimentConfig, dataset: Dataset, run_dir: Path) -> Path:
     config, measures = with_measures(config)
     item_ids = encode_item_ids(dataset.item_ids)
     baseline = build_baseline(config, dataset.num_items)
-    run = RunFiles(run_dir, config)
+    origin = {} if final is None else {"final": final}
+    run = RunFiles(run_dir, config, origin)
     with run.logged():
         log.info(
             "%s on %s: %s sessions, %s items", config.method, dataset.name,
@@ -46,7 +55,7 @@ def fit(config: ExperimentConfig, dataset: Dataset, run_dir: Path) -> Path:
         baseline.fit(sessions)
         log.info("fitted in %.1f s", time.perf_counter() - clock)
         values = validate(baseline, validation, dataset, config, measures)
-        path = run_dir / checkpoint_name(config, 0, values)
+        path = run_dir / checkpoint_name(config, 0, values, final=final is not None)
         save_checkpoint(
             path,
             config=config,
@@ -57,6 +66,7 @@ def fit(config: ExperimentConfig, dataset: Dataset, run_dir: Path) -> Path:
             dataset=dataset_identity(dataset),
             item_ids=item_ids,
             training={},
+            origin=origin,
         )
         if values:
             run.write_metrics(step=0, epoch=0, validation=values)

@@ -59,20 +59,22 @@ def train(
     resume: bool = False,
     profiler: StepProfiler | None = None,
     init_from: Path | None = None,
+    final: dict[str, Any] | None = None,
 ) -> Path:
     """Train, choose the best checkpoint on validation, and return its path.
 
     run_dir is made if it is not there, once config and dataset have proved to fit. resume: continue
-    the run saved there. init_from: a checkpoint whose weights a new run starts with. With a
-    profiler, training ends when that has its steps, and the path is that of last.pt. Raises
-    InputError where the arguments do not fit or another training is under way in this process,
-    RunError where the loss is not finite, InterruptedRunError after Ctrl-C.
+    the run saved there. init_from: a checkpoint whose weights a new run starts with. final: the
+    record of a `FinalStart`, whose number of steps the run takes. With a profiler, training ends
+    when that has its steps, and the path is that of last.pt. Raises InputError where the arguments
+    do not fit or another training is under way in this process, RunError where the loss is not
+    finite, InterruptedRunError after Ctrl-C.
     """
     profiler = profiler or StepProfiler(0)
-    start = start_training(config, dataset, run_dir, device, resume, profiler, init_from)
+    start = start_training(config, dataset, run_dir, device, resume, profiler, init_from, final)
     config, run, progress = start.config, start.run, start.run.progress
     step_log = StepLog(run, start.steps_per_epoch)
-    steps = range(progress.step, start.total_steps)
+    steps = range(progress.step, start.last_step)
     with (
         run.logged(),
         _stop_signals() as stop,
@@ -120,9 +122,9 @@ def train(
                 break
     if profiler.result is not None:
         return run_dir / LAST
-    if stop and progress.step < start.total_steps:
+    if stop and progress.step < start.last_step:
         raise InterruptedRunError(
-            f"stopped at step {progress.step:,} of {start.total_steps:,} and saved; resume with "
+            f"stopped at step {progress.step:,} of {start.last_step:,} and saved; resume with "
             f"`tron train --resume {run_dir}`"
         )
     return run.best()

@@ -6,7 +6,7 @@
         train.log         log output
         METHOD-DATASET-step=...-R@20=....pt   the best weights by val_metric
         last.pt           the latest weights and all that resuming needs
-        origin.json       the checkpoint that the run started from, if any
+        origin.json       the checkpoints that the run comes from, if any
 
 Each file but the logs is written atomically. During a run its folder holds a lock.
 """
@@ -111,7 +111,7 @@ class Progress:
 class RunFiles:
     """Files that every run leaves, but its checkpoints: settings, figures and log output."""
 
-    def __init__(self, run_dir: Path, config: ExperimentConfig) -> None:
+    def __init__(self, run_dir: Path, config: ExperimentConfig, origin: dict[str, Any]) -> None:
         self.run_dir = run_dir
         self.metrics_file = run_dir / METRICS
         try:
@@ -119,6 +119,9 @@ class RunFiles:
             settings = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
             with written_aside(run_dir / "config.json") as file:
                 file.write(settings)
+            if origin:
+                with written_aside(run_dir / "origin.json") as file:
+                    file.write(json.dumps(origin, indent=2) + "\n")
         except OSError as error:
             raise InputError(f"cannot write to the run folder {run_dir}: {error}") from error
 
@@ -155,10 +158,7 @@ class RunFolder(RunFiles):
         progress: Progress,
         origin: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(run_dir, config)
-        if origin:
-            with written_aside(run_dir / "origin.json") as file:
-                file.write(json.dumps(origin, indent=2) + "\n")
+        super().__init__(run_dir, config, origin or {})
         self.origin = origin or {}
         self.config = config
         self.model = model
@@ -198,7 +198,9 @@ class RunFolder(RunFiles):
         if not values or value > progress.best_value:
             progress.best_value = value
             progress.epochs_without_gain = 0
-            progress.best_file = checkpoint_name(config, progress.step, values)
+            progress.best_file = checkpoint_name(
+                config, progress.step, values, final="final" in self.origin
+            )
             self._save(self.run_dir / progress.best_file, epoch, values, training={})
         else:
             progress.epochs_without_gain += 1
@@ -238,9 +240,9 @@ class RunFolder(RunFiles):
                 f"the best checkpoint of this run was {best}, which is gone; {self.run_dir / LAST} "
                 "has the latest weights"
             )
-        if self.progress.best_value == -math.inf:
+        if self.progress.best_value == -math.inf and "final" not in self.origin:
             log.info("validation is empty: nothing was selected, the last weights are kept")
-        log.info("best checkpoint: %s", best)
+        log.info("%s checkpoint: %s", "final" if "final" in self.origin else "best", best)
         return best
 
     def diverged(self, what: str) -> RunError:

@@ -38,7 +38,8 @@ class Training:
 
     config: the settings, resolved. run: the folder, the model, the optimizer and the progress.
     prepare: makes the batch of a step, on the CPU. take_step: takes a step on a batch, and returns
-    its loss.
+    its loss. total_steps: those of the learning rate's schedule. last_step: training ends after
+    it, for a final model before that schedule does.
     """
 
     config: ExperimentConfig
@@ -49,6 +50,7 @@ class Training:
     take_step: Callable[[Batch], torch.Tensor]
     steps_per_epoch: int
     total_steps: int
+    last_step: int
 
 
 def start_training(
@@ -59,11 +61,11 @@ def start_training(
     resume: bool,
     profiler: StepProfiler,
     init_from: Path | None = None,
+    final: dict[str, Any] | None = None,
 ) -> Training:
     """Build a model, or load the one that was saved in run_dir, and what its training needs.
 
-    init_from: a checkpoint whose weights a new model starts with.
-
+    init_from: a checkpoint whose weights a new model starts with. final: record of `FinalStart`.
     Raises InputError, before it writes anything, where config and dataset do not fit.
     """
     sessions, validation = training_splits(config, dataset)
@@ -83,7 +85,7 @@ def start_training(
         config = dataclasses.replace(config, optimizer=chosen)
         seed_generators(config.seed, step=0)
         model = build_model(config, dataset.num_items)
-        origin = {}
+        origin = {} if final is None else {"final": final}
         if init_from is not None:
             origin["init_from"] = start_from(init_from, model, config, dataset)
         model = model.to(device)
@@ -93,7 +95,8 @@ def start_training(
     feed = build_feed(config, sessions, model, padded=on_gpu and model.fixed_shapes)
     steps_per_epoch = min(feed.steps_per_pass, config.max_batches_per_epoch or feed.steps_per_pass)
     total_steps = config.max_epochs * steps_per_epoch
-    profiler.check_steps(total_steps - progress.step)
+    last_step = origin["final"]["steps"] if "final" in origin else total_steps
+    profiler.check_steps(last_step - progress.step)
     if popularity is None:
         popularity = torch.from_numpy(count_events(sessions, dataset.num_items))
     distribution = _distribution(config, sessions, dataset.num_items, device)
@@ -127,7 +130,15 @@ def start_training(
             )  # fmt: skip
         _warn_of_a_jump(config, progress.step, steps_per_epoch, max_epochs_before)
     return Training(
-        config, run, validation, measures, prepare, take_step, steps_per_epoch, total_steps
+        config,
+        run,
+        validation,
+        measures,
+        prepare,
+        take_step,
+        steps_per_epoch,
+        total_steps,
+        last_step,
     )
 
 
