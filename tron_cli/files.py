@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,13 +10,6 @@ from typing import IO, Any
 from tron_cli.errors import InputError
 
 LAST = "last.pt"  # the state from which a run is resumed
-
-
-def as_path(value: str | os.PathLike[str], name: str) -> Path:
-    """Return the path that was given as `name`. Raises InputError where it is none."""
-    if not isinstance(value, str | os.PathLike):
-        raise InputError(f"{name} must be a path, got {value!r}")
-    return Path(value)
 
 
 @contextmanager

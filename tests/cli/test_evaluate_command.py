@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from helpers.command_lines import Command, is_one_sentence
 
-from tron_cli.evaluation.evaluate import EvaluationOptions
+from tron_cli.api import evaluation as api
 
 
 def test_evaluate_json_is_one_object_with_the_promised_keys(
@@ -76,57 +78,71 @@ def test_a_checkpoint_needs_its_dataset_only(
     assert "elsewhere" in err
 
 
+def options_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the defaults of a function's parameters."""
+    return {name: each.default for name, each in inspect.signature(function).parameters.items()}
+
+
 def test_every_option_of_evaluate_arrives(
-    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[Any, ...]] = []
+    seen: list[dict[str, Any]] = []
 
-    def run_evaluation(*words: Any) -> dict[str, Any]:
-        seen.append(words)
-        return {}
+    def evaluate(checkpoint: Path, **options: Any) -> SimpleNamespace:
+        seen.append({"checkpoint": checkpoint, **options})
+        return SimpleNamespace(report={})
 
-    monkeypatch.setattr("tron_cli.cli.evaluate.run_evaluation", run_evaluation)
-    monkeypatch.setattr("tron_cli.cli.evaluate.evaluation_text", lambda _: "")
-    assert command("evaluate", "a.pt")[0] == 0
-    assert seen.pop() == (Path("a.pt"), None, EvaluationOptions(), Path("datasets"), "auto")
+    options = options_of(api.evaluate)
+    monkeypatch.setattr("tron_cli.api.evaluation.evaluate", evaluate)
+    code, out, _ = command("evaluate", "a.pt", "--json")
+    assert (code, out) == (0, "{}\n")
+    defaults = seen.pop()
+    assert defaults.pop("checkpoint") == Path("a.pt")
+    assert defaults.pop("by") == []
+    assert defaults.pop("data_dir") == Path("datasets")
+    assert defaults.items() <= options.items()
     assert command(
-        "evaluate", "a.pt", "--dataset", "shop", "--split", "val", "--protocol", "last-item",
-        "--metrics", "R@3", "--filter-rated", "--full-sessions", "--one-pass",
-        "--limit-sessions", 7, "--run", "r", "--qrels", "q", "--data-dir", "d", "--device", "cpu",
-        "--sample-sessions", 3, "--seed", 4, "--per-event", "e.csv", "--by", "repeat",
-        "--by", "length", "--cutoff", 5,
+        "evaluate", "a.pt", "--json", "--dataset", "shop", "--split", "val",
+        "--protocol", "last-item", "--metrics", "R@3", "--filter-rated", "--full-sessions",
+        "--one-pass", "--limit-sessions", 7, "--run", "r", "--qrels", "q", "--data-dir", "d",
+        "--device", "cpu", "--sample-sessions", 3, "--seed", 4, "--per-event", "e.csv",
+        "--by", "repeat", "--by", "length", "--cutoff", 5, "--drop-unknown",
     )[0] == 0  # fmt: skip
-    options = EvaluationOptions(
-        split="val", protocol="last-item", metrics="R@3", filter_rated=True, full_sessions=True,
-        one_pass=True, limit_sessions=7, run=Path("r"), qrels=Path("q"),
-        sample_sessions=3, seed=4, per_event=Path("e.csv"), by=("repeat", "length"), cutoff=5,
-    )  # fmt: skip
-    assert seen.pop() == (Path("a.pt"), "shop", options, Path("d"), "cpu")
+    assert seen.pop() == {
+        "checkpoint": Path("a.pt"), "dataset": "shop", "split": "val", "protocol": "last-item",
+        "metrics": "R@3", "filter_rated": True, "full_sessions": True, "one_pass": True,
+        "limit_sessions": 7, "run": Path("r"), "qrels": Path("q"), "sample_sessions": 3, "seed": 4,
+        "per_event": Path("e.csv"), "by": ["repeat", "length"], "cutoff": 5, "drop_unknown": True,
+        "data_dir": Path("d"), "device": "cpu",
+    }  # fmt: skip
     command("evaluate", "a.pt", "--no-filter-rated")
-    assert seen.pop()[2] == EvaluationOptions(filter_rated=False)
+    assert seen.pop()["filter_rated"] is False
 
 
 def test_every_option_of_compare_arrives(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Any, ...]] = []
+    seen: list[dict[str, Any]] = []
 
-    def compare_models(*words: Any, **named: Any) -> dict[str, Any]:
-        seen.append((*words, named))
-        return {}
+    def compare(checkpoints: list[Path], **options: Any) -> SimpleNamespace:
+        seen.append({"checkpoints": checkpoints, **options})
+        return SimpleNamespace(report={})
 
-    monkeypatch.setattr("tron_cli.checkpoint.load_checkpoint", lambda path: path)
-    monkeypatch.setattr("tron_cli.data.dataset.Dataset.open", lambda path: path)
-    monkeypatch.setattr("tron_cli.evaluation.compare.compare", compare_models)
-    code, out, _ = command(
+    options = options_of(api.compare)
+    monkeypatch.setattr("tron_cli.api.evaluation.compare", compare)
+    code, out, _ = command("compare", "a.pt", "b.pt", "--json")
+    assert (code, out) == (0, "{}\n")
+    defaults = seen.pop()
+    assert defaults.pop("checkpoints") == [Path("a.pt"), Path("b.pt")]
+    assert defaults.pop("data_dir") == Path("datasets")
+    assert defaults.items() <= options.items()
+    command(
         "compare", "a.pt", "b.pt", "--dataset", "shop", "--split", "val",
         "--protocol", "every-step", "--metrics", "R@3", "--no-filter-rated", "--full-sessions",
         "--limit-sessions", 7, "--sample-sessions", 3, "--seed", 4, "--drop-unknown",
         "--reference", 2, "--cutoff", 5, "--data-dir", "d", "--device", "cpu", "--json",
     )  # fmt: skip
-    assert (code, out) == (0, "{}\n")
-    options = EvaluationOptions(
-        split="val", protocol="every-step", metrics="R@3", filter_rated=False, full_sessions=True,
-        limit_sessions=7, sample_sessions=3, seed=4, drop_unknown=True,
-    )  # fmt: skip
-    named = {"reference": 1, "cutoff": 5}
-    paths = [Path("a.pt"), Path("b.pt")]
-    assert seen == [(paths, Path("d/shop"), options, torch.device("cpu"), named)]
+    assert seen.pop() == {
+        "checkpoints": [Path("a.pt"), Path("b.pt")], "dataset": "shop", "split": "val",
+        "protocol": "every-step", "metrics": "R@3", "filter_rated": False, "full_sessions": True,
+        "limit_sessions": 7, "sample_sessions": 3, "seed": 4, "drop_unknown": True,
+        "reference": 2, "cutoff": 5, "data_dir": Path("d"), "device": "cpu",
+    }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,8 +112,8 @@ def test_every_command_that_computes_chooses_its_device_there(
     checkpoint = fit(
         ExperimentConfig(**tiny_settings(model="popular")), dataset, tmp_path / "run"
     )  # fmt: skip
-    module = {"train": "tron_cli.api.training"}.get(command, f"tron_cli.cli.{command}")
-    monkeypatch.setattr(sys.modules[module], "chosen_device", choose)
+    module = "training" if command == "train" else "evaluation"
+    monkeypatch.setattr(f"tron_cli.api.{module}.chosen_device", choose)
     words = {
         "train": ["--config", "config_synthetic", "dataset_name=tiny"],
         "evaluate": [str(checkpoint)],

@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from tron_cli.api.arguments import checked
 from tron_cli.config import ExperimentConfig, checked_names
 from tron_cli.config import load_config as resolved
 from tron_cli.config.plugins import add_plugin
-from tron_cli.errors import InputError
 
 
+@checked
 def load_config(
     config: str | os.PathLike[str] | ExperimentConfig, **settings: Any
 ) -> ExperimentConfig:
@@ -29,17 +30,10 @@ def load_config(
     """
     if isinstance(config, ExperimentConfig):
         return dataclasses.replace(config, **checked_names(settings))
-    if not isinstance(config, str | os.PathLike):
-        raise InputError(
-            "config must be an ExperimentConfig, a file or the name of a packaged config, got "
-            f"{config!r}"
-        )
     return resolved(os.fspath(config), settings)[0]
 
 
 def add_plugins(plugins: Iterable[str]) -> None:
     """Load code from outside tron, as `--plugin` does: FILE.py:NAME or package.module:NAME."""
-    if isinstance(plugins, str):
-        raise InputError(f"plugins must be a list of FILE.py:NAME, got {plugins!r}")
     for plugin in plugins:
         add_plugin(plugin)

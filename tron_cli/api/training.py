@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from tron_cli.api.arguments import checked
 from tron_cli.api.settings import add_plugins, load_config
 from tron_cli.checkpoint import dataset_identity, load_checkpoint
 from tron_cli.config import ExperimentConfig, requested_accelerator
 from tron_cli.data.dataset import Dataset
 from tron_cli.data.final import TrainAndValidation
 from tron_cli.errors import InputError, RunError, explained
-from tron_cli.files import LAST, as_path
+from tron_cli.files import LAST
 from tron_cli.ops.device import chosen_device
 from tron_cli.training.final import final_start
 from tron_cli.training.fit import fit
@@ -50,6 +51,7 @@ class TrainingResult:
     profile: Profile | None = None
 
 
+@checked
 def train(
     config: str | os.PathLike[str] | ExperimentConfig | None = None,
     *,
@@ -89,24 +91,24 @@ def train(
     """
     _check_together(config, resume, final, init_from, name, output_dir, settings)
     add_plugins(plugins)
-    if profile is not None and (type(profile) is not int or profile < 1):
-        raise InputError(f"profile must be a number of steps, at least 1, got {profile!r}")
+    if profile is not None and profile < 1:
+        raise InputError(f"profile must be a number of steps, at least 1, got {profile}")
     profiler = None if profile is None else StepProfiler(profile)
-    datasets = as_path(data_dir, "data_dir")
-    earlier = None if init_from is None else as_path(init_from, "init_from")
+    datasets = Path(data_dir)
+    earlier = None if init_from is None else Path(init_from)
     record = None
     if resume is not None:
-        place = claimed(as_path(resume, "resume"), resume=True)
+        place = claimed(Path(resume), resume=True)
     else:
         if final is not None:
-            start = final_start(as_path(final, "final"), datasets, earlier)
+            start = final_start(Path(final), datasets, earlier)
             experiment, dataset = start.config, start.dataset
             earlier, record = start.init_from, start.record
         else:
             assert config is not None
             experiment = load_config(config, **settings)
             dataset = Dataset.open(datasets / experiment.dataset_name)
-        parent = as_path("runs" if output_dir is None else output_dir, "output_dir")
+        parent = Path("runs" if output_dir is None else output_dir)
         place = claimed(_run_dir(parent, name, experiment), numbered=name is None)
     used_device = training_device(device, config)
     with place as run_dir, explained(run_dir / LOG):
@@ -210,8 +212,7 @@ def _resumed(
 
 def _run_dir(output_dir: Path, name: str | None, config: ExperimentConfig) -> Path:
     """Return the folder of a new run, named by the user or after its time of start."""
-    is_text = isinstance(name, str)
-    if name is not None and not (is_text and re.fullmatch(r"\w[\w.+=-]*", name)):
+    if name is not None and not re.fullmatch(r"\w[\w.+=-]*", name):
         raise InputError(
             f"--name must be a folder name of letters, digits and _ . + = -, got {name!r}"
         )

@@ -18,7 +18,6 @@ from tron_cli.cli.options import (
     with_groups,
 )
 from tron_cli.cli.report import comparison_text
-from tron_cli.ops.device import chosen_device
 
 
 @with_groups
@@ -51,20 +50,15 @@ def compare(
 
     Differences are paired, event by event, and have confidence intervals.
     """
-    from tron_cli.checkpoint import load_checkpoint
-    from tron_cli.data.dataset import Dataset
-    from tron_cli.evaluation.compare import check_choice
-    from tron_cli.evaluation.compare import compare as compare_models
-    from tron_cli.evaluation.evaluate import EvaluationOptions
+    from tron_cli.api.evaluation import compare as compare_checkpoints
 
-    check_choice(len(checkpoints), reference)
-    loaded = [load_checkpoint(path) for path in checkpoints]
-    report = compare_models(
-        loaded,
-        Dataset.open(data_dir / (dataset or loaded[reference - 1].dataset["name"])),
-        EvaluationOptions(**vars(events)),
-        chosen_device(device),
-        reference=reference - 1,
+    result = compare_checkpoints(
+        checkpoints,
+        dataset=dataset,
+        **vars(events),
+        reference=reference,
         cutoff=cutoff,
+        data_dir=data_dir,
+        device=device,
     )
-    print(json.dumps(report) if as_json else comparison_text(report))
+    print(json.dumps(result.report) if as_json else comparison_text(result.report))

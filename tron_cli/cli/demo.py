@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from tron_cli.cli.evaluate import run_evaluation
 from tron_cli.cli.options import DATASETS, DataDir, Overrides
 from tron_cli.cli.report import evaluation_text
 from tron_cli.errors import InputError, RunError
@@ -29,10 +28,10 @@ def demo(
     This takes about two minutes on two cores. The command fails if the model stays below 90 % of
     the best possible R@20, because then something is wrong with the installation.
     """
+    from tron_cli.api.evaluation import evaluate
     from tron_cli.api.training import train
     from tron_cli.config import load_config, parse_overrides
     from tron_cli.data.folder import made_with
-    from tron_cli.evaluation.evaluate import EvaluationOptions
     from tron_cli.evaluation.reference import reference_figures
     from tron_cli.prepare import summary
     from tron_cli.prepare.sources.synthetic import prepare_synthetic
@@ -58,7 +57,7 @@ def demo(
     best = trained.checkpoint
     print(best)
     say(f"tron evaluate {best}")
-    report = run_evaluation(best, None, EvaluationOptions(), data_dir, "auto")
+    report = evaluate(best, data_dir=data_dir).report
     print(evaluation_text(report))
     references = {
         name: {measure: {"value": value} for measure, value in figures.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,10 +19,6 @@ from tron_cli.cli.options import (
     with_groups,
 )
 from tron_cli.cli.report import evaluation_text
-from tron_cli.ops.device import chosen_device
-
-if TYPE_CHECKING:
-    from tron_cli.evaluation.evaluate import EvaluationOptions
 
 
 class SliceKind(str, Enum):
@@ -74,33 +70,19 @@ def evaluate(
 
     Each target is ranked among the whole catalogue, and each figure has a standard error.
     """
-    from tron_cli.evaluation.evaluate import EvaluationOptions
+    from tron_cli.api.evaluation import evaluate as evaluate_checkpoint
 
-    options = EvaluationOptions(
+    result = evaluate_checkpoint(
+        checkpoint,
+        dataset=dataset,
         **vars(events),
         one_pass=one_pass,
         run=run,
         qrels=qrels,
         per_event=per_event,
-        by=tuple(dict.fromkeys(kind.value for kind in by or ())),
+        by=[kind.value for kind in by or ()],
         cutoff=cutoff,
+        data_dir=data_dir,
+        device=device,
     )
-    report = run_evaluation(checkpoint, dataset, options, data_dir, device)
-    print(json.dumps(report) if as_json else evaluation_text(report))
-
-
-def run_evaluation(
-    path: Path,
-    dataset_name: str | None,
-    options: EvaluationOptions,
-    data_dir: Path,
-    device_name: str,
-) -> dict[str, Any]:
-    """Evaluate as `tron evaluate` does; return the report."""
-    from tron_cli.checkpoint import load_checkpoint
-    from tron_cli.data.dataset import Dataset
-    from tron_cli.evaluation.evaluate import assess
-
-    checkpoint = load_checkpoint(path)
-    dataset = Dataset.open(data_dir / (dataset_name or checkpoint.dataset["name"]))
-    return assess(checkpoint, dataset, options, chosen_device(device_name))
+    print(json.dumps(result.report) if as_json else evaluation_text(result.report))
