@@ -6,11 +6,12 @@ import collections.abc
 import difflib
 import functools
 import inspect
+import math
 import os
 import types
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union
+from typing import Any, Literal, ParamSpec, TypeVar, Union
 
 from tron_cli.errors import InputError
 
@@ -41,28 +42,21 @@ def checked(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
     return call
 
 
-def check(name: str, value: Any, hint: Any) -> None:
+def check(
+    name: str, value: Any, hint: Any, low: float | None = None, high: float | None = None
+) -> None:
     """Raise InputError where the value of the argument `name` does not have the annotated type.
 
-    Of Annotated types, bounds are checked as well: `min` and `max` of typer's options.
+    low, high: bounds of a number, included.
     """
-    if typing.get_origin(hint) is Annotated:
-        hint, *extras = typing.get_args(hint)
-        for option in extras:
-            low, high = getattr(option, "min", None), getattr(option, "max", None)
-            if isinstance(value, int | float) and not _is_within(value, low, high):
-                bounds = [f"at least {low:g}"] if low is not None else []
-                bounds += [f"at most {high:g}"] if high is not None else []
-                raise InputError(f"{name} must be {' and '.join(bounds)}, got {value!r}")
     if not _fits(value, hint):
         choices = [choice for choice in _choices(hint) if isinstance(choice, str)]
         near = difflib.get_close_matches(str(value), choices, n=1)
         did_you_mean = f"; did you mean {near[0]!r}?" if near else ""
         raise InputError(f"{name} must be {_in_words(hint)}, got {value!r}{did_you_mean}")
-
-
-def _is_within(value: float, low: float | None, high: float | None) -> bool:
-    return (low is None or value >= low) and (high is None or value <= high)
+    if value is not None and low is not None and not low <= value <= (high or math.inf):
+        bounds = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+        raise InputError(f"{name} must be {bounds}, got {value!r}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

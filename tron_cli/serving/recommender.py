@@ -73,6 +73,14 @@ class Recommender:
     original ids, int64 [I] or str objects [I], entry i - 1 for item i.
 
     Methods may be called from several threads at the same time.
+
+    >>> import tron_cli
+    >>> recommender = tron_cli.Recommender.load("runs/first")
+    >>> (found,) = recommender.recommend([[1003, 4007]], k=3, exclude=[1003])
+    >>> len(found.items), 1003 in found.items, found.scores == sorted(found.scores, reverse=True)
+    (3, False, True)
+    >>> len(recommender.similar(1003, k=5).items)
+    5
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:

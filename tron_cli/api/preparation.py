@@ -1,0 +1,260 @@
+"""`tron_cli.prepare`: a prepared dataset from every source of `tron prepare`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import tempfile
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tron_cli.api.arguments import check
+from tron_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from tron_cli.data.dataset import Dataset
+
+AnyPath = str | os.PathLike[str]
+Words = str | Sequence[str]
+
+# Smallest and largest value of an option.
+BOUNDS: dict[str, tuple[float, float | None]] = {
+    "val_days": (0, None),
+    "test_days": (0, None),
+    "max_val_sessions": (1, None),
+    "seed": (0, None),
+    "max_bad_share": (0, 1),
+    "min_session_length": (2, None),
+    "max_session_length": (2, None),
+    "min_item_count": (1, None),
+}
+
+
+def prepare(
+    source: str,
+    *,
+    data_dir: AnyPath = "datasets",
+    name: str | None = None,
+    **options: Any,
+) -> Dataset:
+    """Prepare a dataset: filters, splits, memory-mapped arrays in the folder data_dir/name.
+
+    source: table, sequences, otto, yoochoose, diginetica, ml1m or synthetic. options: those of
+    `tron prepare SOURCE`, with underscores: `--session-col` is session_col. name: that of the
+    dataset; table and sequences need one, the others are called as their source. Of a table, input,
+    train, val and test are files, lists of them, or data frames of polars or pandas.
+
+    Returns the opened dataset; `dataset.info` is its dataset.json. Raises InputError where an
+    option is unknown or wrong, or a file cannot be read.
+
+    >>> import tron_cli
+    >>> shop = tron_cli.prepare("synthetic", name="shop", sessions=12_000)
+    >>> shop.protocol, shop.num_items
+    ('every-step', 5000)
+
+    A data frame of visits that go around in nine items:
+
+    >>> import polars
+    >>> events = polars.DataFrame({"visit": range(300)}).join(
+    ...     polars.DataFrame({"step": range(3)}), how="cross"
+    ... )
+    >>> events = events.with_columns(
+    ...     sku="sku-" + ((polars.col.visit + polars.col.step) % 9).cast(str),
+    ...     time=1_700_000_000 + 3600 * polars.col.visit + polars.col.step,
+    ... )
+    >>> columns = {"session_col": "visit", "item_col": "sku", "time_col": "time"}
+    >>> visits = tron_cli.prepare("table", name="visits", input=events, **columns)
+    >>> visits.num_items
+    9
+    """
+    check("source", source, str)
+    if source not in SOURCES:
+        near = difflib.get_close_matches(str(source), SOURCES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(SOURCES)}"
+        raise InputError(f"no source {source!r} of datasets; {hint}")
+    check("data_dir", data_dir, AnyPath)
+    check("name", name, str | None)
+    if name is None and source in ("table", "sequences"):
+        raise InputError(f"prepare({source!r}) needs the name of the dataset")
+    known = options_of(source)
+    for option, value in options.items():
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"
+            raise InputError(f"prepare({source!r}) has no option {option!r}; {hint}")
+        check(option, value, known[option][0], *BOUNDS.get(option, ()))
+    missing = [
+        option
+        for option, (_, default) in known.items()
+        if default is inspect.Parameter.empty and option not in options
+    ]
+    if missing:
+        raise InputError(f"prepare({source!r}) needs {' and '.join(missing)}")
+    return SOURCES[source](Path(data_dir), name or source, **options)
+
+
+def options_of(source: str) -> dict[str, tuple[Any, Any]]:
+    """Return type and default of each option of a source; empty for the default of a needed one."""
+    own = SOURCES[source]
+    name = own.args[0] if isinstance(own, partial) else source
+    below = _prepare_function(name)
+    found = {}
+    hidden = {"leave_one_out"} if source == "table" else set()
+    for function in (below, own):
+        plain = function
+        while isinstance(plain, partial):
+            plain = plain.func
+        hints = typing.get_type_hints(plain, localns={"Dataset": Any})
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in hidden:
+                found[parameter.name] = hints[parameter.name], parameter.default
+    return found
+
+
+def _prepare_function(source: str) -> Callable[..., Dataset]:
+    module = importlib.import_module(f"tron_cli.prepare.sources.{source}")
+    function: Callable[..., Dataset] = getattr(module, f"prepare_{source}")
+    return function
+
+
+def _public(
+    source: str, data_dir: Path, name: str, *, raw: AnyPath | None = None, **options: Any
+) -> Dataset:
+    """Prepare one of the public datasets."""
+    given = None if raw is None else Path(raw)
+    return _prepare_function(source)(given, data_dir, name, **_texts(options))
+
+
+def _sequences(
+    data_dir: Path,
+    name: str,
+    *,
+    train: AnyPath,
+    test: AnyPath,
+    val: AnyPath | None = None,
+    **options: Any,
+) -> Dataset:
+    given = None if val is None else Path(val)
+    function = _prepare_function("sequences")
+    return function(Path(train), Path(test), data_dir, name, val=given, **_texts(options))
+
+
+def _synthetic(data_dir: Path, name: str, **options: Any) -> Dataset:
+    from tron_cli.evaluation.reference import reference_figures
+
+    return _prepare_function("synthetic")(data_dir, name, reference_figures, **options)
+
+
+def _table(
+    data_dir: Path,
+    name: str,
+    *,
+    input: Any = (),
+    train: Any = (),
+    val: Any = (),
+    test: Any = (),
+    item_col: str,
+    time_col: str,
+    time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto",
+    time_format: str | None = None,
+    session_col: str | None = None,
+    user_col: str | None = None,
+    session_gap: str | None = None,
+    event_col: str | None = None,
+    keep_events: Words | None = None,
+    null_tokens: Words | None = None,
+    split: Literal["time", "leave-one-out"] = "time",
+    **options: Any,
+) -> Dataset:
+    from tron_cli.prepare.sources.table import NULL_TOKENS, TableColumns, prepare_table
+
+    columns = TableColumns(
+        item=item_col,
+        time=time_col,
+        time_unit=time_unit,
+        time_format=time_format,
+        session=session_col,
+        user=user_col,
+        session_gap=session_gap,
+        event=event_col,
+        keep_events=_words(keep_events or ()),
+        null_tokens=NULL_TOKENS if null_tokens is None else _words(null_tokens),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        given = {"input": input, "train": train, "val": val, "test": test}
+        files = {each: _files(each, tables, Path(folder)) for each, tables in given.items()}
+        if bool(files["input"]) == bool(files["train"]) or (
+            bool(files["train"]) != bool(files["test"])
+        ):
+            raise InputError("expected --input, or --train and --test for tables already split")
+        return prepare_table(
+            files["input"] or files["train"],
+            columns,
+            data_dir,
+            name,
+            leave_one_out=split == "leave-one-out",
+            val=files["val"],
+            test=files["test"],
+            **_texts(options),
+        )
+
+
+SOURCES: dict[str, Callable[..., Dataset]] = {
+    "table": _table,
+    "sequences": _sequences,
+    **{name: partial(_public, name) for name in ("otto", "yoochoose", "diginetica", "ml1m")},
+    "synthetic": _synthetic,
+}
+
+
+def _words(listing: Words) -> tuple[str, ...]:
+    words = listing.split(",") if isinstance(listing, str) else listing
+    return tuple(word.strip() for word in words if word.strip())
+
+
+def _texts(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with the paths among them as text."""
+    return {
+        name: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for name, value in options.items()
+    }
+
+
+def _files(name: str, tables: Any, folder: Path) -> list[Path]:
+    """Return the files of a table; data frames are written to the folder first."""
+    if tables is None:
+        return []
+    if isinstance(tables, str | os.PathLike) or _is_frame(tables):
+        tables = [tables]
+    if not isinstance(tables, Iterable):
+        raise InputError(f"{name} must be a path, a list of them or a data frame, got {tables!r}")
+    files = []
+    for number, table in enumerate(tables):
+        if _is_frame(table):
+            files.append(folder / f"{name}-{number}.parquet")
+            _write_frame(table, files[-1])
+        else:
+            check(name, table, AnyPath)
+            files.append(Path(table))
+    return files
+
+
+def _is_frame(table: Any) -> bool:
+    package = type(table).__module__.split(".")[0]
+    return package in ("polars", "pandas") and type(table).__name__ == "DataFrame"
+
+
+def _write_frame(frame: Any, file: Path) -> None:
+    """Write a data frame of polars, or of pandas without its index, as Parquet."""
+    import polars as pl
+
+    try:
+        (frame if isinstance(frame, pl.DataFrame) else pl.from_pandas(frame)).write_parquet(file)
+    except (TypeError, ValueError, pl.exceptions.PolarsError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the data frame cannot be written as Parquet: {reason}") from error
