@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.command_lines import Command, is_one_sentence
 from helpers.datasets import write_dataset
 
 from tron_cli.data.dataset import Dataset
+from tron_cli.prepare.sources.synthetic import make_shop
 
 
 def test_demo_writes_its_results_and_fails_where_the_model_learned_nothing(
@@ -27,6 +31,34 @@ def test_demo_writes_its_results_and_fails_where_the_model_learned_nothing(
     for name, figures in info["references"]["test"].items():
         assert found[name]["R@20"]["value"] == figures["R@20"]
     assert f"{found['model']['R@20']['value']:.4f}" in out
+    check_visitor(command, out, Dataset.open(tmp_path / "data" / "demo"))
+
+
+def check_visitor(command: Command, out: str, dataset: Dataset) -> None:
+    """Check the table of recommendations against `tron recommend` and the shop's formula."""
+    (line,) = re.findall(r"^\$ tron (recommend .*)$", out, flags=re.MULTILINE)
+    words = shlex.split(line)
+    shown = re.findall(r"^(\d+) +(\d+) +(-?[\d.]+) +([\d.]+) +([\d,]+)$", out, flags=re.MULTILINE)
+    code, printed, err = command(*words, "--scores", "--json")
+    assert code == 0, err
+    recommended = json.loads(printed)
+    assert [int(item) for _, item, *_ in shown] == recommended["items"]
+    assert [float(score) for _, _, score, *_ in shown] == [
+        round(score, 2) for score in recommended["scores"]
+    ]
+    history = [int(item) for item in words[words.index("--history") + 1].split()]
+    number_of = {item: number for number, item in enumerate(dataset.item_ids.tolist(), start=1)}
+    numbers = [number_of[item] for item in history]
+    assert dataset.split("test").items.tobytes().find(np.array(numbers, np.int32).tobytes()) >= 0
+    shop = make_shop(np.random.default_rng(42))
+    category, brand = numbers[-1] - 1, numbers[-2] - 1
+    probability_I = shop.next_item(category // len(shop.brand_share))[brand % len(shop.brand_share)]
+    for _, item, _, probability, place in shown:
+        expected = probability_I[number_of[int(item)] - 1]
+        assert float(probability) == pytest.approx(expected, abs=5e-5)
+        better = int((probability_I > expected).sum())
+        equal = int((probability_I == expected).sum())
+        assert better < int(place.replace(",", "")) <= better + equal
 
 
 def test_demo_leaves_a_dataset_of_that_name_alone_which_it_did_not_make(

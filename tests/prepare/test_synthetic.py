@@ -20,6 +20,7 @@ from tron_cli.prepare.sources.synthetic import (
     SUCCESSOR_PROBABILITIES,
     Shop,
     make_shop,
+    next_item_probabilities,
     prepare_synthetic,
 )
 
@@ -86,6 +87,8 @@ def test_probabilities_are_the_documented_ones(shop: Shop) -> None:
         before_last = history[-2][1] if length > 1 else brand_count
         actual = shop.next_item(history[-1][0])[before_last]
         np.testing.assert_allclose(actual, expected.ravel(), atol=1e-15)
+        numbers = np.array([category * brand_count + brand + 1 for category, brand in history])
+        assert np.array_equal(next_item_probabilities(SEED, numbers), actual)
 
 
 def test_best_is_the_expectation_over_the_evaluated_events_and_is_realized(

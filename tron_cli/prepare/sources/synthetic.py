@@ -144,6 +144,18 @@ def prepare_synthetic(
         )
 
 
+def next_item_probabilities(seed: int, history: np.ndarray) -> np.ndarray:
+    """Return the probability of each item to be next after a history: float64 [I], entry i - 1.
+
+    seed: that of the dataset; history: item numbers, int [n], at least one, oldest first.
+    """
+    shop = make_shop(np.random.default_rng(seed))
+    num_brands = len(shop.brand_share)
+    category, brand = np.divmod(np.asarray(history, dtype=np.int64) - 1, num_brands)
+    before_last = brand[-2] if len(brand) > 1 else num_brands
+    return shop.next_item(category[-1])[before_last]
+
+
 def make_shop(rng: np.random.Generator) -> Shop:
     """Draw a random shop of the module's sizes."""
     category_share = rng.permutation(_zipf(NUM_CATEGORIES, CATEGORY_SKEW))
