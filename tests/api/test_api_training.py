@@ -98,8 +98,8 @@ def test_no_setting_has_the_name_of_an_option() -> None:
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        (None, {}, "either --config NAME .* or --resume"),
-        (CONFIG, {"resume": "run"}, "either --config NAME .* or --resume"),
+        (None, {}, "either --config NAME .* or --final"),
+        (CONFIG, {"resume": "run"}, "either --config NAME .* or --final"),
         (5, {}, "config must be a path or ExperimentConfig or None, got 5"),
         ("config_syntetic", {}, "no config 'config_syntetic': .* did you mean config_synthetic"),
         (CONFIG, {"max_epoch": 1}, "unknown setting 'max_epoch'; did you mean max_epochs"),
