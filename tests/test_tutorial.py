@@ -9,8 +9,12 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -54,9 +58,37 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
 
 
+def page_line(start: str) -> str:
+    """Return the one line of the page's blocks that begins so."""
+    (line,) = [line for _, block in BLOCKS for line in block.splitlines() if line.startswith(start)]
+    return line
+
+
+@contextmanager
+def served(folder: Path, environment: dict[str, str]) -> Iterator[int]:
+    """Run the page's `tron serve`, on a free port, until the block ends; yield the port."""
+    words = shlex.split(page_line("tron serve").replace("--reload-every 60", "--reload-every 0.2"))
+    with subprocess.Popen(
+        [sys.executable, "-m", "tron_cli", *words[1:], "--port", "0"],
+        cwd=folder, env=environment, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        try:
+            line = process.stderr.readline()
+            found = re.fullmatch(r"serving .* on http://127\.0\.0\.1:(\d+)\n", line)
+            assert found, line + process.stderr.read()
+            yield int(found[1])
+        finally:
+            process.terminate()
+            process.stderr.read()
+        assert process.wait(30) == 0
+
+
 @pytest.mark.slow
 def test_every_command_of_the_tutorial_runs(tmp_path: Path, environment: dict[str, str]) -> None:
-    """With one epoch instead of twenty; the server has a test of its own."""
+    """With one epoch instead of twenty, and a server that looks for a new model more often."""
+    for module in ("uvicorn", "prometheus_client"):  # of the extra [serve]
+        pytest.importorskip(module)
     shop = tmp_path / "shop"
     shop.mkdir()
     write_log(shop / "events.csv")
@@ -80,10 +112,18 @@ def test_every_command_of_the_tutorial_runs(tmp_path: Path, environment: dict[st
     assert len({row["session"] for row in rows}) == 500
     assert (shop / "runs" / "current").resolve() == shop / "runs" / "shop-final"
 
-    # The script of every night, and once more with a log that lacks a column.
+    with served(shop, environment) as port:
+        asked = page_line("curl ").replace("localhost:8000", f"127.0.0.1:{port}")
+        answer = subprocess.run(shlex.split(asked), capture_output=True, text=True)
+        assert len(json.loads(answer.stdout)["items"]) == 5, answer.stderr
+        check_nights(shop, environment, f"http://127.0.0.1:{port}/metrics")
+
+
+def check_nights(shop: Path, environment: dict[str, str], metrics: str) -> None:
+    """Run the script of every night, and once more on a log that lacks a column."""
     (script,) = [block for language, block in BLOCKS if language == "sh"]
     (shop / "retrain.sh").write_text(script.replace("max_epochs=20", "max_epochs=1"))
-    (line,) = [line for line in PAGE.splitlines() if "retrain.sh >>" in line]
+    line = page_line("15 3 ")
     assert re.fullmatch(r"(\S+ ){5}PATH=\S+ sh /srv/shop/retrain.sh >> \S+ 2>&1", line)
     (shop / "recommendations.csv").unlink()
     nightly = ["sh", str(shop / "retrain.sh")]
@@ -93,6 +133,10 @@ def test_every_command_of_the_tutorial_runs(tmp_path: Path, environment: dict[st
     assert current.name.endswith("-final")
     assert current.name != "shop-final"
     assert (shop / "recommendations.csv").is_file()
+    deadline = time.monotonic() + 30
+    while 'tron_reloads_total{outcome="done"} 1' not in urlopen(metrics).read().decode():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     (shop / "events.csv").write_text("session,item\nv1,SKU-1\n")
     done = subprocess.run(nightly, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
