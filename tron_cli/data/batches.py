@@ -21,7 +21,7 @@ _EVENTS = 128
 
 @dataclass(frozen=True)
 class AttentionGroup:
-    """Rows of like length, which attention pads among themselves.
+    """Rows of similar length, which attention pads to the longest of them.
 
     start, end: the rows' events in the packed order. gather_RW: int64, packed event at each place
     of the padded rows (places past a row's end repeat its last event: causal attention never looks
@@ -40,14 +40,14 @@ class Batch:
     """Rows in ascending order of length, packed.
 
     inputs_N: int64 item ids. targets_N: int64, the item that follows each input, or None where only
-    hidden states are wanted. predicting_P: int64, the events that have a target, of which targets_N
-    then holds one each; None: all. lanes_B: int64, the lane of each row in session-parallel batches
-    (`lanes.py`), where a row is one event and place 0 the beginning of a session. lengths_B: int64.
-    rows_N: int64, the row of each event.
+    hidden states are wanted. predicting_P: int64, the events that have a target, and targets_N then
+    has an entry for each of them; None: all. lanes_B: int64, the lane of each row of a session-
+    parallel batch (`lanes.py`), where a row is one event and place 0 the beginning of a session.
+    lengths_B: int64. rows_N: int64, the row of each event.
     places_N: int64, place of each event in its row, from 0. groups: how attention splits the rows.
     padded: shapes are rounded up, for a device that computes the same shapes again and again: the
     last events may be padding, with item 0, target 0, row 0 and place 0, and all rows are one
-    group. memory: int64, of which all the tensors are views, where they are.
+    group. memory: int64, the tensor that all others are views of; None where each has its own.
     """
 
     inputs_N: torch.Tensor
@@ -132,9 +132,9 @@ def pack(
     """Pack the slices items[start : start + length], each of at least one event.
 
     items: int32 [E]; starts_B, lengths_B: int64, lengths ascending. with_targets: whether
-    items[start + 1 : start + length + 1] are the targets. appended_item: one more event behind
-    each slice. padded_width: pad the batch; rows have this width in attention, at least that of
-    the longest.
+    items[start + 1 : start + length + 1] are the targets. appended_item: an item to append to each
+    slice. padded_width: pad the batch; rows have this width in attention, at least the length of
+    the longest row.
     """
     if appended_item is not None:
         lengths_B = lengths_B + 1
@@ -144,7 +144,7 @@ def pack(
     places_N = np.arange(total) - first_B[rows_N]
     source_N = starts_B[rows_N] + places_N
     if appended_item is not None:
-        source_N[first_B + lengths_B - 1] = 0  # a placeholder: what lies behind may not be an item
+        source_N[first_B + lengths_B - 1] = 0  # a placeholder: the next entry may not be an item
     inputs_N = items[source_N].astype(np.int64)
     if appended_item is not None:
         inputs_N[first_B + lengths_B - 1] = appended_item
@@ -260,7 +260,7 @@ def cloze_batch(
 def prepared_ahead(
     prepare: Callable[[int], Batch], steps: range, thread: Executor
 ) -> Iterator[Batch]:
-    """Yield prepare(step) of each step while a thread prepares the next one; errors are raised."""
+    """Yield prepare(step) for each step while a thread prepares the next; raise its errors here."""
     waiting = [thread.submit(prepare, step) for step in steps[:1]]
     for step in steps:
         batch = waiting.pop().result()

@@ -26,13 +26,13 @@ def numbers_among(known: np.ndarray, ids: np.ndarray) -> np.ndarray:
 class RenumberedDataset(Dataset):
     """A prepared dataset under the item numbers of another catalogue, to evaluate one split.
 
-    Events on items that the catalogue lacks are left out; the sessions stay, if shorter, and the
-    predictions that this costs are counted with those lost in preparation. Under the last-item
-    protocol nothing is left of a session whose target is unknown.
+    Events on items that the catalogue lacks are left out. Their sessions stay, only shorter, and
+    the lost predictions are counted with those lost in preparation. Under the last-item protocol a
+    session whose target is unknown becomes empty.
 
     number_I: int32 [I + 1], the number here of each item of the original dataset, 0 if unknown.
-    unknown_items, unknown_events: int, how many of these the split has. predictions: int, how many
-    are left where whole sessions are predicted.
+    unknown_items, unknown_events: int, their numbers in the split. predictions: int, the number
+    that is left where whole sessions are predicted.
     """
 
     def __init__(

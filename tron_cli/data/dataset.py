@@ -10,8 +10,8 @@
         train|val|test/session_ids.txt    UTF-8, one per line, where not all are integers, and
         train|val|test/session_ids_offsets.npy    int64: id s is txt[offsets[s]:offsets[s + 1] - 1]
         train|val|test/lost_predictions.npy    int32: predictions that each session lost because the
-                                  catalogue lacks their item, and behind these those of each session
-                                  that was left out for it; only where there are any
+                                  catalogue lacks their item, then those of each session that was
+                                  left out for this reason; only where there are any
         train|val|test/user_ids...        likewise the original id of each session's user
 
 Item ids are 1..num_items; 0 means padding. Opening maps the files and reads none of them, so that a
@@ -55,8 +55,8 @@ class Sessions:
     """The sessions of one split, back to back.
 
     items: int32 [E]; offsets: int64 [S + 1]; times: int64 [E] milliseconds since 1970 UTC, or None.
-    session_ids, user_ids: [S], original ids, int64 or str objects, or None. They are there while a
-    dataset is prepared; of a prepared one, ask `Dataset.session_ids`.
+    session_ids, user_ids: [S], original ids, int64 or str objects, or None. They are set only while
+    a dataset is prepared; `Dataset.session_ids` reads those of a prepared one.
     """
 
     items: np.ndarray
@@ -90,8 +90,8 @@ def are_repeats(sessions: Sessions) -> np.ndarray:
 def count_events(sessions: Sessions, num_items: int) -> np.ndarray:
     """Return the number of events of each item: int64 [I + 1], entry 0 is no item."""
     count_I = np.zeros(num_items + 1, np.int64)
-    # The array may hold more events, where only the first sessions of a split are given. Some at a
-    # time, because np.bincount copies them as int64.
+    # `items` may hold more events than these sessions, if they are the first of a split. Events are
+    # counted some at a time, because np.bincount copies them as int64.
     for low in range(0, int(sessions.offsets[-1]), _EVENTS_AT_ONCE):
         part = sessions.items[low : min(low + _EVENTS_AT_ONCE, int(sessions.offsets[-1]))]
         count_I += np.bincount(part, minlength=num_items + 1)
@@ -101,7 +101,7 @@ def count_events(sessions: Sessions, num_items: int) -> np.ndarray:
 class TextIds:
     """Text ids, mapped from disk: `ids[rows]` reads only the ids of those rows.
 
-    text: uint8, UTF-8 with a line feed behind each id; offsets: int64 [S + 1], where each begins.
+    text: uint8, UTF-8 with a line feed after each id; offsets: int64 [S + 1], where each begins.
     """
 
     def __init__(self, text: np.ndarray, offsets: np.ndarray) -> None:
@@ -216,7 +216,7 @@ class Dataset:
         except Exception as error:
             raise self._damaged("the list of item ids", error) from error
         if len(ids) != self.num_items:
-            raise self._damaged("the list of item ids", f"{len(ids):,}, not {self.num_items:,}")
+            raise self._damaged("the list of item ids", f"{len(ids):,} ids, not {self.num_items:,}")
         return ids
 
     def session_ids(self, split: str) -> np.ndarray | TextIds | None:
@@ -234,8 +234,8 @@ class Dataset:
     def check_files(self, split: str, kind: str = "", *, fully: bool = False) -> None:
         """Compare a split's files whose names begin with `kind` with their fingerprints.
 
-        Of large ones only if `fully`. Items and offsets are not among them: see `checked_split`.
-        A dataset that an earlier version prepared has none.
+        Large files are compared only if `fully`. Items and offsets are left to `checked_split`.
+        A dataset that an earlier version prepared has no such fingerprints.
         """
         for name, expected in self.split_info(split).get("files", {}).items():
             if not name.startswith(kind):
@@ -253,7 +253,7 @@ class Dataset:
         """Return how many predictions of the dataset's protocol each session lost in preparation.
 
         int32 [at least S]: those of the split's sessions, then those of sessions that were left out
-        as a whole. None where nobody counted them: prepared by an earlier version.
+        as a whole. None if an earlier version, which did not count them, prepared the dataset.
         """
         counts = self.split_info(split)
         file = self.path / split / "lost_predictions.npy"
@@ -289,7 +289,7 @@ class Dataset:
             raise self._damaged(what, error) from error
         sessions = self.split_info(split)["sessions"]
         if len(ids) != sessions:
-            raise self._damaged(what, f"{len(ids):,}, not {sessions:,}")
+            raise self._damaged(what, f"{len(ids):,} ids, not {sessions:,}")
         return ids
 
     def _damaged(self, what: str, reason: object) -> InputError:
@@ -309,7 +309,7 @@ def _map(file: Path, dtype: type[np.generic]) -> np.ndarray:
 
 
 class DatasetWriter:
-    """Writes a dataset atomically: into a temporary folder, which is renamed when complete.
+    """Writer of a dataset into a temporary folder, which is renamed when complete.
 
         with DatasetWriter(data_dir / "shop", force=False) as writer:
             writer.write_items(original_ids)
@@ -367,11 +367,10 @@ class DatasetWriter:
     ) -> dict[str, Any]:
         """Append chunks of sessions (each with offsets from 0) to a split.
 
-        All chunks have times, or none has; likewise session and user ids. unseen_events: dropped
-        before, because the training period lacks their item; lost_predictions: predictions of the
-        dataset's protocol that were possible before; an array is as in `Dataset.lost_of_sessions`.
-        These and further counts go into dataset.json.
-        Returns what dataset.json says of the split.
+        All chunks have times, or none has; likewise session and user ids. unseen_events: events
+        dropped earlier, because the training period lacks their item; lost_predictions: predictions
+        of the dataset's protocol lost with them; an array is as in `Dataset.lost_of_sessions`.
+        These and further counts go into dataset.json. Returns the split's entry in dataset.json.
         """
         folder = self._folder / name
         folder.mkdir()
@@ -452,7 +451,7 @@ class _SplitArrays:
                 file.append(ids)
 
     def finish(self) -> dict[str, Any]:
-        """Write the offsets; return what dataset.json says of the arrays."""
+        """Write the offsets; return the entry of the arrays in dataset.json."""
         length = np.concatenate(self._lengths)
         offsets = np.zeros(len(length) + 1, np.int64)
         np.cumsum(length, out=offsets[1:])
@@ -464,7 +463,7 @@ class _SplitArrays:
             "mean_length": float(length.mean()) if len(length) else None,
             "median_length": float(np.median(length)) if len(length) else None,
             "max_length": int(length.max()) if len(length) else None,
-            "repeated_events": self._repeated_events,  # show the item of the event before
+            "repeated_events": self._repeated_events,  # of the same item as the event before
             "fingerprint": self._digest.hexdigest(),
             "files": {},  # filled in by DatasetWriter.finish
             **dict(zip(("first_time", "last_time"), self._span, strict=False)),

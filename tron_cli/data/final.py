@@ -10,11 +10,11 @@ from tron_cli.errors import InputError
 
 
 class TrainAndValidation(Dataset):
-    """A prepared dataset whose training split has its validation sessions too, and none is left.
+    """A prepared dataset whose training split includes validation, which is then empty.
 
     Validation sessions follow the training ones, as in time. Under the last-item protocol a row of
-    validation is a whole history, so it takes the place of that user's training row. The
-    fingerprint of the training split stays that of the original; val_fingerprint is the other one.
+    validation is a whole history, so it replaces that user's training row. The fingerprint of the
+    training split stays that of the original; val_fingerprint is that of the validation split.
     """
 
     def __init__(self, original: Dataset) -> None:
@@ -22,8 +22,8 @@ class TrainAndValidation(Dataset):
         train, val = original.checked_split("train"), original.checked_split("val")
         if not len(val):
             raise InputError(
-                f"the validation split of {original.path} is empty: a final model would be trained "
-                "on what its run was trained on; use the checkpoint of that run"
+                f"the validation split of {original.path} is empty, so a final model would be "
+                "trained on the sessions of its run again; use the checkpoint of that run"
             )
         if original.protocol == "last-item":
             train = _without(train, _also_validate(original))

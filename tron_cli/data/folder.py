@@ -30,10 +30,10 @@ log = logging.getLogger("tron")
 
 
 class DatasetFolder:
-    """Locks the place of a dataset, and replaces what is there at the end.
+    """The locked place of a dataset, whose content is replaced at the end.
 
     `path` may be a link to a folder elsewhere: then that folder is replaced. Raises InputError
-    where something is there and `replace` is false, or where it is not a prepared dataset.
+    where `path` exists and `replace` is false, or where it is not a prepared dataset.
     """
 
     def __init__(self, path: Path, *, replace: bool) -> None:
@@ -75,7 +75,7 @@ class DatasetFolder:
             _clear(self._work, self._place)
 
     def put_in_place(self) -> None:
-        """Move the new dataset to its place, where an old one may be."""
+        """Move the new dataset to its place, replacing an old one."""
         if self._place.exists():
             self._place.replace(self._work / "replaced")
         self.new.replace(self._place)
@@ -101,7 +101,7 @@ class DatasetFolder:
         if any(self.path.iterdir()) and not made_with(self.path):
             raise InputError(
                 f"--force replaces prepared datasets only, and {self.path} has no readable "
-                "dataset.json of one; move it away, or choose another --name"
+                "dataset.json; move it away, or choose another --name"
             )
 
 
@@ -124,7 +124,7 @@ def _clear(work: Path, place: Path) -> None:
     """Remove a work folder; a replaced dataset goes back if the new one is not in place."""
     if (work / "replaced").exists() and not place.exists():
         (work / "replaced").replace(place)
-        log.warning("%s is back as it was before a killed `tron prepare --force`", place)
+        log.warning("restored %s as it was before a killed `tron prepare --force`", place)
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -147,7 +147,7 @@ def made_with(path: Path, **facts: object) -> bool:
 
 
 def _foreign_entries(path: Path) -> list[str]:
-    """List the entries of a folder that no prepared dataset has; of a file, its name."""
+    """List the entries of a folder that no prepared dataset has; for a file, its name."""
     if not path.is_dir():
         return [path.name]
     own = {*_FILES, *SPLITS}

@@ -117,10 +117,10 @@ def predicted_events(
 
 
 def latest_histories(sessions: Sessions, window: int) -> Histories:
-    """Return the histories from which the events that follow each session are recommended.
+    """Return the histories from which the items after each session are recommended.
 
-    Each is the last `window` events of a session, of which it has at least one. The targets are not
-    known: `target_E` is not to be asked for.
+    Each is the last `window` events of a session of at least one event. The targets are not known:
+    `target_E` must not be read.
     """
     begin_E = np.asarray(sessions.offsets[:-1], dtype=np.int64)
     end_E = np.asarray(sessions.offsets[1:], dtype=np.int64)
@@ -144,9 +144,9 @@ def count_predicted(
 def training_windows(
     sessions: Sessions, chosen: np.ndarray | slice, window: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return begin (place in `items`) and length of the history of chosen sessions' last events.
+    """Return begin (place in `items`) and length of the training windows of chosen sessions.
 
-    Both int64. A training step predicts from them what follows each of their events.
+    Both int64. A training step predicts the item that follows each event of a window.
     """
     last_S = sessions.offsets[1:][chosen] - 1
     start_S = _history_start(sessions.offsets[:-1][chosen], last_S, window)
@@ -178,10 +178,10 @@ def collect(
     top_items: int,
     progress: str | None,
 ) -> Predictions:
-    """Join predictions in order, from some events at a time with their ranks and best items.
+    """Join predictions that come for some events at a time, in order.
 
-    expected: number of events, of which a bar shows how many are done. progress: its title; None:
-    no bar. Best items are None unless top_items are asked for.
+    expected: number of events, for the progress bar. progress: title of the bar; None: no bar. The
+    best items are None unless top_items are asked for.
     """
     nothing = np.zeros(0, dtype=np.int64)
     parts = [(nothing, nothing, nothing, nothing, nothing)]

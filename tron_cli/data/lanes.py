@@ -27,9 +27,9 @@ _SESSIONS_AT_ONCE = 1 << 13
 class Lanes:
     """Batches of session-parallel training, from an endless series of passes over the sessions.
 
-    Of a session its last sequence_length + 1 events are seen. A pass begins when the one before has
-    no more sessions to give, while its last ones are still under way: no lane is ever idle.
-    steps_per_pass: steps that have as many events as a pass.
+    A session contributes its last sequence_length + 1 events. A pass begins as soon as all sessions
+    of the previous one have begun, while some of them still run, so that no lane is ever idle.
+    steps_per_pass: number of steps that have as many events as a pass.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class Lanes:
         seed: int,
         padded: bool = False,
     ) -> None:
-        """Start before step 0.
+        """Prepare for step 0.
 
-        sessions: of at least two events each. style, seed: see `session_order`. padded: batches say
-        that their shapes are fixed (`Batch.padded`), which is so for lanes in any case.
+        sessions: of at least two events each. style, seed: see `session_order`. padded: mark the
+        batches as `Batch.padded`; the shapes of lanes are fixed in any case.
         """
         self._sessions = sessions
         self._lanes = lanes
@@ -88,7 +88,7 @@ class Lanes:
         )
 
     def _begin_until(self, step: int) -> bool:
-        """Begin the sessions of the chunk that are due; return whether others are left."""
+        """Begin the sessions of the chunk that start by this step; return whether others remain."""
         begin_C, lane_C, session_C = self._chunk
         end = int(np.searchsorted(begin_C, step, side="right"))
         # Backwards, so that the first session found of a lane is its last one.
