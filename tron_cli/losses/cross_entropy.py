@@ -33,13 +33,13 @@ def ce(
     gradient of zero. A position whose target is no item, such as padding, gets the logarithm of the
     sum of all items' exponentials, which is finite; the caller leaves it out.
 
-    Logits exist in blocks of items, N by C, which the backward pass computes again: four matrix
-    products where the full matrix takes three, and the memory of one block. Under autocast products
-    are in its dtype, logarithms and sums in float32; float64 stays float64.
-    `torch.nn.functional.linear_cross_entropy` (torch 2.13) has the same products in parts of
-    positions, of which each goes through the whole table; see benchmarks/LOG.md.
+    Logits exist for one block of items at a time, N by C, and the backward pass computes them
+    again: four matrix products where the full matrix takes three, in the memory of one block. Under
+    autocast products are in its dtype, logarithms and sums in float32; float64 stays float64.
+    `torch.nn.functional.linear_cross_entropy` (torch 2.13) computes the same products in parts of
+    positions, each of which reads the whole table; see benchmarks/LOG.md.
     """
-    hidden_ND = hidden_ND.to(table_VD.dtype)  # under autocast a layer may return less
+    hidden_ND = hidden_ND.to(table_VD.dtype)  # under autocast a layer may return a lower precision
     dtype = product_dtype(table_VD)
     with torch.autocast(table_VD.device.type, enabled=False):
         return _CrossEntropy.apply(hidden_ND, table_VD, targets_N, num_items, dtype)

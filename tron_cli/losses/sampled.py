@@ -65,7 +65,7 @@ def gbce(
 
 
 def gbce_beta(t: float, num_negatives: int, num_items: int) -> float:
-    """Return the power that undoes the overconfidence of sampling: none at t = 0, all at t = 1."""
+    """Return the power that corrects the overconfidence due to sampling, fully at t = 1."""
     sampled = num_negatives / max(1, num_items - 1)
     return sampled * (t * (1 - 1 / sampled) + 1 / sampled)
 

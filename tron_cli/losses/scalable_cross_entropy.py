@@ -36,14 +36,13 @@ def sce(
 ) -> torch.Tensor:
     """Return the cross-entropy of each target among the items in a bucket of its position: [N].
 
-    Each of sce_buckets random directions makes a bucket: of the sce_bucket_positions positions and
+    Each of sce_buckets random directions defines a bucket: the sce_bucket_positions positions and
     the sce_bucket_items items with the largest products with it. A position's loss in a bucket is
     the cross-entropy of its target among the target and the bucket's items. Its loss is the largest
-    over the buckets that it is in: every bucket is a part of the full softmax, and the one with the
-    hardest items is nearest to it. The paper's loss is the mean over the positions that are in a
-    bucket; here theirs are scaled so that it is the mean over all positions: the loss of a position
-    is zero where it is in no bucket, and otherwise its loss times
-    (positions with a target) / (positions in a bucket).
+    over its buckets: every bucket is a part of the full softmax, and the one with the hardest items
+    comes closest to it. The paper takes the mean over the positions that are in a bucket. To make
+    this the mean over all positions, the loss of a position in no bucket is zero here, and that of
+    the others is multiplied by (positions with a target) / (positions in a bucket).
 
     hidden_ND [N, D] and table_VD [V, D] are floating point, V > num_items; targets_N is int64 [N],
     0 where there is nothing to predict: such positions do not count in any bucket.
@@ -51,10 +50,10 @@ def sce(
     sce_mix: directions are random mixtures of the batch's hidden states instead of white noise, so
     that they lie where the hidden states do. Directions come from torch's default generator.
 
-    Beside the products with the directions, which have no gradient, logits are computed of
-    B x X x Y pairs, in parts, and once more for the gradients. The gradient of the table is dense.
+    Besides the products with the directions, which have no gradient, the logits of B x X x Y pairs
+    are computed, in parts, and again for the gradients. The gradient of the table is dense.
     """
-    hidden_ND = hidden_ND.to(table_VD.dtype)  # under autocast a layer may return less
+    hidden_ND = hidden_ND.to(table_VD.dtype)  # under autocast a layer may return a lower precision
     dtype = product_dtype(table_VD)
     usual = round(2 * math.sqrt(len(hidden_ND)))
     with torch.autocast(table_VD.device.type, enabled=False):
@@ -145,7 +144,7 @@ class _BucketCrossEntropy(torch.autograd.Function):
             others.append(logits_bXY.to(target_N.dtype).logsumexp(dim=2))
         # For each place in a bucket, the log-sum over the items other than the target.
         others_BX = torch.cat(others)
-        # The largest belongs to the bucket of the largest loss, for the target is the same in all.
+        # The largest belongs to the bucket of the largest loss: all buckets have the same target.
         others_N = target_N.new_full((len(target_N),), -torch.inf).scatter_reduce_(
             0, positions_BX.flatten(), others_BX.flatten(), "amax"
         )

@@ -1,1 +1,1 @@
-"""Arithmetic fitted to the machine; each operation stands beside its plain form."""
+"""Arithmetic optimized for the machine; each operation has its plain form beside it."""

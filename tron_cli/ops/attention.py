@@ -75,7 +75,7 @@ def attention(
     causal: bool = True,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return `F.scaled_dot_product_attention`, by another way where weights are dropped on the CPU.
+    """Return `F.scaled_dot_product_attention`, computed faster where the CPU drops weights.
 
     causal: without a bias, place w sees the keys up to w. bias: added to the scores [R, H, W, V],
     to whose shape it is broadcast; -inf hides a key.

@@ -1,4 +1,4 @@
-"""The device that a person names."""
+"""The device that the user chose."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Parts of a step, each few enough rows for the cache and on a thread of its own.
+"""Parts of a step, each of few enough rows for the cache, computed on a thread of its own.
 
 torch spreads each operator over its threads and waits for all of them before the next begins; while
-torch or NumPy works on one thread, the others wait. Parts that do not depend on each other are
-better spread whole, each on one thread from its first operator to its last.
+torch or NumPy works on one thread, the others wait. Independent parts are faster when each of them
+runs on one thread from its first operator to its last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 # Scores, or elements of gathered rows, held at once.
 _ELEMENTS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 28}
-# Parts of so many rows, or a multiple: matrix products like round numbers.
+# Parts have a multiple of this many rows, since matrix products are faster with round sizes.
 _ROWS = 64
 
 Part = TypeVar("Part")

@@ -5,10 +5,9 @@ compares each sum with the score of the event's target, in registers. Items outs
 are counted; the ids of the few inside it are listed, to be scored again in float64.
 
 float16, scaled by powers of two, has the 11 significant bits of TF32 at twice its rate and half
-its traffic. Why it pays: 10.7M events x 1.86M items x 200 are 8e15 operations, 160 s in float32 at
-50 TFLOP/s, some 20 s in float16 at 400. Inside the bound, about 3e-4 * |h| * |e|, lie 20 to 30 of
-43,000 items per event with trained models; at 1,000 of 1.86M, scoring them again reads 9 TB, a few
-seconds.
+its traffic. 10.7M events x 1.86M items x 200 are 8e15 operations: 160 s in float32 at 50 TFLOP/s,
+some 20 s in float16 at 400. With trained models 20 to 30 of 43,000 items per event lie inside the
+bound, about 3e-4 * |h| * |e|; for 1,000 of 1.86M, scoring them again reads 9 TB, a few seconds.
 
 Shapes: E events, D width of the table, K the same rounded up, I items, P (event, item) pairs.
 """
@@ -29,7 +28,7 @@ except ImportError:
 _CAPACITY = 1 << 14  # items in doubt that can be listed per event
 _BLOCK_E, _BLOCK_I, _BLOCK_K = 128, 128, 32
 _BLOCK_P = 16
-_WAVES = 4  # programs per multiprocessor: short ones, so that none runs long after the others
+_WAVES = 4  # programs per multiprocessor; short programs end at about the same time
 _LARGEST_EXPONENT = 8  # entries are scaled below 2^8: sums stay in range, few entries underflow
 
 log = logging.getLogger("tron")

@@ -1,16 +1,17 @@
-"""The moves that dense Adam makes along rows without a gradient, made up for when they are needed.
+"""Lazy Adam with the weights of dense Adam: pending updates of table rows, applied when needed.
 
-In dense Adam a row without a gradient goes on along its mean, which decays. RowAdam lets it sleep,
-and `catch_up` makes all the moves that it missed. After i steps of sleep the ratio of mean and root
-of the square is r^i times what it was, r = beta1 / sqrt(beta2), so the moves of one sleep differ by
-factors that all elements share: with rate lr_t in step t
+In dense Adam a row without a gradient still moves along its mean, which decays. RowAdam leaves such
+a row alone ("asleep"), and `catch_up` applies its pending updates, or moves, together. After i
+steps of sleep the ratio of mean to root of the square is r^i times what it was, with
+r = beta1 / sqrt(beta2), so the moves of one sleep differ by factors that all elements share. With
+rate lr_t in step t, their sum is
 
     sum over t of lr_t sqrt(1 - beta2^t) / (1 - beta1^t) r^(t - touched)
 
 times mean / (sqrt(square) + eps'). The one approximation is eps', which changes by half a percent
-in ten steps, faster in the first thousand: it is taken at the mean age of a sleep's moves. The sum
-of a sleep that began in step t grows for the _AGES steps in which r^i counts, and is kept at place
-t modulo SLEEPS for as many steps. All due moves must be made by then.
+in ten steps, faster in the first thousand: it is taken at the mean age of the pending moves. The
+sum of a sleep that began in step t grows for the _AGES steps in which r^i matters, and is kept at
+place t modulo SLEEPS for SLEEPS steps. All pending moves must be applied within that time.
 
 Shapes: V rows of a table, U rows given, D width, S places of sums.
 """
@@ -25,7 +26,7 @@ import torch
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 SLEEPS = 1 << 16
-# Rows updated at once: few enough for a CPU's cache to hold what belongs to them.
+# Rows updated at once: few enough for their weights and state to fit a CPU's cache.
 ROWS_AT_ONCE = {"cpu": 1024, "cuda": 1 << 22}
 
 _AGES = 256
@@ -35,10 +36,10 @@ _RATIO = BETA1 / math.sqrt(BETA2)
 def fresh_state(parameters: Iterable[torch.Tensor]) -> dict[str, Any]:
     """Return the state of RowAdam before the first step, in the form that a last.pt holds.
 
-    steps: int64 (), steps taken. state: of each parameter the mean and the square, as the
-    parameter is; touched, int64 [V], the step of a row's last sparse gradient, 0 without one; and
-    moved, float32 [V], how much of the moves since then has been made. moves: float32 [S], the sum
-    of a sleep's moves.
+    steps: int64 (), steps taken. state: for each parameter, mean and square, shaped like the
+    parameter; touched, int64 [V], the step of a row's last sparse gradient, 0 without one; and
+    moved, float32 [V], how much of the sum of moves since then has been applied. moves: float32
+    [S], the sum of the moves of a sleep that began at this place.
     """
     parameters = list(parameters)
     device = parameters[0].device
@@ -67,7 +68,7 @@ def scale_and_rate(
 
 
 def add_moves(moves_S: torch.Tensor, steps: torch.Tensor, lr: torch.Tensor | float) -> None:
-    """Add the moves of a step to the sums of all sleeps, in place; a sleep may begin in it.
+    """Add the moves of a step to the sums of all sleeps, in place, and start the sum of a new one.
 
     steps: the number of this step, counted from 1. lr: its learning rate.
     """
@@ -91,17 +92,18 @@ def catch_up(
     steps: torch.Tensor,
     leaves_out_rows: bool = True,
 ) -> None:
-    """Make the moves that are due of some rows; only these of weights_VD and `moved` are changed.
+    """Apply the pending updates of some rows of weights_VD, in place, and note them in `moved`.
 
     mean, square, touched, moved, moves and steps are those of `fresh_state`. leaves_out_rows: skip
-    rows with nothing due, which waits for the device; they are written back unchanged otherwise.
+    rows with nothing pending, which waits for the device; otherwise they are written back
+    unchanged.
     """
     for ids in ids_U.split(ROWS_AT_ONCE[weights_VD.device.type] * 4):
         touched_U = touched.index_select(0, ids)
         moved_U = moved.index_select(0, ids)
         moves_U = moves[touched_U.remainder(len(moves))]
-        # Nothing is due of rows that never had a sparse gradient, nor of those that slept so long
-        # that a later sleep has their place: they have made all moves.
+        # Nothing is pending for rows that never had a sparse gradient, nor for those that have
+        # slept so long that a later sleep has their place: all their moves were applied before.
         sleeping = (touched_U > 0) & (steps - touched_U < len(moves))
         moves_U = moves_U.where(sleeping, moved_U)
         due_U = moves_U - moved_U
@@ -123,10 +125,10 @@ def catch_up(
 def _eps_of_sleep(
     age_U: torch.Tensor, touched_U: torch.Tensor, moved_U: torch.Tensor, moves_U: torch.Tensor
 ) -> torch.Tensor:
-    """Return dense Adam's eps at the mean age of the moves that are due, float64 [U].
+    """Return dense Adam's eps at the mean age of the pending moves, float64 [U].
 
-    It is added to the root that the square had when the row fell asleep. Ages are those of a
-    constant rate: move i counts ratio^i, and what was moved tells until which age.
+    It is added to the root that the square had when the row fell asleep. Ages are computed for a
+    constant rate: move i weighs ratio^i, and `moved` gives the age until which moves were applied.
     """
     age_U = age_U.clamp(1, _AGES).double()
     left_U = _RATIO**age_U
@@ -135,7 +137,7 @@ def _eps_of_sleep(
     age_before_U = left_before_U.log() / math.log(_RATIO)
     due_U = (left_before_U - left_U).clamp(min=1e-30)
     mean_age_U = (age_before_U * left_before_U - age_U * left_U) / due_U + 1 / (1 - _RATIO)
-    mean_age_U = mean_age_U.clamp(1, _AGES)  # where next to nothing is due it is rounding's
+    mean_age_U = mean_age_U.clamp(1, _AGES)  # with almost nothing pending, rounding decides it
     correction_U = (1 - BETA2 ** (touched_U + mean_age_U)).sqrt()
     return EPS * correction_U / BETA2 ** (mean_age_U / 2)
 

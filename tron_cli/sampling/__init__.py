@@ -1,1 +1,1 @@
-"""Negatives: how they are weighted, drawn, looked up and compared."""
+"""Negatives: weights, draws, lookups and logits."""

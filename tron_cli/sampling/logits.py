@@ -40,7 +40,7 @@ def sampled_logits(
     hidden_ND: the hidden states of the events with a target.
     """
     assert batch.targets_N is not None
-    hidden_ND = hidden_ND.to(table_VD.dtype)  # under autocast a layer may return less
+    hidden_ND = hidden_ND.to(table_VD.dtype)  # under autocast a layer may return a lower precision
     target_N1 = batch.targets_N[:, None]
     candidates = _Candidates(hidden_ND, table_VD, batch, negatives, mask_collisions)
     if topk is None:
@@ -91,7 +91,7 @@ class _Candidates:
         )
         self.num_uniform = negatives.uniform.shape[-1]
         self.num_in_batch = negatives.in_batch_BM.shape[1]
-        # Matrix products are in autocast's precision, as those of layers are.
+        # Matrix products are in autocast's precision, like those of layers.
         device = hidden_ND.device.type
         self.dtype = (
             torch.get_autocast_dtype(device)

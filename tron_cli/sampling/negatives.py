@@ -111,10 +111,11 @@ def sample_negatives(
 
     Uniform negatives (or those of another distribution) are drawn from the items 1..I with
     replacement: one set per event with a target (eventwise), session (sessionwise) or batch
-    (batchwise). Rejected are, batchwise with reject_in_batch_items, the inputs of the batch (in
-    session-parallel batches nothing, as in TRON's GRU4Rec); eventwise and sessionwise with
-    reject_uniform_session_items, the inputs of the own session. A draw under rejection is from the
-    items that remain, in proportion to their weights; a set with none is marked as not kept.
+    (batchwise). batchwise with reject_in_batch_items rejects the inputs of the batch (nothing in
+    session-parallel batches, as in TRON's GRU4Rec); eventwise and sessionwise with
+    reject_uniform_session_items reject the inputs of the own session. A draw under rejection is
+    from the items that remain, in proportion to their weights; a set with none is marked as not
+    kept.
 
     In-batch negatives are occurrences among the inputs of the other sessions (of all sessions
     without reject_in_batch_items), without replacement; all of them where there are fewer than
@@ -249,9 +250,9 @@ def _draw_in_batch(
 
 
 def _without_replacement(size_B: torch.Tensor, draws: int) -> torch.Tensor:
-    """Draw without replacement from 0..size - 1, every set alike: int64 [B, draws], in no order.
+    """Draw from 0..size - 1 without replacement, all sets equally likely: int64 [B, draws].
 
-    Where size < draws, the surplus comes last and is at least size.
+    In no order; where size < draws, the surplus comes last and is at least size.
     """
     # Fisher and Yates: step i takes the number at a random place from i on, and puts there the
     # number at i. A place where no earlier step has put anything holds its own number, so only the

@@ -1,8 +1,8 @@
 """Optimizers for dense and sparse gradients, clipping, and the learning rate of a step.
 
-The gradient of a parameter is dense, or of a table a sparse tensor of the rows touched. State and
+The gradient of a parameter is dense or, for a table, a sparse tensor of the rows touched. State and
 learning rate are tensors on the device from the start, so that a step can be recorded and replayed
-and a saved state is copied into place.
+and a saved state can be copied into place.
 
 Shapes: V rows of a table, U rows that a step touches, D width.
 """
@@ -29,7 +29,8 @@ class Adam(torch.optim.Adam):
         device = parameters[0].device
         on_gpu = device.type == "cuda"
         super().__init__(parameters, lr=_on_device(lr, device), fused=True, capturable=on_gpu)
-        # Steps that are not recorded are intended: the first of each size, and those of odd sizes.
+        # torch would warn, but some steps are not recorded on purpose: the first of each size, and
+        # those of odd sizes.
         self._warned_capturable_if_run_uncaptured = True
         for weights in parameters:
             self.state[weights] = {
@@ -49,8 +50,10 @@ class Adam(torch.optim.Adam):
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Copy a saved state, in which one count of steps may serve all parameters, as in older
-        checkpoints. Raises InputError where the state is that of another optimizer."""
+        """Copy a saved state; in older checkpoints all parameters share one count of steps.
+
+        Raises InputError where the state is that of another optimizer.
+        """
         own = self.state_dict()
         if isinstance(saved, dict) and getattr(saved.get("steps"), "ndim", None) == 0:
             saved = {**saved, "steps": saved["steps"].expand(len(own["steps"]))}
@@ -62,9 +65,9 @@ class Adam(torch.optim.Adam):
 class RowOptimizer(torch.optim.Optimizer):
     """Base of the optimizers that update the rows of a sparse gradient, and no others.
 
-    leaves_out_rows: True if rows of a sparse gradient that are all zero are left out; otherwise
-    they are written back unchanged, since a GPU would have to be waited for to count them. Rows
-    must then be distinct, except for those that are zero.
+    leaves_out_rows: True if rows of a sparse gradient that are all zero are left out. Otherwise
+    they are written back unchanged, since counting them would mean waiting for the GPU; rows must
+    then be distinct, except for those that are zero.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
@@ -78,7 +81,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Step along the gradients; a parameter without one stays as it is."""
+        """Update the parameters that have a gradient."""
         lr = self.param_groups[0]["lr"]
         dense: list[torch.Tensor] = []
         rows: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
@@ -109,7 +112,7 @@ class RowOptimizer(torch.optim.Optimizer):
         return self._saved
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Copy a saved state, whose clocks may be floats, as in older checkpoints.
+        """Copy a saved state, whose counts of steps are floats in older checkpoints.
 
         Raises InputError where the state is that of another optimizer.
         """
@@ -144,7 +147,7 @@ class RowOptimizer(torch.optim.Optimizer):
         values: torch.Tensor,
         gradient_UD: torch.Tensor,
     ) -> None:
-        """Put values into rows of a table of weights or state, except for rows that sleep."""
+        """Write values into rows of a table of weights or state that have a gradient."""
         if not self.leaves_out_rows:
             awake = (gradient_UD.norm(dim=1) != 0).view(-1, *[1] * (values.dim() - 1))
             values = values.where(awake, table.index_select(0, ids_U))
@@ -154,16 +157,16 @@ class RowOptimizer(torch.optim.Optimizer):
 class RowAdam(RowOptimizer):
     """Adam on sparse gradients of tables, with the weights of dense Adam at the cost of rows.
 
-    A row that is not looked up sleeps: the moves that dense Adam makes along its mean are made up
-    for by `catch_up` (ops/row_adam.py). Each step catches up a few rows of a table in turn, so that
-    all have made their moves before the sums of these are overwritten.
+    A row that is not looked up sleeps, and `catch_up` applies the updates of dense Adam that are
+    pending for it (ops/row_adam.py). Each step also catches up a few rows of a table in turn, so
+    that no sum of pending updates is overwritten before it is applied.
     """
 
     def _fresh_state(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
         return row_adam.fresh_state(parameters)
 
     def catch_up(self, weights: torch.Tensor, ids_U: torch.Tensor | None = None) -> None:
-        """Bring rows of a table (None: all) to where the steps so far put them."""
+        """Apply all pending updates of rows of a table (None: of all its rows)."""
         if ids_U is None:
             ids_U = torch.arange(len(weights), device=weights.device)
         row_adam.catch_up(
@@ -176,8 +179,8 @@ class RowAdam(RowOptimizer):
         )
 
     def _wake(self, weights: torch.Tensor, ids_U: torch.Tensor) -> None:
-        """Catch up these rows, which have nothing due if they were looked up, and those in turn."""
-        # All rows have their turn in half the time for which sums are kept.
+        """Catch up these rows, if the lookup has not done so, and those whose turn it is."""
+        # Every row has its turn in half the time for which sums are kept.
         count = math.ceil(2 * len(weights) / len(self._saved["moves"]))
         turn = torch.arange(count, device=ids_U.device).add_(self.steps * count)
         self.catch_up(weights, torch.cat([ids_U, turn.remainder_(len(weights))]))
@@ -192,7 +195,7 @@ class RowAdam(RowOptimizer):
             [self.state[weights]["mean"] for weights in parameters],
             [self.state[weights]["square"] for weights in parameters],
             [],
-            # Above 2^24 float32 rounds the step, of which nothing is felt any more by then.
+            # Above 2^24 float32 rounds the step, when the bias corrections are 1 in any case.
             [self.steps.to(lr.dtype)] * len(parameters),
             lr=lr,
             beta1=row_adam.BETA1,
@@ -211,7 +214,7 @@ class RowAdam(RowOptimizer):
         lr: torch.Tensor,
     ) -> None:
         state = self.state[weights_VD]
-        # In float64: of a float32 beta2 the rounding grows with the age.
+        # In float64: the rounding error of a float32 beta2 would grow with the age.
         age_U1 = (self.steps - state["touched"][ids_U])[:, None].double()
         dtype = gradient_UD.dtype
         mean_UD = state["mean"].index_select(0, ids_U).mul_((row_adam.BETA1**age_U1).to(dtype))
@@ -266,13 +269,13 @@ class Adagrad(RowOptimizer):
 
 
 def _on_device(lr: float, device: torch.device) -> torch.Tensor:
-    """Return a learning rate as a step finds it; torch's CUDA kernel wants a narrow one."""
+    """Return a learning rate as a tensor; torch's CUDA kernel needs a float32 one."""
     dtype = torch.float64 if device.type == "cpu" else torch.float32
     return torch.full((), lr, dtype=dtype, device=device)
 
 
 def _copy_state(saved: Any, own: dict[str, Any]) -> None:
-    """Copy a saved state into tensors, where torch's load_state_dict would make clocks floats."""
+    """Copy a saved state into tensors; torch's load_state_dict would make step counts floats."""
     if not row_adam.same_shapes(saved, own):
         raise InputError(
             "the saved state of the optimizer is that of another optimizer or of another "
@@ -288,7 +291,7 @@ def _copy_state(saved: Any, own: dict[str, Any]) -> None:
 def _touched_rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids and values of a sparse gradient, each row once, without those that are zero."""
     ids_U = gradient._indices()[0]
-    # Gradients of lookups have each row once, but autograd drops the mark that says it.
+    # Gradients of lookups have each row once, but autograd drops the flag that says so.
     if bool((ids_U[1:] <= ids_U[:-1]).any()):
         gradient = gradient.coalesce()
     ids_U, values_UD = gradient._indices()[0], gradient._values()
@@ -304,7 +307,7 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def catch_up_all(optimizer: torch.optim.Optimizer) -> None:
-    """Bring all parameters to where the steps so far put them, to evaluate with them."""
+    """Apply all pending updates, so that the parameters can be evaluated or saved."""
     if isinstance(optimizer, RowAdam):
         for weights in optimizer.param_groups[0]["params"]:
             optimizer.catch_up(weights)
@@ -315,9 +318,10 @@ def faster_adam(num_items: int, rows: float, *, topk: bool) -> str:
 
     rows: how many of them a step looks up; topk: True if most of those have no gradient. Dense Adam
     takes time for each row of the table, RowAdam for each row looked up, more where it has a
-    gradient, and for its own operations. As measured by `python -m benchmarks.optimizers` on a CPU:
-    at 2,334 rows without top-k they are even at 20,000 items, at 6,316 at 75,000; with top-k at
-    3,300 rows at 28,000, at 17,000 at 50,000 to 60,000. Near the line they differ by a few percent.
+    gradient, and for its own operations. `python -m benchmarks.optimizers` on a CPU finds them
+    equal without top-k at 2,334 rows and 20,000 items, or 6,316 rows and 75,000 items; with top-k
+    at 3,300 rows and 28,000 items, or 17,000 rows and 50,000 to 60,000 items. Near these points
+    they differ by a few percent.
     """
     return "row_adam" if num_items > 10_000 + rows * (3 if topk else 10) else "adam"
 
@@ -325,7 +329,7 @@ def faster_adam(num_items: int, rows: float, *, topk: bool) -> str:
 def build_optimizer(
     name: str, parameters: Iterable[nn.Parameter], lr: float
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of a config's `optimizer`; dense Adam for an auto that is unresolved."""
+    """Return the optimizer that a config names; dense Adam for an unresolved `auto`."""
     return load(OPTIMIZERS[name])(parameters, lr)
 
 
@@ -349,8 +353,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> None
 def learning_rate(
     step: int, *, lr: float, schedule: str, warmup_steps: int, total_steps: int
 ) -> float:
-    """Return the rate of step 0, 1, ...: linear warm-up to `lr`, then constant or a half cosine to
-    0."""
+    """Return the rate of step 0, 1, ...: linear warm-up, then constant or a half cosine to 0."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     if schedule == "constant":
