@@ -683,7 +683,7 @@ def test_one_pass_is_refused(
     lists = tmp_path / "run.txt"
     code, out, err = command("evaluate", best, *place, "--one-pass", "--run", lists)
     assert (code, out, len(err.strip().splitlines())) == (2, "", 1)
-    assert "--one-pass is not for model=bert4rec" in err
+    assert "--one-pass does not apply to model=bert4rec" in err
     assert not lists.exists()
     assert command("compare", best, best, *place, "--one-pass")[0] == 2  # it has no such option
     code, out, _ = command("evaluate", best, *place, "--full-sessions", "--json")

@@ -24,7 +24,7 @@ from tron_cli.errors import InputError
 
 
 class Baseline(ABC):
-    """Method without gradients. Items are 1..num_items; histories hold sequence_length events.
+    """Method without gradients. Items are 1..num_items, histories up to sequence_length events.
 
     An instance can rank only after `fit` or `load_state_dict`.
     """
@@ -40,7 +40,7 @@ class Baseline(ABC):
 
     def fit(self, sessions: Sessions) -> None:
         """Fit to training sessions, which are in order of their start."""
-        # The array may hold more items where only the first sessions of a split are given.
+        # `items` may hold more events than these sessions, if they are the first of a split.
         sessions = Sessions(sessions.items[: sessions.offsets[-1]], sessions.offsets)
         count_I = count_events(sessions, self.num_items)
         self.load_state_dict({"popularity": count_I, **self.learn(sessions)})
@@ -83,8 +83,8 @@ class Baseline(ABC):
         """Return the items to recommend after each history and their scores, best first.
 
         int64 and float64 [E, limit], 0 where none are left. In the order of `rank`, ties by
-        ascending item id; targets are not asked for. eligible: only these items. Raises InputError
-        for a baseline from outside the package that does not define it.
+        ascending item id; targets are not read. eligible: only these items. Raises InputError for a
+        baseline from outside the package that does not define it.
         """
         raise InputError(
             f"{type(self).__name__} can be evaluated, but recommends nothing: it does not define "

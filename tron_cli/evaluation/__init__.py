@@ -1,1 +1,1 @@
-"""Evaluation: exact ranks, figures, comparison, files."""
+"""Evaluation: exact ranks, figures, comparison of checkpoints, and files."""

@@ -46,8 +46,8 @@ INTERVALS = (
     "paired by event, clustered by session, Student's t with sessions - 1 degrees of freedom; "
     "each holds by itself: not adjusted for the number of models and measures"
 )
-# In simulations 95 % intervals hold the truth in 92 to 93 % of cases with 20 to 50 sessions of very
-# unequal lengths, and in 94 to 95 % from 100 on.
+# In simulations 95 % intervals contain the true difference in 92 to 93 % of cases with 20 to 50
+# sessions of very unequal lengths, and in 94 to 95 % with 100 or more.
 FEW_SESSIONS = 50
 
 log = logging.getLogger("tron")

@@ -61,7 +61,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Inputs of an evaluation, all read before it ranks: files may change during hours of ranking.
+    """Inputs of an evaluation, all read before ranking, which can take hours: files may change.
 
     number_S: int64 [S], numbers of the sessions in the split. session_ids, user_ids: original ids
     of all sessions of the split, and of their users. lost_S: from `Dataset.lost_of_sessions`.
@@ -123,8 +123,8 @@ def _read(
     model = checkpoint.build_model(device)
     if options.one_pass and model.mask_item is not None:
         raise InputError(
-            f"--one-pass is not for model={config.model}, which predicts from a mask after each "
-            "history, so that one pass predicts one event; leave it out"
+            f"--one-pass does not apply to model={config.model}, which predicts from a mask after "
+            "each history, so that one pass predicts one event; leave it out"
         )
     with_counts = options.cutoff or "popularity" in options.by
     return _Inputs(
@@ -284,7 +284,7 @@ def fitted(
         raise InputError(
             f"{checkpoint.path} is a final model, trained on the {options.split} split of "
             f"{dataset.path} too, so that figures on it would mean nothing; evaluate it on the test"
-            " split, or the run that it came from on this one"
+            " split, or evaluate the run that it came from"
         )
     if not all(seen.values()):
         log.warning(

@@ -76,8 +76,9 @@ def predict(
     filter_rated: items of the whole history before the target cannot be recommended; a target
     among them is a miss. top_items: also return that many best items of each event, or the whole
     catalogue where it has fewer.
-    rank_limit: ranks beyond it may be any beyond it, for measures with a cutoff; large catalogues
-    are then ranked several times as fast on the CPU.
+    rank_limit: ranks up to it are exact, and larger ones need only be larger than it, which is
+    enough for measures with a cutoff; large catalogues are then ranked several times as fast on the
+    CPU.
     Sessions of fewer than two events predict nothing. Raises RunError where scores are not finite.
     """
     top_items = min(top_items, model.num_items)
@@ -161,7 +162,7 @@ def hidden_states(
     """Yield events of a block (their numbers) with the hidden states that predict them, [E, D].
 
     Some thousands at a time. shared: histories that begin at the same place are parts of one row,
-    whose hidden states serve them all. To be called within `float32_arithmetic`.
+    whose hidden states serve them all. Call it within `float32_arithmetic`.
     """
     return _gathered(_hidden(model, block, _rows(block, shared=shared), batch_size))
 
@@ -265,7 +266,7 @@ _SHARED = {"cpu": _Shared(), "cuda": _Shared()}
 def _without_tf32(device_type: str) -> Iterator[None]:
     shared = _SHARED[device_type]
     with shared.lock:
-        # Also where others are inside: somebody else may have turned them on since.
+        # Also if other threads are inside: the formats may have been turned on since.
         shared.restore += _turn_off(device_type)
         shared.threads += 1
     try:

@@ -38,7 +38,8 @@ _PAIRS_AT_ONCE = 1 << 10
 _LISTS_AT_ONCE = 1 << 6
 _ROWS_AT_ONCE = 1 << 12
 _SPARE_CANDIDATES = 32  # beyond the last place requested, in case rounding swapped some
-# Rounding a table to int8 takes as long as it saves on so many events. Small tables fit the cache.
+# Rounding a table to int8 takes the time that it saves on this many events. Small tables fit the
+# cache.
 _INT8_EVENTS = 1 << 11
 _INT8_ITEMS = 1 << 15
 _T = TypeVar("_T")
@@ -95,9 +96,10 @@ class Catalogue:
         self._may_use_int8 = int8_table.usable(self.table.device) and self.num_items >= _INT8_ITEMS
 
     def expect(self, events: int) -> None:
-        """Prepare for that many events, of which only the first places will be asked for.
+        """Prepare for ranking that many events up to a cutoff, or listing their best items.
 
-        It takes 2.5 s for 1.86M items of width 200, and a quarter of the table's memory.
+        For many events the table is rounded to int8, which takes 2.5 s for 1.86M items of width 200
+        and a quarter of the table's memory.
         """
         self._events_so_far += events
         if self._int8 is None and self._may_use_int8 and self._events_so_far >= _INT8_EVENTS:
@@ -173,9 +175,10 @@ class Catalogue:
     ) -> torch.Tensor:
         """Return the rank of each target, int64 [E], 1 = best, among all items that are not `seen`.
 
-        hidden_ED: float32; target_E: int64 item ids. Ties count against the target. limit: ranks
-        beyond it may be any beyond it, which is several times as fast for many events. Raises
-        RunError if hidden states are not finite or scores leave the range of float32.
+        hidden_ED: float32; target_E: int64 item ids. Ties count against the target. limit: ranks up
+        to it are exact, and larger ones need only be larger than it, which is several times as fast
+        for many events. Raises RunError if hidden states are not finite or scores leave the range
+        of float32.
         """
         hidden_ED = hidden_ED.float().contiguous()
         largest_E = self._largest_scores(hidden_ED)
@@ -281,7 +284,7 @@ class Catalogue:
     def _at_least(
         self, events: _Events, event_P: torch.Tensor, item_P: torch.Tensor
     ) -> torch.Tensor:
-        """Return where the item scores at least as high as the target of the event, bool [P]."""
+        """Mark the pairs whose item scores at least as high as the event's target, bool [P]."""
         lead_P = self.score(events.hidden_ED, event_P, item_P) - events.score_E[event_P]
         at_least_P = lead_P >= 0
         # The bound is zero for a hidden state of zeros, where everything ties.
@@ -309,7 +312,7 @@ class Catalogue:
         """Return the best items in the order of `ranks`, int64 [E, limit]; 0 where none are left.
 
         Equal scores are ordered by item id, except that the target comes last among its equals;
-        None: there are no targets. barred: int64, items that no event may be recommended.
+        target_E None: there are no targets. barred: int64, items that may not be recommended.
         """
         hidden_ED = hidden_ED.float().contiguous()
         if target_E is None:
@@ -352,7 +355,7 @@ class Catalogue:
         seen: SeenItems | None,
         barred: torch.Tensor | None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yield events, the float32 scores of their possible items [e, C], and these, ascending.
+        """Yield events, float32 scores of their possible items [e, C], and these items, ascending.
 
         Items 0 with scores of -inf come last.
         """

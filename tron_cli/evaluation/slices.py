@@ -103,7 +103,7 @@ def _by_popularity(train_events_I: np.ndarray) -> tuple[list[str], np.ndarray]:
 
 
 def _repeats(sessions: Sessions) -> np.ndarray:
-    """Return where an event has an item of an earlier event of its session, bool [N]."""
+    """Mark the events whose item is that of an earlier event of their session, bool [N]."""
     item_N = np.asarray(sessions.items[: sessions.offsets[-1]], dtype=np.int64)
     session_N = np.repeat(np.arange(len(sessions)), sessions.lengths)
     order = np.lexsort((item_N, session_N))  # stable: the earliest event of an item comes first
