@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from tron_cli.serving.recommender import Recommendation as Recommendation
     from tron_cli.serving.recommender import Recommender as Recommender
 
-# Huge pages for large tensors, which PyTorch asks for when this is set before its first one: random
-# rows of a table are found faster, and a step's matrices come without thousands of page faults.
+# PyTorch asks for huge pages for large tensors if this is set before the first of them: random rows
+# of a table are read faster, and a step's matrices cost no thousands of page faults.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-# How long the threads of GNU OpenMP, which torch brings along and which reads this when it is
-# loaded, spin before they sleep. Its own 300,000 turns keep a core from other trainings of the
-# machine; sleeping at once costs a training that is alone a quarter of its speed.
+# How long idle threads of GNU OpenMP, which torch loads and which reads this then, spin before they
+# sleep. Its default of 300,000 turns takes cores from other trainings on the machine; sleeping at
+# once would cost a training that runs alone a quarter of its speed.
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 

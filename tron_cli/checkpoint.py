@@ -1,7 +1,7 @@
 """Checkpoints: self-contained, safe to load, never half-written.
 
 A checkpoint holds tensors and plain data only, and is read with weights_only=True. Its name is a
-label for people; its content is the truth.
+label for people; its content is authoritative.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ FORMAT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Content of a file. `training` is what resuming needs; empty in a best checkpoint.
+    """Content of a checkpoint file.
 
-    origin: what the weights come from besides the training sessions, such as "init_from".
+    training: the state that resuming needs, empty in a best checkpoint. origin: records of what the
+    weights come from besides the training sessions, such as "init_from".
     popularity: int64 [I + 1], training events of each item; None in files of earlier versions.
 
-    The tensors are mapped: they are read when they are used, and while they live the file takes
-    its room on the disk, also deleted.
+    The tensors are mapped: they are read when they are used, and as long as they exist the file
+    occupies its space on the disk, even if it is deleted.
     """
 
     path: Path
@@ -58,10 +59,10 @@ class Checkpoint:
     def build_model(self, device: torch.device, *, mapped: bool = False) -> Any:
         """Return the `Model` with its weights, ready to evaluate, or the `Baseline`, on the CPU.
 
-        The weights are those that training has come to: rows that the optimizer had put to sleep
-        when the file was written make the moves that are due. mapped: where none are due, a network
-        on the CPU has `weights` themselves, which it must not change, instead of copies. Raises
-        InputError where the state of the optimizer is that of another version of tron.
+        Updates of RowAdam that were pending when a last.pt was written are applied. mapped: a
+        network on the CPU without such updates has `weights` themselves, which it must not change,
+        instead of copies. Raises InputError where the state of the optimizer is that of another
+        version of tron.
         """
         if self.config.is_baseline:
             baseline = build_baseline(self.config, self.dataset["num_items"])
@@ -75,13 +76,13 @@ class Checkpoint:
             return baseline
         if self.training and self.config.optimizer == "row_adam":
             model = self.build_saved_model(device)
-            self._make_due_moves(model)
+            self._apply_pending_updates(model)
         else:
             model = self.build_saved_model(device, mapped=mapped and device.type == "cpu")
         return model.eval()
 
-    def _make_due_moves(self, model: Model) -> None:
-        """Update the rows that slept when a last.pt was written, and leave its state as it is."""
+    def _apply_pending_updates(self, model: Model) -> None:
+        """Apply the updates that were pending in a last.pt, and leave its saved state as it is."""
         saved = self.training["optimizer"]
         expected = row_adam.fresh_state(weights.to("meta") for weights in model.parameters())
         if not row_adam.same_shapes(saved, expected):
@@ -91,7 +92,7 @@ class Checkpoint:
             )
         for weights, tensors in zip(model.parameters(), saved["state"], strict=True):
             state = {name: values.to(weights.device) for name, values in tensors.items()}
-            # Older files have clocks of floats.
+            # Older files store these as floats.
             state |= {"touched": state["touched"].long(), "moved": state["moved"].clone()}
             rows = torch.arange(len(weights), device=weights.device)
             moves, steps = (saved[name].to(weights.device) for name in ("moves", "steps"))
@@ -138,7 +139,7 @@ class Checkpoint:
 def checkpoint_name(
     config: ExperimentConfig, step: int, metrics: dict[str, float], *, final: bool = False
 ) -> str:
-    """Such as tron-otto-step=12000-loss=ssm-negs=16384+127-topk=100-emb=200-...-R@20=0.4720.pt.
+    """Return a name such as tron-otto-step=12000-loss=ssm-negs=16384+127-...-R@20=0.4720.pt.
 
     final: trained on validation sessions too, which the name then says.
     """
@@ -177,7 +178,7 @@ def _settings_of_training(config: ExperimentConfig, step: int) -> list[str]:
 
 
 def dataset_identity(dataset: Dataset) -> dict[str, Any]:
-    """Return the facts by which a checkpoint knows its dataset."""
+    """Return the facts by which a checkpoint recognizes its dataset."""
     identity = {
         "name": dataset.name,
         "protocol": dataset.protocol,
@@ -191,7 +192,7 @@ def dataset_identity(dataset: Dataset) -> dict[str, Any]:
 
 
 def encode_item_ids(item_ids: np.ndarray) -> torch.Tensor:
-    """int64 ids as they are; text ids as UTF-8 bytes, one a line."""
+    """Return int64 ids as they are, and text ids as UTF-8 bytes, one per line."""
     if np.issubdtype(item_ids.dtype, np.integer):
         return torch.from_numpy(np.array(item_ids, dtype=np.int64))
     text = "".join(f"{item}\n" for item in item_ids).encode()
@@ -212,7 +213,7 @@ def save_checkpoint(
     origin: Mapping[str, Any] | None = None,
     popularity: torch.Tensor | None = None,
 ) -> None:
-    """Write aside and rename: whoever looks finds the old file or the new one, whole."""
+    """Write a checkpoint atomically. Raises RunError where that fails."""
     settings = dataclasses.asdict(config)
     settings["metrics"] = list(config.metrics)
     content = {
@@ -240,7 +241,7 @@ def save_checkpoint(
 
 
 def _on_cpu(state: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:
-    """Tensors on the CPU; those that share memory still do, and are stored once."""
+    """Return tensors on the CPU; those that share memory still do, and are stored once."""
     weights = {name: torch.as_tensor(values) for name, values in state.items()}
     copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
     for value in weights.values():
@@ -259,7 +260,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         damaged = damaged_part(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch's own words advise to load without care
+    except Exception as error:  # torch's own message advises unsafe loading
         raise InputError(
             f"{path} is truncated or no tron checkpoint ({type(error).__name__}); name another "
             "file, or train again"
@@ -276,7 +277,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"(found {version}); train again or name another file"
         )
     del content["format_version"]
-    content.setdefault("origin", {})  # only where there is something to say
+    content.setdefault("origin", {})  # saved only if it is not empty
     expected = {field.name for field in dataclasses.fields(Checkpoint)} - {"path"}
     wrong = ", ".join(sorted((set(content) ^ expected) - {"popularity"}))
     if wrong:
@@ -317,16 +318,16 @@ def _flaw(content: dict[str, Any]) -> str | None:
         if not isinstance(content[name], kind):
             return f"{name} is no {kind.__name__}"
     if not all(isinstance(values, torch.Tensor) for values in content["weights"].values()):
-        return "weights holds other things than tensors"
+        return "its weights are not all tensors"
     training = content["training"]
     if training and training.keys() != {"optimizer", "scaler", "progress"}:
-        return "what it holds to resume from is not complete"
+        return "its state for resuming is incomplete"
     dataset, ids = content["dataset"], content["item_ids"]
     if not isinstance(dataset.get("name"), str) or not isinstance(dataset.get("num_items"), int):
         return "its dataset has no name or no number of items"
     if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.uint8):
         return "its item ids are neither numbers nor text"
-    # Text is one id a line.
+    # Text has one id per line.
     count = len(ids) if ids.dtype == torch.int64 else int((ids == ord("\n")).sum())
     if count != dataset["num_items"]:
         return f"it has {count:,} item ids for {dataset['num_items']:,} items"

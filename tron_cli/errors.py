@@ -30,7 +30,7 @@ class RunError(_SentenceError):
 def shortened(sentence: str) -> str:
     """Return at most MAX_CHARACTERS of a sentence, cut in the middle, in printable characters.
 
-    The start says where and what, and the end what to do; quoted text between them can go.
+    The start says where and what, the end what to do; quoted text between them can be cut.
     """
     if len(sentence) > MAX_CHARACTERS:
         half = MAX_CHARACTERS // 2 - 3
@@ -62,7 +62,7 @@ def explained(log_file: Path | None = None) -> Iterator[None]:
 
 
 def sentence_of(error: BaseException) -> str:
-    """Describe a failure of any type in the first half of a sentence."""
+    """Describe a failure of any type, without a full stop."""
     if _is_out_of_device_memory(error):
         return "the GPU is out of memory; lower train_batch_size or eval_batch_size"
     of_torch = ("DefaultCPUAllocator: ", "Storage size calculation overflowed")

@@ -62,7 +62,7 @@ def _claimed(path: Path, *, patience: float = 0) -> Iterator[None]:
 
 @contextmanager
 def locked(file: Path, in_use: str, *, patience: float = 0) -> Iterator[None]:
-    """Hold the lock `file`, which exists meanwhile.
+    """Hold the lock `file`, which exists during the block.
 
     The system releases it when the process ends, however it ends. Raises InputError(in_use) where
     it is still taken after `patience` seconds, and another where it cannot be made.
@@ -79,14 +79,14 @@ def locked(file: Path, in_use: str, *, patience: float = 0) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before the release: a process that opened the file meanwhile finds it gone, and retries.
+        # Before the release: a process that has opened the file by now finds it gone, and retries.
         with suppress(OSError):
             file.unlink()
         lock.release()
 
 
 def best_checkpoint(run_dir: Path) -> Path:
-    """Return the .pt file beside last.pt in a run folder. Raises InputError unless there is one."""
+    """Return the .pt file beside last.pt in a run folder; raise InputError unless there is one."""
     found = sorted(path.name for path in run_dir.glob("*.pt") if path.name != LAST)
     if len(found) != 1:
         what = f"{len(found)} ({', '.join(found)})" if found else "none"

@@ -1,6 +1,6 @@
 """Names of models, losses, samplers and optimizers in a configuration, and the code behind each.
 
-A new one is a line here. Entries are loaded on demand, so that reading a configuration imports
+Each takes one line here. Entries are loaded on demand, so that reading a configuration imports
 neither torch nor unused code. The keyword-only parameters of an entry name the settings that it
 needs; `settings_of` finds these.
 """
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 class Entry:
     """Registered model, loss, sampler or optimizer: path is "module:attribute".
 
-    owns: settings that have an effect on this and on other owners only, and are refused elsewhere.
-    shares_table: True for models whose inputs and scores have one table unless
-    reuse_item_embeddings says otherwise. masks_inputs: True for models in whose training items are
-    masked at random. sparse_gradients: True for optimizers for which the gradients of tables hold
-    only the rows that a step uses.
+    owns: settings that only this entry and other owners of them read; they are refused with all
+    others. shares_table: True for models whose inputs and scores share a table by default
+    (reuse_item_embeddings). masks_inputs: True for models that are trained with items masked at
+    random. sparse_gradients: True for optimizers that take gradients of tables with only the rows
+    that a step uses.
     """
 
     path: str
