@@ -110,3 +110,26 @@ def test_float64_layers_stay_in_float64(one_dnn):
     x_ND = torch.randn(70, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(layer, (x_ND[:3],))
     torch.testing.assert_close(layer(x_ND), x_ND @ layer.weight.T + layer.bias)
+
+
+@torch.inference_mode()
+def test_inference_multiplies_few_shapes_whose_rows_are_alone(one_dnn, monkeypatch):
+    """oneDNN keeps a kernel for each shape: of batches that all differ these would fill memory."""
+    shapes = set()
+    multiply = products._one_dnn_linear
+
+    def noting(x_ND, weight_VD, bias_V):
+        shapes.add(x_ND.shape)
+        return multiply(x_ND, weight_VD, bias_V)
+
+    monkeypatch.setattr(products, "_one_dnn_linear", noting)
+    layer = products.Linear(24, 40)
+    x_ND = torch.randn(3_200, 24)
+    expected_NV = layer(x_ND)
+    plain_NV = F.linear(x_ND.double(), layer.weight.double(), layer.bias.double())
+    torch.testing.assert_close(expected_NV.double(), plain_NV, rtol=0, atol=1e-5)
+    for rows in (*range(600), *range(600, 3_200, 7)):
+        found_NV = layer(x_ND[:rows])
+        assert found_NV.shape == (rows, 40)
+        torch.testing.assert_close(found_NV, expected_NV[:rows], rtol=0, atol=1e-6)
+    assert len(shapes) <= 90
