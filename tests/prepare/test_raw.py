@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import os
@@ -382,6 +383,21 @@ def test_too_little_space(tmp_path: Path, make: Maker, monkeypatch: pytest.Monke
     archive = make(tmp_path / "archive", {"clicks.dat": CLICKS})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match="make room"):
+        unpack(archive, ["clicks.dat"], tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_disk_that_fills_up_is_reported_with_the_folder(
+    tmp_path: Path, make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = make(tmp_path / "archive", {"clicks.dat": CLICKS})
+
+    def fill(bar: object, count: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tron_cli.prepare.fetching.archive.tqdm.update", fill)
+    with pytest.raises(InputError, match=rf"unpacking .* to {tmp_path / 'out'} failed: .*No space"):
         unpack(archive, ["clicks.dat"], tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 

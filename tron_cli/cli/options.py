@@ -52,7 +52,19 @@ def _add_plugins(context: typer.Context, references: list[str] | None) -> list[s
     return references
 
 
-DataDir = Annotated[Path, typer.Option("--data-dir", help="Folder of the prepared datasets.")]
+def given_path(given: object) -> Path:
+    """Return a path; refuse an empty one, which an unset shell variable gives."""
+    if not str(given).strip():
+        raise typer.BadParameter("it is empty: name a path, or . for the current folder")
+    return Path(str(given))
+
+
+DataDir = Annotated[
+    Path,
+    typer.Option(
+        "--data-dir", parser=given_path, metavar="PATH", help="Folder of the prepared datasets."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Overrides = Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tron_cli.cli.options import DATASETS, DataDir, with_groups
+from tron_cli.cli.options import DATASETS, DataDir, given_path, with_groups
 from tron_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,8 +25,10 @@ app = typer.Typer(
 Raw = Annotated[
     Path | None,
     typer.Option(
+        parser=given_path,
+        metavar="PATH",
         help="The archive, its unpacked folder or the file in it (also .gz, .zst); default: "
-        "download it."
+        "download it.",
     ),
 ]
 Name = Annotated[str, typer.Option(help="Name of the dataset.")]
@@ -129,12 +131,26 @@ def ml1m(
 @with_groups
 def sequences(
     *,
-    train: Annotated[Path, typer.Option(help="Training sessions, one per line, in time order.")],
-    test: Annotated[Path, typer.Option(help="Test sessions, one per line.")],
+    train: Annotated[
+        Path,
+        typer.Option(
+            parser=given_path,
+            metavar="PATH",
+            help="Training sessions, one per line, in time order.",
+        ),
+    ],
+    test: Annotated[
+        Path,
+        typer.Option(parser=given_path, metavar="PATH", help="Test sessions, one per line."),
+    ],
     name: Name,
     val: Annotated[
         Path | None,
-        typer.Option(help="Validation sessions; default: the last 5 % of the training lines."),
+        typer.Option(
+            parser=given_path,
+            metavar="PATH",
+            help="Validation sessions; default: the last 5 % of the training lines.",
+        ),
     ] = None,
     data_dir: DataDir = DATASETS,
     options: OwnDataOptions,
@@ -260,18 +276,31 @@ def table(
         Tables,
         typer.Option(
             "--input",
+            parser=given_path,
+            metavar="PATH",
             help="CSV, TSV, RecBole's .inter, JSON lines (also .gz, .zst) or Parquet: a file, a "
             "folder of parts or a quoted pattern; may be repeated.",
         ),
     ] = None,
     train: Annotated[
         Tables,
-        typer.Option(help="Instead of --input, with --test: tables that are already split."),
+        typer.Option(
+            parser=given_path,
+            metavar="PATH",
+            help="Instead of --input, with --test: tables that are already split.",
+        ),
     ] = None,
     val: Annotated[
-        Tables, typer.Option(help="The validation table; default: the last days of --train.")
+        Tables,
+        typer.Option(
+            parser=given_path,
+            metavar="PATH",
+            help="The validation table; default: the last days of --train.",
+        ),
     ] = None,
-    test: Annotated[Tables, typer.Option(help="The test table.")] = None,
+    test: Annotated[
+        Tables, typer.Option(parser=given_path, metavar="PATH", help="The test table.")
+    ] = None,
     name: Name,
     data_dir: DataDir = DATASETS,
     columns: ColumnOptions,

@@ -11,6 +11,7 @@ lock is free, and puts a replaced dataset back where the new one was never compl
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -19,7 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, RunError
 from tron_cli.files import locked
 
 SPLITS = ("train", "val", "test")
@@ -33,7 +34,8 @@ class DatasetFolder:
     """The locked place of a dataset, whose content is replaced at the end.
 
     `path` may be a link to a folder elsewhere: then that folder is replaced. Raises InputError
-    where `path` exists and `replace` is false, or where it is not a prepared dataset.
+    where `path` exists and `replace` is false, or where it is not a prepared dataset, and RunError
+    where the disk is full.
     """
 
     def __init__(self, path: Path, *, replace: bool) -> None:
@@ -73,6 +75,11 @@ class DatasetFolder:
     ) -> None:
         with self._lock:
             _clear(self._work, self._place)
+        if isinstance(error, OSError) and _is_full_disk(error):
+            raise RunError(
+                f"cannot write {self.path} ({error.strerror or 'the disk is full'}); make room in "
+                f"{self.path.parent}, or name another folder with --data-dir"
+            ) from error
 
     def put_in_place(self) -> None:
         """Move the new dataset to its place, replacing an old one."""
@@ -103,6 +110,12 @@ class DatasetFolder:
                 f"--force replaces prepared datasets only, and {self.path} has no readable "
                 "dataset.json; move it away, or choose another --name"
             )
+
+
+def _is_full_disk(error: OSError) -> bool:
+    # NumPy says `9 requested and 5 written`, without a number.
+    is_numpy = error.errno is None and " requested and " in str(error)
+    return is_numpy or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def remove_leftovers(data_dir: Path) -> None:

@@ -74,7 +74,7 @@ def unpack(archive: Path, wanted: Sequence[str], folder: Path) -> dict[str, Path
             tqdm(
                 total=needed, desc=f"unpack {archive.name}", unit="B", unit_scale=True, disable=None
             ) as bar,
-            _reading(archive),
+            _reading(archive, folder),
         ):
             (_extract_7z if is_7z else _extract_zip)(archive, outputs, bar.update)
         for name in missing:
@@ -89,8 +89,11 @@ def unpack(archive: Path, wanted: Sequence[str], folder: Path) -> dict[str, Path
 
 
 @contextmanager
-def _reading(archive: Path) -> Iterator[None]:
-    """Turn what a damaged or encrypted archive makes the libraries raise into InputError."""
+def _reading(archive: Path, folder: Path | None = None) -> Iterator[None]:
+    """Turn what a damaged or encrypted archive makes the libraries raise into InputError.
+
+    folder: where its files are written.
+    """
     try:
         yield
     except InputError:
@@ -98,10 +101,10 @@ def _reading(archive: Path) -> Iterator[None]:
     except PasswordRequired as error:
         raise _encrypted(archive) from error
     except OSError as error:
-        if (
-            error.filename is not None or error.errno == errno.ENOSPC
-        ):  # from us: no permission, no space
-            raise InputError(f"unpacking {archive} failed: {error}") from error
+        # Not of the archive: no permission, no space.
+        if error.filename is not None or error.errno == errno.ENOSPC:
+            target = f" to {folder}" if folder else ""
+            raise InputError(f"unpacking {archive}{target} failed: {error}") from error
         raise _damaged(archive, error) from error
     except Exception as error:
         # These libraries raise anything for damage: struct.error, TypeError, LZMAError, ...
