@@ -1,4 +1,4 @@
-"""OTTO: the fast reader against json, and the protocol against a plain reimplementation."""
+"""OTTO: its protocol against a plain reimplementation, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ import pytest
 
 from tron_cli.data.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
-from tron_cli.prepare.reading import otto_lines
-from tron_cli.prepare.reading.otto_lines import Clicks, read_clicks
 from tron_cli.prepare.sources import otto
 from tron_cli.prepare.sources.otto import prepare_otto
 
@@ -25,211 +23,12 @@ if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
+from helpers.otto_logs import DAY, START, Session, expected_clicks, published_line, random_log
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
 TRAIN, TEST = "otto-recsys-train.jsonl", "otto-recsys-test.jsonl"
-START = 1_659_304_800_025
-DAY = 86_400_000
-Session = list[tuple[int, int, str]]  # (aid, ts, type)
-
-
-def published_line(session: int, events: Session) -> str:
-    """A line exactly as the published files have it."""
-    inner = ",".join(f'{{"aid":{a},"ts":{t},"type":"{kind}"}}' for a, t, kind in events)
-    return f'{{"session":{session},"events":[{inner}]}}'
-
-
-def random_events(rng: np.random.Generator, count: int, items: int, days: float) -> Session:
-    times = START + int(rng.integers(0, int(days * DAY))) + rng.integers(0, DAY // 4, count)
-    if rng.random() < 0.8:
-        times = np.sort(times)
-    times[rng.random(count) < 0.2] = times[0] if count else 0
-    aids = rng.integers(0, items, count) ** 2  # gaps in the ids
-    kinds = rng.choice(["clicks", "clicks", "clicks", "carts", "orders"], count)
-    return [(int(a), int(t), str(k)) for a, t, k in zip(aids, times, kinds, strict=True)]
-
-
-def random_log(seed: int, sessions: int, items: int = 40, days: float = 10) -> list[Session]:
-    rng = np.random.default_rng(seed)
-    lengths = rng.choice([0, 1, 2, 3, 5, 12], sessions, p=[0.05, 0.2, 0.25, 0.25, 0.15, 0.1])
-    return [random_events(rng, int(n), items, days) for n in lengths]
-
-
-def expected_clicks(session: Session) -> Session:
-    return sorted((e for e in session if e[2] == "clicks"), key=lambda e: e[1])
-
-
-def read_text(text: bytes) -> Clicks:
-    return read_clicks(bytearray(text))
-
-
-def as_lists(clicks: Clicks) -> list[list[tuple[int, int]]]:
-    ends = np.cumsum(clicks.lengths)
-    pairs = list(zip(clicks.aids.tolist(), clicks.times.tolist(), strict=True))
-    return [pairs[end - n : end] for end, n in zip(ends, clicks.lengths, strict=True)]
-
-
-def by_json(text: bytes) -> tuple[list[list[tuple[int, int]]], list[int]]:
-    """(clicks of every readable line, numbers of the broken ones), as the json module has it."""
-    sessions, broken = [], []
-    for number, line in enumerate(text.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            events = [(e["aid"], e["ts"], e["type"]) for e in json.loads(line)["events"]]
-            for aid, ts, kind in events:
-                assert type(aid) is int
-                assert 0 <= aid < 10**8
-                assert type(ts) is int
-                assert 10**12 <= ts < 10**13
-                assert kind in ("clicks", "carts", "orders")
-            sessions.append([(a, t) for a, t, _ in expected_clicks(events)])
-        except (ValueError, KeyError, TypeError, AssertionError):
-            broken.append(number)
-    return sessions, broken
-
-
-def assert_reads_like_json(text: bytes) -> None:
-    clicks = read_text(text)
-    sessions, broken = by_json(text)
-    assert as_lists(clicks) == sessions
-    assert [line for line, _ in clicks.bad] == broken
-
-
-# --- reading -------------------------------------------------------------------------------------
-
-
-def test_published_lines_are_read_without_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    log = random_log(0, 300)
-    published = "".join(published_line(i, s) + "\n" for i, s in enumerate(log)).encode()
-    spaced = b"".join(json.dumps(json.loads(x)).encode() + b"\n" for x in published.splitlines())
-    expected = [[(a, t) for a, t, _ in expected_clicks(s)] for s in log]
-    others = sorted(a for s in log for a, _, kind in s if kind != "clicks")
-    monkeypatch.setattr(otto_lines, "_read_any", None)
-    for text in (published, published[:-1], spaced):
-        clicks = read_text(text)
-        assert as_lists(clicks) == expected
-        assert sorted(clicks.other_aids.tolist()) == others
-        assert (clicks.lines, clicks.bad) == (len(log), [])
-
-
-def test_lines_in_the_wrong_order_of_keys_are_not_mistaken() -> None:
-    # The right number of every key, but events stand before the first line.
-    start, event = b'{"session":1,"events":[', b'{"aid":5,"ts":1659304800025,"type":"clicks"}'
-    assert_reads_like_json(
-        b'    {"aid":5,"ts":1659304800025,"type":"clicks"}]}\n' + start + b"]}\n"
-    )
-    assert_reads_like_json(start + event + b"," + event + b"]}\n" + event + b"]}\n")
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_damaged_text_is_read_like_json_reads_it(
-    seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if seed % 2:
-        monkeypatch.setattr(otto_lines, "PIECE_BYTES", 100)  # a line or two
-    rng = np.random.default_rng(seed)
-    pieces = [
-        b'"',
-        b":",
-        b",",
-        b"0",
-        b"7",
-        b"{",
-        b"}",
-        b"]",
-        b"[",
-        b"\n",
-        b" ",
-        b"s",
-        b"\\",
-        b"\xc3",
-    ]
-    pieces += [b"},{", b']}\n{"session":', b'"aid":', b'"ts":', b"-", b"1e3", b"null", b"orders"]
-    pieces += [b"{{", b"{" * 8, b'"clicks"', b'"carts"}', b'{"aid":', b'{"s', b"]}\n"]
-    for _ in range(700):
-        log = [random_events(rng, int(n), 3000, 1) for n in rng.integers(0, 4, 3)]
-        text = "".join(published_line(i, s) + "\n" for i, s in enumerate(log)).encode()
-        for _ in range(rng.integers(1, 3)):
-            at = int(rng.integers(0, len(text)))
-            gone = int(rng.choice([0, 1, 1, 1, 2, 8]))
-            text = (
-                text[:at]
-                + pieces[rng.integers(len(pieces))] * int(rng.integers(0, 2))
-                + text[at + gone :]
-            )
-        assert_reads_like_json(text)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b'{"events":[{"type":"clicks","ts":1659304800025,"aid":5}],"session":1}',
-        b'{"session": 1, "events": [ {"aid" : 5, "ts": 1659304800025, "type": "clicks"} ] } ',
-        b'{"session":1,"events":[{"aid":5,"ts":1659304800025,"type":"cl\\u0069cks"}]}',
-        b'{"session":1,"events":[{"aid":5,"ts":1659304800025,"type":"clicks","price":{"aid":7}}]}',
-        b'{"session":"a","events":[{"aid":99999999,"ts":9999999999999,"type":"clicks"}]}',
-        b'{"session":123456789,"events":[{"aid":0,"ts":1000000000000,"type":"clicks"}]}',
-        b'{"session":1,"events":[]}',
-    ],
-)
-def test_any_valid_json_is_read(line: bytes) -> None:
-    published = published_line(2, [(3, START, "clicks"), (4, START + 1, "clicks")]).encode()
-    for text in (line, line + b"\r\n" + published, published + b"\n\n" + line + b"\n"):
-        clicks = read_text(text)
-        assert not clicks.bad
-        assert_reads_like_json(text)
-
-
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        (b'{"session":1,"events":[{"aid":5,"ts":1', "not valid JSON"),
-        (
-            b'{"session":1,"events":[{"aid":05,"ts":1659304800025,"type":"clicks"}]}',
-            "not valid JSON",
-        ),
-        (b'{"session":1}', '"events"'),
-        (b"[]", '"events"'),
-        (b'{"session":1,"events":[3]}', "found 3"),
-        (b'{"session":1,"events":[{"aid":"5","ts":1659304800025,"type":"clicks"}]}', 'found "5"'),
-        (b'{"session":1,"events":[{"aid":-5,"ts":1659304800025,"type":"clicks"}]}', "found -5"),
-        (b'{"session":1,"events":[{"aid":100000000,"ts":1659304800025,"type":"clicks"}]}', '"aid"'),
-        (b'{"session":1,"events":[{"aid":5,"ts":1.5,"type":"clicks"}]}', "found 1.5"),
-        (b'{"session":1,"events":[{"aid":5,"type":"clicks"}]}', "found nothing"),
-        (b'{"session":1,"events":[{"aid":5,"ts":1659304800025,"type":"views"}]}', 'found "views"'),
-        (b'{"session":1,"events":[{"aid":5,"ts":1659304800025,"type":["clicks"]}]}', '"type"'),
-        (
-            b'{"session":1,"events":[{"aid":5,"aid":6,"ts":1659304800025,"type":"clicks"}]}',
-            "the key 'aid' stands more than once",
-        ),
-        (b'{"events":[],"events":[]}', "the key 'events' stands more than once"),
-        (b"\xff\xfe", "not valid JSON"),
-        ('{"session":1,"events":[]}'.encode("utf-16-le"), "not valid JSON"),
-        (b'{"session":1,"events":[{"aid":5,"ts":1659304800,"type":"clicks"}]}', "of 13 digits"),
-        (b'{"session":1,"events":[{"aid":5,"ts":16593048000250,"type":"clicks"}]}', "13 digits"),
-    ],
-)
-def test_a_broken_line_is_named(
-    tmp_path: Path, line: bytes, problem: str, write_raw: Callable[..., Path]
-) -> None:
-    good = [[(a, START + a * DAY, "clicks"), (a + 1, START + a * DAY, "clicks")] for a in range(9)]
-    raw = write_raw(good, good)
-    lines = (raw / TRAIN).read_bytes().splitlines()
-    (raw / TRAIN).write_bytes(b"\n".join([*lines[:4], line, *lines[4:]]))
-    with pytest.raises(InputError) as error:
-        prepare_otto(raw, tmp_path / "data")
-    assert f"{raw / TRAIN}, line 5: " in str(error.value)
-    assert problem in str(error.value)
-    assert list((tmp_path / "data").iterdir()) == []
-
-    dataset = prepare_otto(raw, tmp_path / "data", skip_bad_lines=True)
-    assert dataset.info["bad_lines"]["count"] == 1
-    assert f"{TRAIN}, line 5: " in dataset.info["bad_lines"]["first"]
-    assert dataset.num_items == 10
-
-
-# --- the protocol --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -567,3 +366,51 @@ def test_test_may_not_be_a_copy_of_train(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"{TRAIN} and .*{TEST} hold the same sessions"):
         prepare_otto(tmp_path, tmp_path)
     assert not (tmp_path / "otto").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"session":1,"events":[{"aid":5,"ts":1', "not valid JSON"),
+        (
+            b'{"session":1,"events":[{"aid":05,"ts":1659304800025,"type":"clicks"}]}',
+            "not valid JSON",
+        ),
+        (b'{"session":1}', '"events"'),
+        (b"[]", '"events"'),
+        (b'{"session":1,"events":[3]}', "found 3"),
+        (b'{"session":1,"events":[{"aid":"5","ts":1659304800025,"type":"clicks"}]}', 'found "5"'),
+        (b'{"session":1,"events":[{"aid":-5,"ts":1659304800025,"type":"clicks"}]}', "found -5"),
+        (b'{"session":1,"events":[{"aid":100000000,"ts":1659304800025,"type":"clicks"}]}', '"aid"'),
+        (b'{"session":1,"events":[{"aid":5,"ts":1.5,"type":"clicks"}]}', "found 1.5"),
+        (b'{"session":1,"events":[{"aid":5,"type":"clicks"}]}', "found nothing"),
+        (b'{"session":1,"events":[{"aid":5,"ts":1659304800025,"type":"views"}]}', 'found "views"'),
+        (b'{"session":1,"events":[{"aid":5,"ts":1659304800025,"type":["clicks"]}]}', '"type"'),
+        (
+            b'{"session":1,"events":[{"aid":5,"aid":6,"ts":1659304800025,"type":"clicks"}]}',
+            "the key 'aid' stands more than once",
+        ),
+        (b'{"events":[],"events":[]}', "the key 'events' stands more than once"),
+        (b"\xff\xfe", "not valid JSON"),
+        ('{"session":1,"events":[]}'.encode("utf-16-le"), "not valid JSON"),
+        (b'{"session":1,"events":[{"aid":5,"ts":1659304800,"type":"clicks"}]}', "of 13 digits"),
+        (b'{"session":1,"events":[{"aid":5,"ts":16593048000250,"type":"clicks"}]}', "13 digits"),
+    ],
+)
+def test_a_broken_line_is_named(
+    tmp_path: Path, line: bytes, problem: str, write_raw: Callable[..., Path]
+) -> None:
+    good = [[(a, START + a * DAY, "clicks"), (a + 1, START + a * DAY, "clicks")] for a in range(9)]
+    raw = write_raw(good, good)
+    lines = (raw / TRAIN).read_bytes().splitlines()
+    (raw / TRAIN).write_bytes(b"\n".join([*lines[:4], line, *lines[4:]]))
+    with pytest.raises(InputError) as error:
+        prepare_otto(raw, tmp_path / "data")
+    assert f"{raw / TRAIN}, line 5: " in str(error.value)
+    assert problem in str(error.value)
+    assert list((tmp_path / "data").iterdir()) == []
+
+    dataset = prepare_otto(raw, tmp_path / "data", skip_bad_lines=True)
+    assert dataset.info["bad_lines"]["count"] == 1
+    assert f"{TRAIN}, line 5: " in dataset.info["bad_lines"]["first"]
+    assert dataset.num_items == 10

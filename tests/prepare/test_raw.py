@@ -1,32 +1,24 @@
-"""Raw files: downloading from a real server, unpacking archives, finding what is there."""
+"""Raw files: downloading from a real server, and finding and reading what is there."""
 
 from __future__ import annotations
 
-import errno
 import gzip
 import hashlib
 import os
-import random
 import shutil
 import socket
-import stat
 import sys
 import tarfile
 import threading
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
-import py7zr
 import pytest
 
 from tron_cli.errors import InputError
 from tron_cli.prepare.fetching import raw as raw_module
-from tron_cli.prepare.fetching.archive import unpack
 from tron_cli.prepare.fetching.download import download
 from tron_cli.prepare.fetching.raw import SOURCES, Source, describe, locate, open_raw
 from tron_cli.prepare.reading.inputs import input_files
@@ -35,9 +27,9 @@ if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
+from helpers.archives import CLICKS, make_7z, make_zip
 
 CONTENT = bytes(range(256)) * 4000  # about 1 MB
-CLICKS = b"1,2014-04-07T10:51:09.277Z,214536502,0\n" * 2000
 
 
 @dataclass
@@ -107,9 +99,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-# --- download ------------------------------------------------------------------------------------
 
 
 def test_download(server: Server, tmp_path: Path) -> None:
@@ -211,135 +200,6 @@ def test_refusals_are_one_sentence(server: Server, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# --- archives ------------------------------------------------------------------------------------
-
-
-def make_zip(file: Path, members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
-    with zipfile.ZipFile(file, "w", method) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return file
-
-
-def make_7z(file: Path, members: dict[str, bytes]) -> Path:
-    with py7zr.SevenZipFile(file, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(content, name)
-    return file
-
-
-MAKERS = [make_zip, make_7z]
-Maker = Callable[[Path, dict[str, bytes]], Path]
-
-
-@pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("folder", ["", "inner/", "a/b/"])
-def test_only_what_is_wanted_is_unpacked(tmp_path: Path, make: Maker, folder: str) -> None:
-    members = {f"{folder}other.dat": b"x" * 99, f"{folder}clicks.dat": CLICKS, "read.me": b"y"}
-    archive = make(tmp_path / "archive", members)
-    found = unpack(archive, ["clicks.dat"], tmp_path / "out")
-    assert found == {"clicks.dat": tmp_path / "out" / "clicks.dat"}
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["clicks.dat"]
-    assert found["clicks.dat"].read_bytes() == CLICKS
-
-
-@pytest.mark.parametrize("make", MAKERS)
-def test_unpacked_files_are_kept_unless_they_differ(tmp_path: Path, make: Maker) -> None:
-    archive = make(tmp_path / "archive", {"a": CLICKS, "b": b"bb"})
-    unpack(archive, ["a", "b"], tmp_path)
-    before = (tmp_path / "a").stat().st_ino
-    (tmp_path / "b").write_bytes(b"xx")
-    unpack(archive, ["a", "b"], tmp_path)
-    assert (tmp_path / "a").stat().st_ino == before
-    assert (tmp_path / "b").read_bytes() == b"bb"
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["../clicks.dat", "/clicks.dat", "a/../../clicks.dat", "C:/clicks.dat", "..\\clicks.dat"],
-)
-def test_paths_out_of_a_zip_are_refused(tmp_path: Path, name: str) -> None:
-    archive = make_zip(tmp_path / "archive.zip", {name: CLICKS})
-    with pytest.raises(InputError, match="out of the folder"):
-        unpack(archive, ["clicks.dat"], tmp_path / "in" / "out")
-    assert [path.name for path in tmp_path.rglob("*")] == ["archive.zip"]
-
-
-def test_paths_out_of_a_7z_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "archive.7z"
-    with py7zr.SevenZipFile(file, "w") as archive:
-        archive.set_encoded_header_mode(False)
-        archive.writestr(CLICKS, "xx/clicks.dat")
-    # No tool writes such a name, so it is put into the header, whose checksums are mended.
-    content = bytearray(
-        file.read_bytes().replace("xx/".encode("utf-16le"), "../".encode("utf-16le"))
-    )
-    header = 32 + int.from_bytes(content[12:20], "little")
-    content[28:32] = zlib.crc32(content[header:]).to_bytes(4, "little")
-    content[8:12] = zlib.crc32(content[12:32]).to_bytes(4, "little")
-    file.write_bytes(content)
-    with pytest.raises(InputError, match="out of the folder"):
-        unpack(file, ["clicks.dat"], tmp_path / "in" / "out")
-    assert list(tmp_path.rglob("*")) == [file]
-
-
-def test_links_are_refused(tmp_path: Path) -> None:
-    link = zipfile.ZipInfo("clicks.dat")
-    link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
-        archive.writestr(link, "/etc/passwd")
-    (tmp_path / "clicks.dat").symlink_to("/etc/passwd")
-    with py7zr.SevenZipFile(tmp_path / "archive.7z", "w") as seven:
-        seven.write(tmp_path / "clicks.dat", "clicks.dat")
-    for name in ("archive.zip", "archive.7z"):
-        with pytest.raises(InputError, match="a link"):
-            unpack(tmp_path / name, ["clicks.dat"], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("make", MAKERS)
-def test_missing_and_ambiguous_members(tmp_path: Path, make: Maker) -> None:
-    archive = make(tmp_path / "archive", {"a/x.dat": b"1", "b/x.dat": b"2"})
-    with pytest.raises(InputError, match=r"holds no clicks\.dat"):
-        unpack(archive, ["clicks.dat"], tmp_path)
-    with pytest.raises(InputError, match=r"more than one x\.dat"):
-        unpack(archive, ["x.dat"], tmp_path)
-
-
-@pytest.mark.parametrize("make", MAKERS)
-def test_damaged_archives(tmp_path: Path, make: Maker) -> None:
-    noise = random.Random(0).randbytes(20_000)
-    whole = make(tmp_path / "whole", {"clicks.dat": noise}).read_bytes()
-    damaged = tmp_path / "damaged"
-    out = tmp_path / "out"
-    cuts = [6, 10, 33, 200, 9_000, len(whole) - 30, len(whole) - 1]
-    flips = [len(whole) // 2, 1_000]
-    texts = [whole[:cut] for cut in cuts]
-    texts += [whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :] for at in flips]
-    for text in texts:
-        damaged.write_bytes(text)
-        with pytest.raises(InputError, match=r"damaged is .*damaged"):
-            unpack(damaged, ["clicks.dat"], out)
-        assert not out.exists() or list(out.iterdir()) == []
-
-
-def test_encrypted_archives(tmp_path: Path) -> None:
-    with py7zr.SevenZipFile(tmp_path / "a.7z", "w", password="secret") as archive:
-        archive.writestr(CLICKS, "clicks.dat")
-    with pytest.raises(InputError, match="encrypted"):
-        unpack(tmp_path / "a.7z", ["clicks.dat"], tmp_path / "out")
-
-
-def test_an_encrypted_zip_says_so(tmp_path: Path) -> None:
-    archive = make_zip(tmp_path / "a.zip", {"a.txt": CLICKS})
-    content = bytearray(archive.read_bytes())
-    content[6] |= 1  # in the member's own header
-    content[content.index(b"PK\x01\x02") + 8] |= 1  # and in the directory
-    archive.write_bytes(content)
-    with pytest.raises(InputError, match=r"a\.zip is encrypted: unpack it with its password"):
-        unpack(archive, ["a.txt"], tmp_path / "out")
-
-
 @pytest.mark.parametrize("source", ["otto", "yoochoose", "ml1m"])
 def test_a_tar_archive_says_so(tmp_path: Path, source: str) -> None:
     (tmp_path / "clicks").write_bytes(CLICKS)
@@ -376,33 +236,6 @@ def test_paths_that_cannot_be_looked_at(tmp_path: Path) -> None:
             locate("yoochoose", path, tmp_path)
         with pytest.raises(InputError, match=r"cannot be read: (Too many|File name too long)"):
             input_files([path], "--input")
-
-
-@pytest.mark.parametrize("make", MAKERS)
-def test_too_little_space(tmp_path: Path, make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive = make(tmp_path / "archive", {"clicks.dat": CLICKS})
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match="make room"):
-        unpack(archive, ["clicks.dat"], tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-@pytest.mark.parametrize("make", MAKERS)
-def test_a_disk_that_fills_up_is_reported_with_the_folder(
-    tmp_path: Path, make: Maker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    archive = make(tmp_path / "archive", {"clicks.dat": CLICKS})
-
-    def fill(bar: object, count: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("tron_cli.prepare.fetching.archive.tqdm.update", fill)
-    with pytest.raises(InputError, match=rf"unpacking .* to {tmp_path / 'out'} failed: .*No space"):
-        unpack(archive, ["clicks.dat"], tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-# --- locate --------------------------------------------------------------------------------------
 
 
 def test_raw_may_be_the_file_the_folder_or_the_archive(tmp_path: Path) -> None:
