@@ -16,7 +16,7 @@ import pytest
 
 from tron_cli.data.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
-from tron_cli.prepare.sources import otto
+from tron_cli.prepare.sources import otto, otto_spool
 from tron_cli.prepare.sources.otto import prepare_otto
 
 if sys.version_info >= (3, 14):
@@ -161,7 +161,7 @@ def test_blocks_and_threads_change_nothing(
             (raw / name).unlink()
     monkeypatch.setattr(otto, "BLOCK_BYTES", 5000)
     monkeypatch.setattr("tron_cli.prepare.reading.columns.BLOCK_BYTES", 5000)
-    monkeypatch.setattr(otto, "SPOOL_SESSIONS", 37)
+    monkeypatch.setattr(otto_spool, "SPOOL_SESSIONS", 37)
     parts = prepare_otto(raw, tmp_path / "d", "parts", max_val_sessions=20)
     assert_follows(parts, train, test, 2, 20)
     for split in ("train", "val", "test"):

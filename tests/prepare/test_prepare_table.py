@@ -202,7 +202,7 @@ def test_rows_of_other_kinds_need_nothing_but_their_line(
     write = {"a.csv": frame.write_csv, "a.jsonl": frame.write_ndjson}
     write.get(name, frame.write_parquet)(tmp_path / name)
     monkeypatch.setattr("tron_cli.prepare.reading.columns.BLOCK_BYTES", 500)
-    monkeypatch.setattr("tron_cli.prepare.reading.columns.PARQUET_ROWS", 50)
+    monkeypatch.setattr("tron_cli.prepare.reading.parquet.PARQUET_ROWS", 50)
     columns = TableColumns("item", "time", user="user", event="kind", keep_events=("view",))
     dataset = prepare_table(tmp_path / name, columns, tmp_path, "out")
     assert dataset.info["splits"] == expected.info["splits"]

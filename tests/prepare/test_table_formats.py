@@ -37,7 +37,7 @@ def test_every_format_gives_the_same_dataset(
     expected = prepare_table(write_csv(tmp_path / "plain.csv", rows), USER, tmp_path, "expected")
     FORMATS[name](tmp_path / name, rows)
     monkeypatch.setattr("tron_cli.prepare.reading.columns.BLOCK_BYTES", 2000)
-    monkeypatch.setattr("tron_cli.prepare.reading.columns.PARQUET_ROWS", 50)
+    monkeypatch.setattr("tron_cli.prepare.reading.parquet.PARQUET_ROWS", 50)
     dataset = prepare_table(tmp_path / name, USER, tmp_path, "out")
     assert dataset.info["splits"] == expected.info["splits"]
     assert dataset.item_ids.tolist() == expected.item_ids.tolist()

@@ -312,7 +312,8 @@ def table(
     as_json: AsJson = False,
 ) -> None:
     """Your own data: a table with a row per event."""
-    from tron_cli.prepare.sources.table import NULL_TOKENS, TableColumns, prepare_table
+    from tron_cli.prepare.sources.table import prepare_table
+    from tron_cli.prepare.sources.table_reader import NULL_TOKENS, TableColumns
 
     if bool(inputs) == bool(train) or bool(train) != bool(test):
         raise InputError("expected --input, or --train and --test for tables already split")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -112,33 +113,14 @@ def write_splits(
     user_keys: give the ids of the keys that the sessions hold; without them the keys are the ids.
     info: more for dataset.json.
     """
-
-    if earlier is None:
-        index = np.zeros(len(item_ids), np.int32)
-        index[catalogue] = np.arange(1, len(catalogue) + 1)
-        kept_ids = item_ids[catalogue]
-    else:
-        index, kept_ids = earlier.numbers(item_ids), earlier.item_ids
+    index, kept_ids = _catalogue_index(item_ids, catalogue, earlier)
     known = index > 0
     drop = _drop_unknown_targets if protocol == "last-item" else _drop_unknown_items
     kept, counts = drop(splits, known, steps, earlier)
     for split in ("train", "test"):
         if not len(getattr(kept, split)):
             raise _nothing_left(split, getattr(splits, split), known, protocol, earlier, steps)
-
-    def chunks(sessions: Sessions) -> Iterator[Sessions]:
-        # Only now: dropped events may have been the first ones of their sessions.
-        ordered = by_first_event(sessions)
-        for start in range(0, len(ordered), CHUNK_SESSIONS):
-            chunk = take(ordered, np.arange(start, min(start + CHUNK_SESSIONS, len(ordered))))
-            yield Sessions(
-                index[chunk.items],
-                chunk.offsets,
-                chunk.times,
-                _ids(session_keys, chunk.session_ids),
-                _ids(user_keys, chunk.user_ids),
-            )
-
+    chunks = partial(_chunks, index=index, session_keys=session_keys, user_keys=user_keys)
     in_train = np.zeros(len(kept_ids) + 1, bool)
     in_train[index[kept.train.items]] = True
     writer.write_items(kept_ids)
@@ -171,6 +153,38 @@ def write_splits(
         items_unseen_in_train=int(np.count_nonzero(~in_train[1:])),
         **info,
     )
+
+
+def _catalogue_index(
+    item_ids: np.ndarray, catalogue: np.ndarray, earlier: Earlier | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the item of each position, int32, 0 where there is none; and the ids of the items."""
+    if earlier is not None:
+        return earlier.numbers(item_ids), earlier.item_ids
+    index = np.zeros(len(item_ids), np.int32)
+    index[catalogue] = np.arange(1, len(catalogue) + 1)
+    return index, item_ids[catalogue]
+
+
+def _chunks(
+    sessions: Sessions,
+    *,
+    index: np.ndarray,
+    session_keys: IdKeys | None,
+    user_keys: IdKeys | None,
+) -> Iterator[Sessions]:
+    """Yield the sessions by their first event, with items and original ids, some at a time."""
+    # Only now: dropped events may have been the first ones of their sessions.
+    ordered = by_first_event(sessions)
+    for start in range(0, len(ordered), CHUNK_SESSIONS):
+        chunk = take(ordered, np.arange(start, min(start + CHUNK_SESSIONS, len(ordered))))
+        yield Sessions(
+            index[chunk.items],
+            chunk.offsets,
+            chunk.times,
+            _ids(session_keys, chunk.session_ids),
+            _ids(user_keys, chunk.user_ids),
+        )
 
 
 def check_books(steps: Steps, written: list[dict[str, Any]], protocol: str) -> None:

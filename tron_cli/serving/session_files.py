@@ -17,9 +17,9 @@ from tron_cli.prepare.reading.columns import (
     Columns,
     Parser,
     read_delimited,
-    read_parquet,
 )
 from tron_cli.prepare.reading.ids import ids_of
+from tron_cli.prepare.reading.parquet import read_parquet
 from tron_cli.prepare.reading.times import TimeParser
 
 TEXT_FORMATS = ("csv", "tsv", "jsonl")

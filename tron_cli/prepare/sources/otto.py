@@ -14,7 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,12 +29,12 @@ from tron_cli.prepare.fetching.raw import SOURCES, describe, is_compressed, loca
 from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.reading.columns import MAX_LINE_BYTES, BadLines, text_blocks
 from tron_cli.prepare.reading.otto_lines import MAX_AID, Clicks, read_clicks
-from tron_cli.prepare.sessions import drop_events, first_times, take_where
+from tron_cli.prepare.sessions import drop_events, take_where
+from tron_cli.prepare.sources.otto_spool import Spool, SpoolBlock
 from tron_cli.prepare.split import DAY, WHY_LATE, check_latest, sample_rows
 from tron_cli.prepare.write import check_books, dataset_path, lost_predictions
 
 BLOCK_BYTES = 1 << 22
-SPOOL_SESSIONS = 1 << 16  # read back at a time
 MAX_THREADS = 8  # with more, the collecting thread is the bottleneck
 MIN_CLICKS = 2
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -71,7 +71,7 @@ def prepare_otto(
         train_file, test_file = (_RawFile(files[file]) for file in SOURCES["otto"].files)
         bad = BadLines(skip=skip_bad_lines)
         with (
-            _Spool(writer.scratch) as spool,
+            Spool(writer.scratch) as spool,
             _Threads() as threads,
         ):
             steps, test_steps = Steps(), Steps()
@@ -89,12 +89,7 @@ def prepare_otto(
             written, seen_in_train = _write_training(
                 writer, spool, index, boundary, max_val_sessions, seed, steps, threads, earlier
             )
-            sources = [train_file.description(), test_file.description()]
-            if sources[0]["sha256"] == sources[1]["sha256"]:
-                raise InputError(
-                    f"{train_file.path} and {test_file.path} hold the same sessions: a model would "
-                    "be scored on what it has seen; give different files"
-                )
+            sources = _described(train_file, test_file)
             check_books(steps, written, "every-step")
             check_books(test_steps, [writer.write_split("test", test, **test_counts)], "every-step")
             return writer.finish(
@@ -126,6 +121,17 @@ def prepare_otto(
             )
 
 
+def _described(train: _RawFile, test: _RawFile) -> list[dict[str, Any]]:
+    """Describe both files for dataset.json; raise InputError where they are the same."""
+    sources = [train.description(), test.description()]
+    if sources[0]["sha256"] == sources[1]["sha256"]:
+        raise InputError(
+            f"{train.path} and {test.path} hold the same sessions: a model would be scored on what "
+            "it has seen; give different files"
+        )
+    return sources
+
+
 def _index(item_ids: np.ndarray) -> np.ndarray:
     """Return the item of each aid, 0 if there is none: int32; the last entry is for larger aids."""
     if item_ids.dtype == object:  # aids are integers
@@ -135,83 +141,6 @@ def _index(item_ids: np.ndarray) -> np.ndarray:
     index = np.zeros(int(aids.max(initial=-1)) + 2, np.int32)
     index[aids] = np.flatnonzero(is_aid) + 1
     return index
-
-
-class _Spool:
-    """Sessions on disk in the order of the file; memory holds their lengths, starts and ids."""
-
-    def __init__(self, folder: Path) -> None:
-        self._aids = (folder / "aids.bin").open("w+b")
-        self._times = (folder / "times.bin").open("w+b")
-        self._lengths: list[np.ndarray] = []
-        self._starts: list[np.ndarray] = []
-        self._session_ids: list[np.ndarray] = []
-        self.events = 0
-
-    def __enter__(self) -> _Spool:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._aids.close()
-        self._times.close()
-
-    def append(self, sessions: Sessions) -> None:
-        """Append sessions of aids (int32), none empty, with times and ids."""
-        assert sessions.times is not None
-        assert sessions.session_ids is not None
-        self._aids.write(sessions.items.data)
-        self._times.write(sessions.times.data)
-        self._lengths.append(sessions.lengths)
-        self._starts.append(first_times(sessions))
-        self._session_ids.append(sessions.session_ids)
-        self.events += len(sessions.items)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of events of each session: int64 [S]."""
-        return np.concatenate(self._lengths)
-
-    @property
-    def starts(self) -> np.ndarray:
-        """Time of the first event of each session: int64 [S], ms."""
-        return np.concatenate(self._starts)
-
-    def blocks(self, wanted: np.ndarray | None = None) -> Iterator[_SpoolBlock]:
-        """Yield all blocks, or only those with a `wanted` row (bool [S])."""
-        self._aids.flush()
-        self._times.flush()
-        lengths, ids = self.lengths, np.concatenate(self._session_ids)
-        events_before = 0
-        for start in range(0, len(lengths), SPOOL_SESSIONS):
-            rows = slice(start, start + SPOOL_SESSIONS)
-            offsets = np.append(0, np.cumsum(lengths[rows]))
-            if wanted is None or wanted[rows].any():
-                yield _SpoolBlock(
-                    rows, offsets, ids[rows], self._aids.name, self._times.name, events_before
-                )
-            events_before += int(offsets[-1])
-
-
-@dataclass(frozen=True)
-class _SpoolBlock:
-    """Rows of a spool, which `read` reads from disk."""
-
-    rows: slice
-    offsets: np.ndarray
-    session_ids: np.ndarray
-    aids_file: str
-    times_file: str
-    events_before: int
-
-    def read(self) -> Sessions:
-        aids, times = (
-            np.fromfile(file, dtype, self.offsets[-1], offset=self.events_before * dtype.itemsize)
-            for file, dtype in (
-                (self.aids_file, np.dtype(np.int32)),
-                (self.times_file, np.dtype(np.int64)),
-            )
-        )
-        return Sessions(aids, self.offsets, times, self.session_ids)
 
 
 class _Tally:
@@ -248,7 +177,7 @@ def _record(steps: Steps, tallies: dict[str, tuple[_Tally, str]]) -> None:
 
 
 def _read_training(
-    file: _RawFile, bad: BadLines, spool: _Spool, steps: Steps, threads: _Threads
+    file: _RawFile, bad: BadLines, spool: Spool, steps: Steps, threads: _Threads
 ) -> tuple[np.ndarray, int]:
     """Spool the sessions of at least two clicks; return (all aids ascending, last click in ms)."""
     kept, short, others = _Tally(), _Tally(), _Tally()
@@ -342,7 +271,7 @@ def _covered(clicks: Clicks, index: np.ndarray) -> Sessions:
 
 def _write_training(
     writer: DatasetWriter,
-    spool: _Spool,
+    spool: Spool,
     index: np.ndarray,
     boundary: float,
     max_val_sessions: int,
@@ -361,7 +290,7 @@ def _write_training(
     # Dropped (sessions, events).
     late, unknown, short = np.zeros((3, 2), np.int64)
 
-    def early(block: _SpoolBlock) -> tuple[int, Sessions, Sessions, Sessions, Sessions]:
+    def early(block: SpoolBlock) -> tuple[int, Sessions, Sessions, Sessions, Sessions]:
         sessions = block.read()
         before = take_where(sessions, ~held_out[block.rows])
         assert before.times is not None
@@ -389,25 +318,12 @@ def _write_training(
             "no session is left for the train split: all lie in the last days, which validation "
             f"takes{strange}; pass a smaller --val-days"
         )
-    val: list[Sessions] = []
-    lost: list[tuple[np.ndarray, np.ndarray]] = []
-    unseen_in_val = 0
-    for block in spool.blocks(wanted=in_val):
-        whole = take_where(block.read(), in_val[block.rows])
-        seen = _seen(whole, index)
-        val.append(drop_short(seen, MIN_CLICKS))
-        lost.append(lost_predictions(whole.lengths, seen.lengths))
-        unseen_in_val += len(whole.items) - len(seen.items)
-        unknown += _size(whole) - _size(seen)
-        short += _size(seen) - _size(val[-1])
+    val, val_counts, val_unknown, val_short = _read_val(spool, in_val, index)
+    unknown += val_unknown
+    short += val_short
+    unseen_in_train = sum(_count(~in_train[v.items]) for v in val)
     written.append(
-        writer.write_split(
-            "val",
-            val,
-            unseen_events=unseen_in_val,
-            lost_predictions=_in_order(lost),
-            events_unseen_in_train=sum(_count(~in_train[v.items]) for v in val),
-        )
+        writer.write_split("val", val, **val_counts, events_unseen_in_train=unseen_in_train)
     )
     steps.drop("late events", int(late[0]), int(late[1]), WHY_LATE)
     beyond = held_out & ~in_val
@@ -418,6 +334,27 @@ def _write_training(
         why = f"fewer than {MIN_CLICKS} clicks left"
         steps.drop("short sessions left", int(short[0]), int(short[1]), why)
     return written, _count(in_train)
+
+
+def _read_val(
+    spool: Spool, in_val: np.ndarray, index: np.ndarray
+) -> tuple[list[Sessions], dict[str, Any], np.ndarray, np.ndarray]:
+    """Return the sessions of val, block by block, and counts of what the catalogue lacks.
+
+    Behind them: dropped (sessions, events) by unknown items, and by what these left short.
+    """
+    val: list[Sessions] = []
+    lost: list[tuple[np.ndarray, np.ndarray]] = []
+    unknown, short = np.zeros((2, 2), np.int64)
+    for block in spool.blocks(wanted=in_val):
+        whole = take_where(block.read(), in_val[block.rows])
+        seen = _seen(whole, index)
+        val.append(drop_short(seen, MIN_CLICKS))
+        lost.append(lost_predictions(whole.lengths, seen.lengths))
+        unknown += _size(whole) - _size(seen)
+        short += _size(seen) - _size(val[-1])
+    counts = {"unseen_events": int(unknown[1]), "lost_predictions": _in_order(lost)}
+    return val, counts, unknown, short
 
 
 def _size(sessions: Sessions) -> np.ndarray:

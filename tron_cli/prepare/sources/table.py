@@ -8,12 +8,9 @@ the held-out periods begin at fixed dates, or the splits are separate tables.
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +19,22 @@ import polars as pl
 
 from tron_cli.data.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
-from tron_cli.prepare.earlier import earlier_catalogue
-from tron_cli.prepare.fetching.raw import PARQUET_MAGIC, first_bytes, open_raw
+from tron_cli.prepare.earlier import Earlier, earlier_catalogue
 from tron_cli.prepare.filters import Cleaning, Steps, apply_filters, are_duplicates
 from tron_cli.prepare.reading.columns import (
     BadLines,
-    Columns,
-    Parser,
-    find_columns,
-    read_delimited,
-    read_json_lines,
-    read_parquet,
 )
-from tron_cli.prepare.reading.ids import ids_of
 from tron_cli.prepare.reading.inputs import check_distinct, input_files
-from tron_cli.prepare.reading.times import FormatParser, TimeParser, from_iso
+from tron_cli.prepare.reading.times import from_iso
 from tron_cli.prepare.sessions import (
     Events,
-    IdKeys,
     ItemIndex,
     collect_events,
     joined,
     split_at_gaps,
     to_sessions,
 )
+from tron_cli.prepare.sources.table_reader import TableColumns, TableReader
 from tron_cli.prepare.split import (
     Splits,
     by_start,
@@ -65,48 +54,7 @@ from tron_cli.prepare.write import (
 DEFAULT_GAP = "30m"
 MAX_GAP = 1000 * 365 * 86_400_000  # ms
 DEFAULT_DAYS = 1.0  # of validation and of test
-NULL_TOKENS = ("NULL", "null", "None", "NA", "N/A", "NaN", "nan", "\\N")  # of databases, pandas, R
 _MS_PER = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-_SEPARATORS = ",;\t|"
-_TYPED = r"[^\t]+:(?:token|float)(?:_seq)?"
-_RECBOLE_HEADER = rf"{_TYPED}(?:\t{_TYPED})+"
-
-
-@dataclass(frozen=True)
-class TableColumns:
-    """Columns of a table; session, user or both, where session ids are unique per user.
-
-    time_unit: auto, s, ms, us or ns. time_format: of times that are neither ISO 8601 nor numbers,
-    such as %d/%m/%Y. session_gap: the pause after which a user's session ends, such as 30m; None
-    keeps a user's events together. event, keep_events: only events of these kinds are used.
-    null_tokens: texts that mean a missing session, user or item.
-    """
-
-    item: str
-    time: str
-    session: str | None = None
-    user: str | None = None
-    time_unit: str = "auto"
-    time_format: str | None = None
-    session_gap: str | None = None
-    event: str | None = None
-    keep_events: tuple[str, ...] = ()
-    null_tokens: tuple[str, ...] = NULL_TOKENS
-
-    def options(self, gap: int | None) -> dict[str, Any]:
-        """Return what dataset.json records of the columns; gap: the session gap in ms."""
-        return {
-            "item_col": self.item,
-            "time_col": self.time,
-            "time_unit": self.time_unit,
-            "time_format": self.time_format,
-            "session_col": self.session,
-            "user_col": self.user,
-            "session_gap_ms": gap,
-            "event_col": self.event,
-            "keep_events": list(self.keep_events),
-            "null_tokens": list(self.null_tokens),
-        }
 
 
 def prepare_table(
@@ -142,9 +90,8 @@ def prepare_table(
 
     The filters are those of the session-based literature: short sessions, rare items (fewer than
     min_item_count events: 5, or 1 where the splits, of which test does not count, or an earlier
-    catalogue are given), and
-    sessions that became short by that, each once. Leave-one-out needs at least three events of
-    each. Before them come the cleanings that are asked for; see `Cleaning`.
+    catalogue are given), and sessions that became short by that, each once. Leave-one-out needs at
+    least three events of each. Before them come the cleanings that are asked for; see `Cleaning`.
     """
     gap = _checked_gap(columns, leave_one_out)
     rule = _SplitRule(
@@ -161,73 +108,109 @@ def prepare_table(
     cleaning = Cleaning(drop_duplicates, collapse_repeats, max_session_length)
     _check_lengths(max_session_length, min_session_length, leave_one_out)
     min_item_count = min_item_count or (1 if test or catalogue else 5)
-    given = [inputs] if isinstance(inputs, Path) else inputs
-    options = ("--train", "--val", "--test") if test else ("--input", "--val", "--test")
-    files = {
-        option: input_files(paths, option)
-        for option, paths in zip(options, (given, val, test), strict=True)
-        if paths
+    inputs = [inputs] if isinstance(inputs, Path) else inputs
+    given = {"input": inputs, "val": val, "test": test}
+    options = {
+        **{option: [str(path) for path in paths] for option, paths in given.items()},
+        **columns.options(gap),
+        **rule.options(),
+        "min_session_length": min_session_length,
+        "min_item_count": min_item_count,
+        "skip_bad_lines": skip_bad_lines,
+        "catalogue": catalogue,
+        "max_bad_share": max_bad_share,
+        **asdict(cleaning),
     }
-    all_files = [file for part in files.values() for file in part]
-    check_distinct(all_files)
-    with DatasetWriter(dataset_path(data_dir, name, *all_files), force=force) as writer:
+    tables = _files_of_tables(given)
+    files = [file for table in tables for file in table]
+    with DatasetWriter(dataset_path(data_dir, name, *files), force=force) as writer:
         earlier = earlier_catalogue(catalogue, data_dir)
-        bad = BadLines(skip=skip_bad_lines, max_share=max_bad_share)
         steps = Steps()
-        reader = _TableReader(columns, bad)
-        index = ItemIndex()
-        logs = [collect_events(part[0], reader.read(part), bad, index) for part in files.values()]
-        reader.check(all_files[0])
-        bad.check_share(reader.rows)
-        if columns.event:
-            steps.count("read", None, reader.rows, None, "")
-        parts = [_sessions(events, columns, gap) for events in logs]
-        refuse_copies([part[0] for part in files.values()], parts)
-        kinds = f"only {', '.join(columns.keep_events)}" if columns.event else ""
-        steps.record("kinds of events" if kinds else "read", parts, kinds)
-        duplicates = sum(int(np.count_nonzero(are_duplicates(part))) for part in parts)
-        parts = cleaning.apply(parts, steps)
-        if earlier is not None and leave_one_out:
-            parts = [earlier.known_histories(parts[0], logs[0].item_ids, steps)]
-        parts = apply_filters(
-            parts,
-            steps,
-            min_session_length=max(min_session_length, 3 if leave_one_out else 2),
-            min_item_count=min_item_count,
+        log = _read_log(
+            tables, columns, gap, steps, BadLines(skip=skip_bad_lines, max_share=max_bad_share)
         )
+        least = max(min_session_length, 3 if leave_one_out else 2)
+        of_histories = earlier if leave_one_out else None
+        parts = _filtered(log, cleaning, of_histories, steps, least, min_item_count)
         if val:
-            refuse_empty_val(parts[1], files["--val"][0], max(min_session_length, 2))
-        splits = rule.apply(parts, steps, logs[0].latest)
+            refuse_empty_val(parts[1], tables[1][0], least)
+        splits = rule.apply(parts, steps, log.latest)
         return write_splits(
             writer,
             splits,
-            item_ids=logs[-1].item_ids,
+            item_ids=log.item_ids,
             catalogue=in_order_of_appearance(splits.period),
             name=name,
             protocol="last-item" if leave_one_out else "every-step",
             source="table",
-            options={
-                "input": [str(path) for path in given],
-                "val": [str(path) for path in val],
-                "test": [str(path) for path in test],
-                **columns.options(gap),
-                **rule.options(),
-                "min_session_length": min_session_length,
-                "min_item_count": min_item_count,
-                "skip_bad_lines": skip_bad_lines,
-                "catalogue": catalogue,
-                "max_bad_share": max_bad_share,
-                **asdict(cleaning),
-            },
-            duplicate_events=duplicates,
+            options=options,
+            duplicate_events=sum(int(are_duplicates(part).sum()) for part in log.parts),
             shared_sessions=_shared_sessions(splits) if test else {},
-            files=all_files,
+            files=files,
             steps=steps,
-            bad=bad,
+            bad=log.reader.bad,
             earlier=earlier,
-            session_keys=reader.sessions,
-            user_keys=reader.users,
+            session_keys=log.reader.sessions,
+            user_keys=log.reader.users,
         )
+
+
+def _files_of_tables(given: dict[str, Sequence[Path]]) -> list[list[Path]]:
+    """Return the files of each table: the one to split, or train, perhaps val, and test."""
+    tables = [
+        input_files(paths, "--train" if option == "input" and given["test"] else f"--{option}")
+        for option, paths in given.items()
+        if paths
+    ]
+    check_distinct([file for table in tables for file in table])
+    return tables
+
+
+@dataclass(frozen=True)
+class _Log:
+    """Sessions of each table as they were read, before cleanings and filters.
+
+    item_ids: original ids of the items of all tables; latest: as in `Events`, of the first table.
+    """
+
+    parts: list[Sessions]
+    item_ids: np.ndarray
+    latest: tuple[int, str]
+    reader: TableReader
+
+
+def _read_log(
+    tables: list[list[Path]], columns: TableColumns, gap: int | None, steps: Steps, bad: BadLines
+) -> _Log:
+    """Read the tables and record what they hold."""
+    reader, index = TableReader(columns, bad), ItemIndex()
+    logs = [collect_events(files[0], reader.read(files), bad, index) for files in tables]
+    reader.check(tables[0][0])
+    bad.check_share(reader.rows)
+    if columns.event:
+        steps.count("read", None, reader.rows, None, "")
+    parts = [_sessions(events, columns, gap) for events in logs]
+    refuse_copies([files[0] for files in tables], parts)
+    kinds = f"only {', '.join(columns.keep_events)}" if columns.event else ""
+    steps.record("kinds of events" if kinds else "read", parts, kinds)
+    return _Log(parts, logs[-1].item_ids, logs[0].latest, reader)
+
+
+def _filtered(
+    log: _Log,
+    cleaning: Cleaning,
+    earlier: Earlier | None,
+    steps: Steps,
+    min_session_length: int,
+    min_item_count: int,
+) -> list[Sessions]:
+    """Clean and filter the sessions of each table; earlier: the catalogue of whole histories."""
+    parts = cleaning.apply(log.parts, steps)
+    if earlier is not None:
+        parts = [earlier.known_histories(parts[0], log.item_ids, steps)]
+    return apply_filters(
+        parts, steps, min_session_length=min_session_length, min_item_count=min_item_count
+    )
 
 
 def _sessions(events: Events, columns: TableColumns, gap: int | None) -> Sessions:
@@ -394,123 +377,3 @@ def duration(text: str) -> int:
             "session has ended, such as 30m"
         )
     return round(milliseconds)
-
-
-class _TableReader:
-    """Reads tables into session, item and time; counts the readable rows of all kinds."""
-
-    def __init__(self, columns: TableColumns, bad: BadLines) -> None:
-        self.columns, self.bad = columns, bad
-        self.rows = 0
-        self.sessions, self.users = IdKeys(), IdKeys()
-        self._ids = [name for name in (columns.session, columns.user, columns.item) if name]
-        self._wanted = [*self._ids, columns.time, *([columns.event] if columns.event else [])]
-        if not columns.item or not columns.time:
-            raise InputError("expected the name of a column for --item-col and --time-col")
-        if len(set(self._wanted)) < len(self._wanted):
-            raise InputError(f"expected different columns, got {', '.join(self._wanted)}")
-        self._times = _time_parser(columns)
-        ids = Parser(ids_of, "an id in one line", columns.null_tokens)
-        self._parsers = {**dict.fromkeys(self._ids, ids), columns.time: self._times}
-        self._kinds: set[str] = set()
-        self._first: tuple[Path, dict[str, pl.DataType]] | None = None
-
-    def read(self, files: Sequence[Path]) -> Iterator[Columns]:
-        """Yield the int64 columns session, time and perhaps user, and the ids in item."""
-        kept = 0
-        for file in files:
-            for block in self._blocks(file):
-                if self.columns.event:
-                    # Other kinds may lack an item, as searches do, so nothing else of them is read.
-                    kind = block.parse({self.columns.event: _KIND}, self.bad).frame.to_series()
-                    self._kinds.update(kind.unique().to_list())
-                    is_kept = kind.is_in(self.columns.keep_events).to_numpy()
-                    self.rows += int(np.count_nonzero(~is_kept))
-                    block = block.where(is_kept)
-                block = block.parse(self._parsers, self.bad)
-                self.rows += len(block.lines)
-                kept += len(block.lines)
-                self._check_types(file, block.frame)
-                yield replace(block, frame=self._keyed(block.frame))
-        if not kept:
-            self.check(files[0])  # may raise the reason
-
-    def _keyed(self, frame: pl.DataFrame) -> pl.DataFrame:
-        session, user = self.columns.session, self.columns.user
-        users = frame[user] if user else None
-        keys = {} if users is None else {"user": self.users.keys(users)}
-        if session:
-            keys["session"] = self.sessions.keys(frame[session], users)
-        else:
-            keys["session"] = keys["user"]
-        named = frame.select(item=self.columns.item, time=self.columns.time)
-        return named.with_columns(**{name: pl.Series(values) for name, values in keys.items()})
-
-    def _check_types(self, file: Path, frame: pl.DataFrame) -> None:
-        types = {name: frame[name].dtype for name in self._ids}
-        self._first = self._first or (file, types)
-        for name, dtype in types.items():
-            if dtype != self._first[1][name]:
-                kind, other = (
-                    "integers" if of == pl.Int64 else "text" for of in (dtype, self._first[1][name])
-                )
-                raise InputError(
-                    f"{file}: {name} holds {kind}, but {other} in {self._first[0]}; store the ids "
-                    "of all files alike"
-                )
-
-    def check(self, file: Path) -> None:
-        """Refuse times that are mostly of another kind, and kinds of events that do not occur."""
-        self._times.check(file)
-        missing = [kind for kind in self.columns.keep_events if kind not in self._kinds]
-        if missing:
-            found = ", ".join(kind or "nothing" for kind in sorted(self._kinds)[:10])
-            raise InputError(
-                f"{file} has no event of the kind {' or '.join(missing)}: its "
-                f"{self.columns.event} holds {found}{', ...' if len(self._kinds) > 10 else ''}; "
-                "correct --keep-events"
-            )
-
-    def _blocks(self, file: Path) -> Iterator[Columns]:
-        """Read a file by its content, whatever its name."""
-        suffix = file.suffix.lower()
-        if first_bytes(file).startswith(PARQUET_MAGIC) or suffix == ".parquet":
-            return read_parquet(file, self._wanted)
-        header = _header(file)
-        if header.startswith(("{", "[")):
-            return read_json_lines(file, self._wanted, self.bad, ids=self._ids)
-        # RecBole's files have no quoting.
-        is_recbole = suffix == ".inter" or re.fullmatch(_RECBOLE_HEADER, header) is not None
-        separator = "\t" if is_recbole else _separator(file, header, self._wanted)
-        return read_delimited(
-            file, self._wanted, self.bad, separator=separator, quoted=not is_recbole
-        )
-
-
-def _time_parser(columns: TableColumns) -> TimeParser | FormatParser:
-    if columns.time_format is None:
-        return TimeParser(columns.time_unit)
-    if columns.time_unit != "auto":
-        raise InputError("--time-unit has no effect with --time-format: leave one of them out")
-    return FormatParser(columns.time_format)
-
-
-def _header(file: Path) -> str:
-    """Return the first line that is not blank, without its end."""
-    with open_raw(file) as content:
-        lines = iter(partial(content.readline, 1 << 16), b"")
-        header = next((line for line in lines if line.strip(b"\r\n")), b"")
-    return header.removeprefix(b"\xef\xbb\xbf").decode(errors="replace").strip("\r\n")
-
-
-def _separator(file: Path, header: str, wanted: list[str]) -> str:
-    """Return the separator that the header has most often of those that give the wanted columns."""
-    by_count = sorted(_SEPARATORS, key=header.count, reverse=True)
-    for separator in by_count:
-        with suppress(InputError, csv.Error):
-            find_columns(file, next(csv.reader([header], delimiter=separator)), wanted)
-            return separator
-    return by_count[0]
-
-
-_KIND = Parser(lambda column: column.cast(pl.String).fill_null(""), "a kind of event")
