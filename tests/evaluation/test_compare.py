@@ -12,15 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.checkpoints import random_checkpoint
 from helpers.datasets import pack_sessions, random_sessions, tiny_settings, write_dataset
 
 from tron_cli.checkpoint import (
-    dataset_identity,
-    encode_item_ids,
     load_checkpoint,
-    save_checkpoint,
 )
-from tron_cli.config import ExperimentConfig
 from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
 from tron_cli.evaluation.beyond_accuracy import beyond_accuracy, count_items
@@ -28,7 +25,6 @@ from tron_cli.evaluation.compare import Difference, compare, paired_difference, 
 from tron_cli.evaluation.evaluate import EvaluationOptions, assess
 from tron_cli.evaluation.metrics import parse_measures, values_of_ranks
 from tron_cli.evaluation.predict import Predictions, predict
-from tron_cli.models.base import build_model
 
 CPU = torch.device("cpu")
 Command = Callable[..., tuple[int, str, str]]
@@ -39,21 +35,8 @@ T_TABLE = {1: 12.7062, 4: 2.7764, 9: 2.2622, 29: 2.0452, 99: 1.9842}
 
 def checkpoint_file(dataset: Dataset, file: Path, *, seed: int = 1, **changes: Any) -> Path:
     """Write the checkpoint of a model with random weights."""
-    config = ExperimentConfig(**tiny_settings(dataset_name=dataset.name, **changes))
-    torch.manual_seed(seed)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(
-        file,
-        config=config,
-        model=build_model(config, dataset.num_items),
-        step=5,
-        epoch=0,
-        metrics={},
-        dataset=dataset_identity(dataset),
-        item_ids=encode_item_ids(dataset.item_ids),
-        training={},
-    )
-    return file
+    return random_checkpoint(dataset, file, torch_seed=seed, **changes).path
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.datasets import pack_sessions, random_sessions
 from helpers.int8 import use_int8
+from helpers.networks import random_model
 
 from tron_cli.data.batches import pack
 from tron_cli.errors import RunError
@@ -23,27 +24,8 @@ NUM_ITEMS, LENGTH = 40, 5
 
 
 def make_model(positions: str, *, seed: int = 0, **changes: Any) -> SASRec:
-    """Make an untrained model with weights large enough that order and positions matter."""
-    torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "num_items": NUM_ITEMS,
-        "sequence_length": LENGTH,
-        "embedding_dim": 8,
-        "num_blocks": 2,
-        "num_heads": 2,
-        "dropout_rate": 0.5,
-        "positions": positions,
-        "reuse_item_embeddings": True,
-        "output_bias": False,
-        **changes,
-    }
-    model = SASRec(**settings)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.5)
-        model.item_table[7] = model.item_table[3]  # ties
-    return model.eval()
+    settings = {"num_items": NUM_ITEMS, "sequence_length": LENGTH, "positions": positions}
+    return random_model(SASRec, seed=seed, **{**settings, **changes})
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from tron_cli.models.base import Model, build_model
 
 
 def random_checkpoint(
-    dataset: Dataset, file: Path, *, with_ties: bool = False, **changes: Any
+    dataset: Dataset, file: Path, *, torch_seed: int = 3, with_ties: bool = False, **changes: Any
 ) -> Checkpoint:
     """Save a network with random weights, or a baseline fitted to the training split.
 
@@ -36,7 +36,7 @@ def random_checkpoint(
         model = build_baseline(config, num_items)
         model.fit(train)
     else:
-        torch.manual_seed(3)
+        torch.manual_seed(torch_seed)
         model = build_model(config, num_items)
         if with_ties:
             with torch.no_grad():

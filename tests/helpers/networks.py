@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,47 @@ def make_config(**values) -> ExperimentConfig:
         "topk_sampling": False,
     }
     return ExperimentConfig(**{**defaults, **values})
+
+
+def random_model(network: type[Any], *, seed: int = 0, **changes: Any) -> Any:
+    """Make a network with weights so large that order and positions matter; items 3 and 7 tie."""
+    torch.manual_seed(seed)
+    settings = {
+        "num_items": 40,
+        "sequence_length": 5,
+        "embedding_dim": 8,
+        "num_blocks": 2,
+        "num_heads": 2,
+        "dropout_rate": 0.5,
+        "reuse_item_embeddings": True,
+        "output_bias": False,
+        **changes,
+    }
+    model = network(**settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+        model.item_table[7] = model.item_table[3]
+    return model.eval()
+
+
+# Names of the parts of torch's encoder, and ours.
+NAMES = {
+    "layers.": "blocks.",
+    "self_attn.in_proj_": "query_key_value.",
+    "self_attn.out_proj": "attention_output",
+    "linear1": "feed_forward.0",
+    "linear2": "feed_forward.3",
+    "norm1": "attention_norm",
+    "norm2": "feed_forward_norm",
+}
+
+
+def name_in_ours(name: str) -> str:
+    """Return our name of a parameter of torch's encoder."""
+    for theirs, ours in NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 class PaddedReference(nn.Module):
@@ -64,17 +106,10 @@ class PaddedReference(nn.Module):
             ("items.", "item_embedding."),
             ("positions.", "position_embedding."),
             ("outputs.", "output_embedding."),
-            ("encoder.norm.", "norm."),
-            ("encoder.layers.", "blocks."),
-            ("self_attn.in_proj_", "query_key_value."),
-            ("self_attn.out_proj", "attention_output"),
-            ("linear1", "feed_forward.0"),
-            ("linear2", "feed_forward.3"),
-            ("norm1", "attention_norm"),
-            ("norm2", "feed_forward_norm"),
+            ("encoder.", ""),
         ):
             name = name.replace(theirs, ours)
-        return name
+        return name_in_ours(name)
 
     def forward(self, histories: list[list[int]]) -> list[torch.Tensor]:
         """The hidden states [length, D] of each history of up to L items.

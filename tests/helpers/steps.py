@@ -1,12 +1,16 @@
-"""The loss of a step by its formula."""
+"""Loss of a step by its formula, and the gradients of a step beside those of the reference."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
+from helpers.networks import build_pair, make_sessions
 from tron_cli.config import ExperimentConfig
-from tron_cli.sampling.negatives import Distribution, sample_negatives
+from tron_cli.data.batches import Batch, training_batch
+from tron_cli.sampling.negatives import Distribution, Negatives, sample_negatives
+from tron_cli.training.step import training_loss
 
 LENGTHS = [2, 10, 3, 5, 6, 4, 7, 2, 3, 9]
 
@@ -73,3 +77,26 @@ def reference_loss(reference, batch, negatives, config: ExperimentConfig):
             negative = negative.topk(min(config.topk_sampling_k, len(items))).values
         total = total + position_loss(table[target] @ hidden, negative, config)
     return total / len(hidden_ND)
+
+
+def step_of_both(
+    config: ExperimentConfig, num_items: int, lengths: list[int] = LENGTHS
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Batch, Negatives]:
+    """Return the gradients of a step and of the padded reference; check that the losses agree."""
+    model, reference = build_pair(config, num_items)
+    sessions = make_sessions(lengths, num_items, seed=3)
+    batch = training_batch(sessions, np.arange(len(lengths)), config.sequence_length)
+    torch.manual_seed(11)
+    negatives = draw(batch, num_items, config)
+    torch.manual_seed(11)
+    loss = training_loss(model, batch, config, Distribution(num_items))
+    loss.backward()
+    expected = reference_loss(reference, batch, negatives, config)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-9)
+    ours = {name: weights.grad for name, weights in model.named_parameters()}
+    theirs = {
+        reference.name_in_model(name): weights.grad
+        for name, weights in reference.named_parameters()
+    }
+    return ours, theirs, batch, negatives

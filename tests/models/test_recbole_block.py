@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.networks import name_in_ours
 from helpers.packed import make_batch, states
 from helpers.padded import Attention, check_same, padded_states, shaken, windows
 from torch import nn
@@ -54,20 +55,9 @@ def test_post_norm_equals_torchs_encoder(positions, heads, activation):
         layer_norm_eps=1e-12, batch_first=True, norm_first=False,
     )  # fmt: skip
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double()
-    theirs_from_ours = {
-        "self_attn.in_proj_": "query_key_value.",
-        "self_attn.out_proj": "attention_output",
-        "linear1": "feed_forward.0",
-        "linear2": "feed_forward.3",
-        "norm1": "attention_norm",
-        "norm2": "feed_forward_norm",
-    }
     with torch.no_grad():
         for name, weights in encoder.named_parameters():
-            ours = name.replace("layers.", "blocks.")
-            for theirs, own in theirs_from_ours.items():
-                ours = ours.replace(theirs, own)
-            weights.copy_(model.get_parameter(ours))
+            weights.copy_(model.get_parameter(name_in_ours(name)))
 
     inputs_BL = windows(batch, 6, at_end=positions == "end")
     x = model.item_embedding.weight[inputs_BL] + model.position_embedding.weight

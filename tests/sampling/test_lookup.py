@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.networks import build_pair, make_config, make_sessions
-from helpers.steps import LENGTHS, draw, reference_loss
+from helpers.networks import make_config, make_sessions
+from helpers.steps import LENGTHS, draw, step_of_both
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tron_cli.config import ExperimentConfig
 from tron_cli.data.batches import Batch, training_batch
 from tron_cli.models.base import build_model
 from tron_cli.sampling.lookup import look_up, look_up_inputs
@@ -35,28 +34,6 @@ TABLES = ("item_embedding.weight", "output_embedding.weight")
 def make_batch(num_items: int, lengths: list[int] = LENGTHS, sequence_length: int = 6) -> Batch:
     sessions = make_sessions(lengths, num_items, seed=3)
     return training_batch(sessions, np.arange(len(lengths)), sequence_length)
-
-
-def step_of_both(
-    config: ExperimentConfig, num_items: int
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], Batch, Negatives]:
-    """Gradients of ours and of the reference, which must agree in the loss."""
-    model, reference = build_pair(config, num_items)
-    batch = make_batch(num_items)
-    torch.manual_seed(11)
-    negatives = draw(batch, num_items, config)
-    torch.manual_seed(11)
-    loss = training_loss(model, batch, config, Distribution(num_items))
-    loss.backward()
-    expected = reference_loss(reference, batch, negatives, config)
-    expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-9)
-    ours = {name: weights.grad for name, weights in model.named_parameters()}
-    theirs = {
-        reference.name_in_model(name): weights.grad
-        for name, weights in reference.named_parameters()
-    }
-    return ours, theirs, batch, negatives
 
 
 @pytest.mark.parametrize("num_items", [45, 2000])

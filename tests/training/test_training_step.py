@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers.datasets import cyclic_sessions, write_dataset
 from helpers.networks import build_pair, make_config, make_sessions
-from helpers.steps import LENGTHS, draw, negatives_that_count, reference_loss
+from helpers.steps import LENGTHS, draw, negatives_that_count, reference_loss, step_of_both
 from torch.nn import functional as F
 
 from tron_cli.checkpoint import LAST, load_checkpoint
@@ -35,27 +35,14 @@ from tron_cli.training.step import training_loss
 
 
 def check_step(config: ExperimentConfig, *, num_items: int, lengths: list[int]):
-    """Loss and every gradient; returns how many negatives each position had."""
-    model, reference = build_pair(config, num_items)
-    sessions = make_sessions(lengths, num_items, seed=3)
-    batch = training_batch(sessions, np.arange(len(lengths)), config.sequence_length)
-    torch.manual_seed(11)
-    negatives = draw(batch, num_items, config)
-    torch.manual_seed(11)
-    loss = training_loss(model, batch, config, Distribution(num_items))
-    loss.backward()
-    expected = reference_loss(reference, batch, negatives, config)
-    expected.backward()
-
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-9)
-    ours = dict(model.named_parameters())
-    theirs = {reference.name_in_model(name): value for name, value in reference.named_parameters()}
+    """Check loss and every gradient; return how many negatives each position had."""
+    ours, theirs, batch, negatives = step_of_both(config, num_items, lengths)
     assert ours.keys() == theirs.keys()
-    for name, parameter in ours.items():
+    for name, gradient in ours.items():
         torch.testing.assert_close(
-            parameter.grad, theirs[name].grad, rtol=0, atol=1e-9, msg=lambda text, n=name: n + text
+            gradient, theirs[name], rtol=0, atol=1e-9, msg=lambda text, n=name: n + text
         )
-        assert parameter.grad.isfinite().all()
+        assert gradient.isfinite().all()
     return [len(items) for items in negatives_that_count(batch, negatives, config)]
 
 

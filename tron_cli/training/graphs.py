@@ -29,7 +29,7 @@ class Recorder(Protocol):
         """Do `work` as it would be recorded, so that recording finds everything prepared."""
 
     def record(self, work: Callable[[], object]) -> Callable[[], object]:
-        """What `work` would do, to be done again and again; nothing is done yet.
+        """Record `work` without doing it; return a function that does it.
 
         Raises RuntimeError where it cannot be recorded; random numbers are then those of the seed.
         """
@@ -141,7 +141,7 @@ class GraphedSteps:
 
 
 def _first_line(error: BaseException) -> str:
-    """Of what failed first: what a recording that was broken off says hides the reason."""
+    """Return the first line of the first error; later ones of a failed recording hide it."""
     while error.__context__ is not None:
         error = error.__context__
     return str(error).partition("\n")[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Where a training step goes: torch's profiler over some steps, as a Chrome trace and as tables."""
+"""Profile of training steps by torch's profiler, as a Chrome trace and as tables."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """Where the mean step goes.
+    """Time of the mean step, by phase and operator.
 
     Phases are wall-clock time. Operators are the time that the CPU spends in them and not in those
     that they call; on CUDA the time of the kernels that they launch. Both lists end with what is
