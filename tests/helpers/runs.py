@@ -17,7 +17,7 @@ from helpers.datasets import tiny_settings
 from tron_cli.api.training import train
 from tron_cli.config import parse_overrides
 
-# 45 sessions in batches of 8 are 6 steps an epoch; a save falls inside each epoch and between two.
+# 45 sessions in batches of 8 are 6 steps per epoch; a save falls inside each epoch and between two.
 SETTINGS = {"dropout_rate": 0.3, "save_every": 4, "max_epochs": 3, "lr_schedule": "cosine"}
 
 

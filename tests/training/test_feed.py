@@ -140,7 +140,7 @@ def test_masks_differ_from_step_to_step(rows: list[list[int]], sessions: Session
 
 
 def test_two_feeds_do_not_disturb_each_other(rng: np.random.Generator) -> None:
-    """Of as many sessions and of others, step by step in turn."""
+    """Alternate between passes of as many sessions and of others."""
     kinds: list[tuple[Sessions, int]] = [
         (pack_sessions(random_sessions(rng, count, ITEMS)), seed)
         for count, seed in ((45, 1), (45, 2), (30, 1))

@@ -28,7 +28,7 @@ PHASES = {
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
     rng = np.random.default_rng(5)
-    # 45 sessions in batches of 8 are 6 steps an epoch.
+    # 45 sessions in batches of 8 are 6 steps per epoch.
     write_dataset(
         tmp_path / "data",
         train=random_sessions(rng, 45, 30),

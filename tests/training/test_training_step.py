@@ -244,6 +244,21 @@ def test_learning_rate_warms_up_and_stays():
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.4, 0.4])
 
 
+@pytest.mark.parametrize(("warmup_steps", "warned"), [(3, False), (4, True), (400, True)])
+def test_a_warm_up_that_ends_after_the_run_is_warned_of(warmup_steps, warned, tmp_path, caplog):
+    """Three steps in all: the learning rate would never be the one of the configuration."""
+    dataset = write_dataset(tmp_path, train=cyclic_sessions(24, seed=1), val=[[1, 2]])
+    config = make_config(
+        lr=0.5, warmup_steps=warmup_steps, max_epochs=3, train_batch_size=24, clip_norm=1e-6
+    )
+    train(config, dataset, tmp_path / "run", device=CPU)
+    said = [line for line in caplog.messages if "warmup_steps" in line]
+    assert len(said) == warned
+    if warned:
+        assert f"warmup_steps={warmup_steps} is longer than the run of 3 steps" in said[0]
+        assert f"ends at {0.5 * 3 / warmup_steps:.3g}" in said[0]
+
+
 def test_learning_rate_follows_half_a_cosine_to_zero():
     rates = [
         learning_rate(step, lr=2.0, schedule="cosine", warmup_steps=2, total_steps=8)

@@ -46,7 +46,7 @@ def build_feed(config: ExperimentConfig, sessions: Sessions, model: Model, *, pa
 
 
 class WholeSessions:
-    """train_batch_size sessions a step, each with its last sequence_length + 1 events."""
+    """train_batch_size sessions per step, each with its last sequence_length + 1 events."""
 
     def __init__(self, config: ExperimentConfig, sessions: Sessions, *, padded: bool) -> None:
         self._config = config
@@ -100,8 +100,8 @@ def expected_in_batch(config: ExperimentConfig, sessions: Sessions, num_items: i
         count_V += np.bincount(sessions.items[place], minlength=len(count_V))
     count_I = count_V[1:]
     rows = min(config.train_batch_size, len(sessions)) - int(config.reject_in_batch_items)
-    inputs_a_row = 1 if config.session_parallel else count_I.sum() / len(sessions)
-    expected = min(config.num_batch_negatives, rows * inputs_a_row)
+    inputs_per_row = 1 if config.session_parallel else count_I.sum() / len(sessions)
+    expected = min(config.num_batch_negatives, rows * inputs_per_row)
     return count_I * (expected / count_I.sum())
 
 

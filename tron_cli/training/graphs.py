@@ -23,13 +23,13 @@ log = logging.getLogger("tron")
 
 
 class Recorder(Protocol):
-    """Runs work on a device and records it."""
+    """Interface of what runs work on a device and records it."""
 
     def run(self, work: Callable[[], object]) -> None:
-        """Do `work` as it would be recorded, so that recording finds everything prepared."""
+        """Do `work` on the stream of the recordings, so that these find everything prepared."""
 
     def record(self, work: Callable[[], object]) -> Callable[[], object]:
-        """Record `work` without doing it; return a function that does it.
+        """Record `work` without doing it, and return a function that does it each time.
 
         Raises RuntimeError where it cannot be recorded; random numbers are then those of the seed.
         """
@@ -64,12 +64,13 @@ class CUDARecorder:
             with torch.cuda.stream(self._stream), recording:
                 work()
         except RuntimeError:
-            # Torch's allocator is still in a capture that was broken off: it would keep its memory,
-            # and free nothing else where memory runs out. If not, the first of these raises.
+            # After a failed capture torch offers no public way back, and steps are to go on without
+            # graphs. Its allocator is still in the capture: it would keep the memory, and free
+            # nothing else where memory runs out. If it is not, the first of these raises.
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(device.index, self._memory)
                 torch._C._cuda_releasePool(device.index, self._memory)
-            # A generator in a recording that failed serves nothing else: it gets another state.
+            # The state of a generator in a failed capture is of no use: it gets another one.
             fresh = torch.Generator(device).manual_seed(seed)
             numbers.graphsafe_set_state(fresh.graphsafe_get_state())
             raise
@@ -85,14 +86,14 @@ class _Size:
 
 
 class GraphedSteps:
-    """Training steps of which those of whole batches are replayed.
+    """Training steps; those of whole batches are recorded and replayed.
 
     The first batch of a size takes its step as usual, the second is recorded. Batches of fewer
     sessions, such as the last of an epoch, always take their step as usual.
 
     step: takes a step on a batch that is on `device` and returns its loss, without gradients; it
-    must not wait for the device, and do the same for all batches of a size. recorder: None where
-    nothing is to be recorded. After a recording has failed nothing is recorded any more.
+    must not wait for the device, and do the same for all batches of a size. recorder: None to
+    record nothing. After a recording has failed, nothing is recorded any more.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class GraphedSteps:
         self._loss = torch.zeros((), device=device)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Take a step; its loss, which the next call may overwrite.
+        """Take a step, and return its loss, which the next call may overwrite.
 
         batch: padded and in one piece, where a recorder was given.
         """
@@ -141,7 +142,7 @@ class GraphedSteps:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the first line of the first error; later ones of a failed recording hide it."""
+    """Return the first line of the first error: that of the broken recording hides the reason."""
     while error.__context__ is not None:
         error = error.__context__
     return str(error).partition("\n")[0] or type(error).__name__

@@ -1,9 +1,12 @@
-"""Profile of training steps by torch's profiler, as a Chrome trace and as tables."""
+"""Profile of some training steps by torch's profiler: a Chrome trace, and tables of the mean step.
+
+Phases are wall-clock time. Operators are the time that the CPU spends in them and not in those that
+they call; on CUDA the time of the kernels that they launch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,11 +29,9 @@ _OPERATORS_SHOWN = 20
 _NOTHING: AbstractContextManager[None] = nullcontext()
 _profiled_device: torch.device | None = None
 
-log = logging.getLogger("tron")
-
 
 def phase(name: str) -> AbstractContextManager[None]:
-    """A named stretch, one of PHASES or BETWEEN_STEPS; costs nothing unless it is profiled."""
+    """Return a context named after one of PHASES or BETWEEN_STEPS; free unless it is profiled."""
     return _NOTHING if _profiled_device is None else _range(name, _profiled_device)
 
 
@@ -39,69 +40,48 @@ def _range(name: str, device: torch.device) -> Iterator[None]:
     with record_function(name):
         yield
         if device.type == "cuda":
-            # What a phase has launched belongs to its time.
-            torch.cuda.synchronize(device)
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A phase or an operator: time in a step, share of the step, and calls in a step.
-
-    What lies outside all of them has no calls.
-    """
-
-    name: str
-    ms: float
-    share: float
-    calls: float | None
-
-    def cells(self) -> list[str]:
-        calls = "" if self.calls is None else f"{self.calls:g}"
-        return [self.name, f"{self.ms:.3f}", f"{self.share:.1%}", calls]
+            torch.cuda.synchronize(device)  # the kernels launched in a phase belong to its time
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """Time of the mean step, by phase and operator.
+    """Mean of the profiled steps.
 
-    Phases are wall-clock time. Operators are the time that the CPU spends in them and not in those
-    that they call; on CUDA the time of the kernels that they launch. Both lists end with what is
-    neither, so that their shares add up to 1.
+    phases, operators: each with its name, ms and calls per step, and share of the step. The last
+    entry is the time in none of them, which has no calls, so that shares add up to 1.
     """
 
     steps: int
     step_ms: float
-    phases: list[Part]
-    operators: list[Part]
+    phases: list[dict[str, Any]]
+    operators: list[dict[str, Any]]
     trace: Path
 
     def as_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "trace": str(self.trace)}
 
     def as_text(self) -> str:
-        """Both tables, and what they rest on."""
-        tables = [
-            format_table(
-                [title, "ms", "share", "calls"],
-                [part.cells() for part in parts],
-            )
-            for title, parts in (("phase", self.phases), ("operator", self.operators))
-        ]
-        rests_on = (
-            f"means of {self.steps} steps of {self.step_ms:.3f} ms, profiling included\n"
-            f"trace  {self.trace}"
-        )
-        return "\n\n".join([*tables, rests_on])
+        """Return both tables, the duration of a step, and the path of the trace."""
+        tables = []
+        for title, parts in (("phase", self.phases), ("operator", self.operators)):
+            cells = [
+                [part["name"], f"{part['ms']:.3f}", f"{part['share']:.1%}",
+                 "" if part["calls"] is None else f"{part['calls']:g}"]
+                for part in parts
+            ]  # fmt: skip
+            tables.append(format_table([title, "ms", "share", "calls"], cells))
+        about = f"means of {self.steps} steps of {self.step_ms:.3f} ms, profiling included"
+        return "\n\n".join([*tables, f"{about}\ntrace  {self.trace}"])
 
 
 class StepProfiler:
-    """Profiles `steps` steps, after WARM_UP others; with 0 steps it does nothing.
+    """Profiler of `steps` steps, after WARM_UP others; with 0 steps it does nothing.
 
         with profiler.running(device, run_dir):
-            ...                 # a step, its stretches in `phase`
+            ...                 # a step, with its parts in `phase`
             profiler.step()     # at the end of each
 
-    result: what was found, once all those steps have ended.
+    result: the profile, once all those steps have ended.
     """
 
     def __init__(self, steps: int) -> None:
@@ -119,7 +99,7 @@ class StepProfiler:
 
     @contextmanager
     def running(self, device: torch.device, run_dir: Path) -> Iterator[None]:
-        """Profile the steps on `device` meanwhile; the trace becomes run_dir / TRACE."""
+        """Profile the steps of the block on `device`, and write the trace to run_dir / TRACE."""
         global _profiled_device
         if not self.steps:
             yield
@@ -130,14 +110,13 @@ class StepProfiler:
                 return  # the run ended before
             with written_aside(run_dir / TRACE) as file:
                 profiler.export_chrome_trace(file.name)
-            self.result = _summary(profiler, self.steps, device, run_dir / TRACE)
+            tables = _tables(profiler, self.steps, device)
+            self.result = Profile(steps=self.steps, trace=run_dir / TRACE, **tables)
 
-        activities = [ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # only errors
+        on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
         self._profiler = profile(
-            activities=activities,
+            activities=[ProfilerActivity.CPU, *on_gpu],
             schedule=schedule(wait=0, warmup=WARM_UP, active=self.steps, repeat=1),
             on_trace_ready=keep,
         )
@@ -150,61 +129,48 @@ class StepProfiler:
 
     def step(self) -> None:
         """End a step."""
-        if not self.steps:
-            return
-        self._steps_left -= 1
-        self._profiler.step()
+        if self.steps:
+            self._steps_left -= 1
+            self._profiler.step()
 
 
-def _summary(profiler: profile, steps: int, device: torch.device, trace: Path) -> Profile:
-    events = [
-        event
-        for event in profiler.events() or ()
-        # Kernels count under the operators that launch them.
-        if event.device_type == torch.autograd.DeviceType.CPU
-    ]
+def _tables(profiler: profile, steps: int, device: torch.device) -> dict[str, Any]:
+    # Kernels count under the operators that launch them.
+    on_cpu = torch.autograd.DeviceType.CPU
+    events = [event for event in profiler.events() or () if event.device_type == on_cpu]
     between = [event.time_range for event in events if event.name in BETWEEN_STEPS]
-    total = -sum(time.elapsed_us() for time in between)
-    phases: dict[str, tuple[float, int]] = {}
-    operators: dict[str, tuple[float, int]] = {}
+    self_time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    step_us = -sum(time.elapsed_us() for time in between)
+    phases = {name: [0.0, 0] for name in PHASES}  # microseconds and calls
+    operators: dict[str, list[Any]] = {}
     for event in events:
-        start = event.time_range.start
-        if any(time.start <= start <= time.end for time in between):
+        if any(time.start <= event.time_range.start <= time.end for time in between):
             continue
+        whole = event.time_range.elapsed_us()
         if event.name.startswith("ProfilerStep"):
-            total += event.time_range.elapsed_us()
-        elif event.name in PHASES:
-            _add(phases, event.name, event.time_range.elapsed_us())
-        elif device.type == "cuda":
-            _add(operators, event.name, event.self_device_time_total)
-        else:
-            _add(operators, event.name, event.self_cpu_time_total)
+            step_us += whole
+            continue
+        is_phase = event.name in phases
+        total = (phases if is_phase else operators).setdefault(event.name, [0.0, 0])
+        total[0] += whole if is_phase else getattr(event, self_time)
+        total[1] += 1
     longest = sorted(operators.items(), key=lambda item: -item[1][0])
     shown = dict(longest[:_OPERATORS_SHOWN])
-    others = [value for _, value in longest[_OPERATORS_SHOWN:]]
-    if others:
-        shown["other operators"] = sum(time for time, _ in others), sum(n for _, n in others)
-    in_order = {name: phases[name] for name in PHASES if name in phases}
-    return Profile(
-        steps=steps,
-        step_ms=total / steps / 1e3,
-        phases=_parts(in_order, "between phases", total, steps),
-        operators=_parts(shown, "outside operators", total, steps),
-        trace=trace,
-    )
+    if others := [total for _, total in longest[_OPERATORS_SHOWN:]]:
+        shown["other operators"] = [sum(column) for column in zip(*others, strict=True)]
 
+    def parts(totals: dict[str, list[Any]], rest: str) -> list[dict[str, Any]]:
+        # Kernels that run at the same time on several streams can add up to more than the steps.
+        left = max(0.0, step_us - sum(us for us, _ in totals.values()))
+        return [
+            {"name": name, "ms": us / steps / 1e3, "share": us / step_us,
+             "calls": calls / steps if calls else None}
+            for name, (us, calls) in {**totals, rest: [left, 0]}.items()
+        ]  # fmt: skip
 
-def _add(times: dict[str, tuple[float, int]], name: str, time: float) -> None:
-    before, calls = times.get(name, (0.0, 0))
-    times[name] = before + time, calls + 1
-
-
-def _parts(times: dict[str, tuple[float, int]], rest: str, total: float, steps: int) -> list[Part]:
-    """times: microseconds and calls in all steps together."""
-    parts = [
-        Part(name, ms=time / steps / 1e3, share=time / total, calls=calls / steps)
-        for name, (time, calls) in times.items()
-    ]
-    # Kernels that ran at the same time on several streams can add up to more than the steps.
-    left = max(0.0, total - sum(time for time, _ in times.values()))
-    return [*parts, Part(rest, ms=left / steps / 1e3, share=left / total, calls=None)]
+    called = {name: total for name, total in phases.items() if total[1]}
+    return {
+        "step_ms": step_us / steps / 1e3,
+        "phases": parts(called, "between phases"),
+        "operators": parts(shown, "outside operators"),
+    }

@@ -128,6 +128,7 @@ def start_training(
                 "optimizer=auto: %s, which is faster for a table of %s items with these settings",
                 config.optimizer, f"{dataset.num_items:,}",
             )  # fmt: skip
+        _warn_of_a_long_warmup(config, total_steps)
         _warn_of_a_jump(config, progress.step, steps_per_epoch, max_epochs_before)
     return Training(
         config,
@@ -185,6 +186,17 @@ def scheduled_rate(config: ExperimentConfig, step: int, total_steps: int) -> flo
         warmup_steps=config.warmup_steps,
         total_steps=total_steps,
     )
+
+
+def _warn_of_a_long_warmup(config: ExperimentConfig, total_steps: int) -> None:
+    """Warn where the warm-up of the learning rate ends after the run."""
+    if config.warmup_steps > total_steps:
+        log.warning(
+            "warmup_steps=%s is longer than the run of %s steps: the learning rate ends at %.3g "
+            "and never reaches lr=%g; lower warmup_steps, or raise max_epochs",
+            config.warmup_steps, f"{total_steps:,}",
+            scheduled_rate(config, total_steps - 1, total_steps), config.lr,
+        )  # fmt: skip
 
 
 def _warn_of_a_jump(
