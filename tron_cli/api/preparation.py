@@ -171,7 +171,8 @@ def _table(
     split: Literal["time", "leave-one-out"] = "time",
     **options: Any,
 ) -> Dataset:
-    from tron_cli.prepare.sources.table import NULL_TOKENS, TableColumns, prepare_table
+    from tron_cli.prepare.sources.table import prepare_table
+    from tron_cli.prepare.sources.table_reader import NULL_TOKENS, TableColumns
 
     columns = TableColumns(
         item=item_col,
