@@ -1,4 +1,4 @@
-"""What the server tells about itself: Prometheus metrics and the access log."""
+"""Prometheus metrics and access log of the server."""
 
 from __future__ import annotations
 
