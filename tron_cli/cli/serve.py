@@ -65,9 +65,15 @@ def serve(
         access_log=access_log,
     )
     chosen = chosen_device(device)
+
+    def load(path: Path) -> Recommender:
+        recommender = Recommender.load(path, device=chosen)
+        recommender.expect_many()
+        return recommender
+
     run_server(
         checkpoint,
-        lambda path: Recommender.load(path, device=chosen),
+        load,
         host=host,
         port=port,
         settings=settings,

@@ -115,6 +115,15 @@ class Recommender:
             add_plugin(reference)
         return cls(load_checkpoint(Path(path)), chosen_device(device))
 
+    def expect_many(self) -> None:
+        """Prepare for thousands of histories, which would happen while these are answered.
+
+        Large catalogues then need a quarter more memory, and a few seconds now; see
+        `Catalogue.expect`.
+        """
+        if self._catalogue is not None:
+            self._catalogue.expect(1 << 20)
+
     def recommend(
         self,
         histories: Iterable[Sequence[int | str]],
