@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 
 # The tests are many and small: one process per core, each with one thread.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

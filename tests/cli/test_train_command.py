@@ -231,12 +231,15 @@ def test_every_option_of_train_arrives(
     assert (code, out) == (0, "best.pt\n")
     assert seen.pop() == {
         "config": "c", "lr": 1.0, "seed": 2, "data_dir": Path("d"), "output_dir": Path("o"),
-        "name": "n", "resume": None, "init_from": None, "profile": None, "device": "cpu",
+        "name": "n", "resume": None, "init_from": None, "final": None, "profile": None,
+        "device": "cpu",
     }  # fmt: skip
     command("train", "--resume", "r", "--profile", 3)
     assert seen.pop() == {
         "config": None, "data_dir": Path("datasets"), "output_dir": None, "name": None,
-        "resume": Path("r"), "init_from": None, "profile": 3, "device": "auto",
+        "resume": Path("r"), "init_from": None, "final": None, "profile": 3, "device": "auto",
     }  # fmt: skip
     command("train", "--config", "c", "--init-from", "old.pt")
     assert seen.pop()["init_from"] == Path("old.pt")
+    command("train", "--final", "runs/best")
+    assert seen.pop()["final"] == Path("runs/best")

@@ -148,10 +148,10 @@ def test_each_row_of_a_table_larger_than_the_sleeps_has_its_turn(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_row_adam_is_dense_adam_over_200_000_steps(schedule: str) -> None:
+@pytest.mark.parametrize(("schedule", "steps"), [("constant", 100_000), ("cosine", 200_000)])
+def test_row_adam_is_dense_adam_over_many_steps(schedule: str, steps: int) -> None:
     options = {"schedule": schedule, "warmup_steps": 5_000}
-    assert difference_from_dense_adam(200_000, 0.001, **options) < 1e-5
+    assert difference_from_dense_adam(steps, 0.001, **options) < 1e-5
 
 
 def test_a_row_that_has_made_its_moves_has_nothing_due(monkeypatch: pytest.MonkeyPatch) -> None:

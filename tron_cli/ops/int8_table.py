@@ -18,6 +18,7 @@ Shapes: E queries, D width, I items, C items of a chunk, G groups of items, P (q
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,7 +87,8 @@ def _rounded(hidden_ED: torch.Tensor) -> _Queries:
 class _Chunk:
     """Items with rows of similar norm, in the layout that the product needs.
 
-    size: number of items; they are in groups of _GROUP, the last of which may be filled up.
+    size: number of items; they are in groups of _GROUP, of which the last may be filled up. norm,
+    error: the largest |e| and |d|.
     """
 
     def __init__(self, rows_CD: torch.Tensor) -> None:
@@ -98,10 +100,10 @@ class _Chunk:
         point_CD = (rows_CD / self._step_C[:, None]).nan_to_num_(0.0, 0.0, 0.0).round_()
         point_CD.clamp_(-_LARGEST, _LARGEST)
         underflow = 1e-18 * rows_CD.shape[1] ** 0.5  # of squares
-        self._norm = float(rows_CD.norm(dim=1).max()) * _SLACK + underflow
+        self.norm = float(rows_CD.norm(dim=1).max()) * _SLACK + underflow
         error_CD = point_CD.mul(self._step_C[:, None]).sub_(rows_CD)
         # The last term is the rounding of s q and of the difference.
-        self._error = float(error_CD.norm(dim=1).max()) * _SLACK + _EPS * self._norm + underflow
+        self.error = float(error_CD.norm(dim=1).max()) * _SLACK + _EPS * self.norm + underflow
         self._packed = torch.ops.onednn.qlinear_prepack(point_CD.to(torch.int8), None)
         self._zero_C = torch.zeros(self.size, dtype=torch.int32)
 
@@ -125,13 +127,6 @@ class _Chunk:
         missing = self.num_groups * _GROUP - self.size
         return F.pad(score_EC, (0, missing), value=-torch.inf) if missing else score_EC
 
-    def bound(self, queries: _Queries) -> torch.Tensor:
-        """Return the largest possible error of a score, float64 [E]."""
-        # The last term is the rounding of s (p.q), and of a difference with a bound.
-        longest = self._norm + self._error
-        bound_E = queries.norm_E * (self._error + 3 * _EPS * longest) + queries.error_E * self._norm
-        return bound_E * _SLACK
-
 
 @dataclass(frozen=True)
 class Undecided:
@@ -153,19 +148,24 @@ class _Pairs:
     place_P: torch.Tensor
     score_P: torch.Tensor
 
+    def __len__(self) -> int:
+        return len(self.query_P)
+
     def __getitem__(self, keep_P: torch.Tensor) -> _Pairs:
         return _Pairs(self.query_P[keep_P], self.place_P[keep_P], self.score_P[keep_P])
 
 
 class _Scored:
-    """Scores of a chunk, the best of each group, and the bound of each query's scores."""
+    """Scores of a chunk and the best of each group. bound_E: float64, bounds of their errors."""
 
-    def __init__(self, chunk: _Chunk, first_place: int, queries: _Queries) -> None:
+    def __init__(
+        self, chunk: _Chunk, first_place: int, queries: _Queries, bound_E: torch.Tensor
+    ) -> None:
         self._first_place = first_place
         self._score_EC = chunk.scores(queries)
         # Group g has items g, g + G, g + 2 G ..., so that maxima are taken over whole vectors.
         self.best_EG = self._score_EC.unflatten(1, (_GROUP, chunk.num_groups)).amax(dim=1)
-        self.bound_E = chunk.bound(queries)
+        self.bound_E = bound_E
 
     def certain_EG(self) -> torch.Tensor:
         """Return a lower bound of the best score of each group, float32."""
@@ -174,17 +174,18 @@ class _Scored:
     def reaching(self, threshold_E: torch.Tensor) -> _Pairs:
         """Return the pairs that can score threshold_E (float64) or more, with int8 scores."""
         below_E1 = _rounded_down(threshold_E - self.bound_E)[:, None]
-        query_Q, group_Q = (self.best_EG >= below_E1).nonzero(as_tuple=True)
         num_groups = self.best_EG.shape[1]
-        column_QM = group_Q[:, None] + torch.arange(0, num_groups * _GROUP, num_groups)
-        place_QM = query_Q[:, None] * self._score_EC.shape[1] + column_QM
-        score_QM = self._score_EC.flatten()[place_QM]
-        row_P, member_P = (score_QM >= below_E1[query_Q]).nonzero(as_tuple=True)
-        return _Pairs(
-            query_Q[row_P],
-            column_QM[row_P, member_P] + self._first_place,
-            score_QM[row_P, member_P],
-        )
+        group_Q = (self.best_EG >= below_E1).flatten().nonzero()[:, 0]
+        query_Q = group_Q // num_groups
+        column_Q = group_Q - query_Q * num_groups
+        member_M = torch.arange(0, num_groups * _GROUP, num_groups)
+        first_Q = query_Q * (num_groups * _GROUP) + column_Q
+        score_QM = self._score_EC.flatten()[first_Q[:, None] + member_M]
+        found_P = (score_QM >= below_E1[query_Q]).flatten().nonzero()[:, 0]
+        row_P = found_P // _GROUP
+        member_P = found_P - row_P * _GROUP
+        place_P = column_Q[row_P] + member_P * num_groups + self._first_place
+        return _Pairs(query_Q[row_P], place_P, score_QM.flatten()[found_P])
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,10 @@ class Int8Table:
         self._in_range = bool(norm_I.max() < 1e15)  # so that no square overflows
         self._item_I = norm_I.argsort(descending=True, stable=True).int() + 1
         self._chunks = [_Chunk(table[item_C.long()]) for item_C in self._item_I.split(_CHUNK)]
+        self._norm_n1, self._error_n1 = torch.tensor(
+            [[(chunk.norm,) for chunk in self._chunks], [(chunk.error,) for chunk in self._chunks]],
+            dtype=torch.float64,
+        )
 
     def possible(self, hidden_ED: torch.Tensor, count_E: torch.Tensor) -> Undecided:
         """Return pairs that include the best count_E items of each query.
@@ -275,9 +280,7 @@ class Int8Table:
             if not len(active_E):
                 break
             for index_e in active_E.split(_QUERIES):
-                some = queries[index_e]
-                for number in range(low, high):
-                    scored = _Scored(self._chunks[number], number * _CHUNK, some)
+                for _, scored in self._scored(queries[index_e], low, high):
                     found.append(counts.add(scored, index_e))
             low, high = high, min(4 * high, len(self._chunks))
         return counts.ahead_E, self._undecided(found, counts.open_E)
@@ -292,13 +295,13 @@ class Int8Table:
         certain: list[torch.Tensor] = []  # since they were last compared
         waiting: list[_Scored] = []  # until there is a threshold
         done, next_update = 0, most
-        doubts_E = torch.zeros_like(count_E)
+        limit = _MOST_PAIRS + _GROUP * most
+        num_pairs, next_check = 0, limit
         found: list[_Pairs] = []
-        for number, chunk in enumerate(self._chunks):
-            scored = _Scored(chunk, number * _CHUNK, queries)
+        for number, scored in self._scored(queries, 0, len(self._chunks)):
             waiting.append(scored)
             certain.append(scored.certain_EG())
-            done += chunk.num_groups
+            done += self._chunks[number].num_groups
             is_last = number + 1 == len(self._chunks)
             if done >= next_update or is_last:
                 next_update = 2 * done
@@ -310,13 +313,28 @@ class Int8Table:
             threshold_E[open_E] = torch.inf
             for scored in waiting:
                 pairs = scored.reaching(threshold_E)
-                doubts_E += _count(pairs.query_P, len(doubts_E))
-                # An upper bound of the scores of all items from here on.
+                # An upper bound of the scores from here on.
                 highest_P = pairs.score_P + scored.bound_E[pairs.query_P]
                 found.append(replace(pairs, score_P=highest_P))
+                num_pairs += len(pairs)
             waiting.clear()
-            open_E |= doubts_E > _MOST_PAIRS + _GROUP * most
+            if num_pairs > next_check:
+                doubts_E = torch.stack([_count(pairs.query_P, len(count_E)) for pairs in found])
+                open_E |= doubts_E.sum(dim=0) > limit
+                found = [pairs[~open_E[pairs.query_P]] for pairs in found]
+                num_pairs = sum(map(len, found))
+                next_check = num_pairs + limit
         return [pairs[pairs.score_P >= threshold_E[pairs.query_P]] for pairs in found]
+
+    def _scored(self, queries: _Queries, low: int, high: int) -> Iterator[tuple[int, _Scored]]:
+        """Yield the numbers of chunks low..high - 1 and their scores."""
+        longest_n1 = self._norm_n1 + self._error_n1
+        # The last term is the rounding of s (p.q), and of a difference with a bound.
+        share_n1 = self._error_n1 + 3 * _EPS * longest_n1
+        bound_nE = (queries.norm_E * share_n1 + queries.error_E * self._norm_n1) * _SLACK
+        for number in range(low, high):
+            chunk = self._chunks[number]
+            yield number, _Scored(chunk, number * _CHUNK, queries, bound_nE[number])
 
     def _unfit(self, queries: _Queries) -> torch.Tensor:
         """Mark the queries that cannot be rounded: their products could underflow or overflow."""
