@@ -326,7 +326,7 @@ def test_a_wrong_line_is_named_after_those_before_it_are_answered(
         ("similar CKPT --all", "--all needs a file"),
         ("similar CKPT 101 nothing", "'nothing' is not in the catalogue"),
         ("similar CKPT 101 -k 31", "k must be from 1 to 30"),
-        ("similar CKPT 101 --json --output out.csv", "--json is for stdout"),
+        ("similar CKPT 101 --json --output out.csv", "--json prints to stdout"),
     ],
 )
 def test_wrong_usage_is_one_sentence(

@@ -108,11 +108,11 @@ def test_similar(server: RunningServer) -> None:
         (b'{"items": [], "k": 41}', 400, "got 41"),
         (b'{"items": [], "k": -1000000000000000000000}', 400, "got -1000"),
         (b'{"items": [], "k": true}', 400, "got `bool`"),
-        (b'{"items": [' + b"1," * 30 + b"1]}", 400, "may have 30 events, got 31"),
-        (b'{"histories": [' + b"[]," * 64 + b"[]]}", 400, "may have 64 histories, got 65"),
+        (b'{"items": [' + b"1," * 30 + b"1]}", 400, "may have up to 30 events, got 31"),
+        (b'{"histories": [' + b"[]," * 64 + b"[]]}", 400, "may have up to 64 histories, got 65"),
         (b'{"items": [], "candidates": [5]}', 422, "not in the catalogue of fake-step=5.pt"),
-        (b" " * 5000, 413, "may have 4000 bytes"),
-        (b" " * 50_000, 413, "may have 4000 bytes"),
+        (b" " * 5000, 413, "may have up to 4000 bytes"),
+        (b" " * 50_000, 413, "may have up to 4000 bytes"),
     ],
 )
 def test_bad_bodies_get_a_sentence(
@@ -147,7 +147,7 @@ def test_wrong_methods_paths_and_content_types(server: RunningServer) -> None:
     status, answer, _ = ask(server.port, "GET", "/nothing")
     assert (status, answer) == (
         404,
-        {"error": "there is no /nothing; GET /docs lists what there is"},
+        {"error": "there is no /nothing; GET /docs lists the paths"},
     )
     for headers in (
         {"Content-Type": "text/plain"},

@@ -115,7 +115,7 @@ def test_session_knn_lists_items_of_sessions_with_the_item(
 @pytest.mark.parametrize("model", sorted({*BASELINES} - {"markov", "ease", "session_knn"}))
 def test_other_baselines_refuse(model: str, data: Dataset, tmp_path: Path) -> None:
     random_checkpoint(data, tmp_path / "model.pt", model=model)
-    with pytest.raises(InputError, match="no notion of similar items"):
+    with pytest.raises(InputError, match="no measure of similar items"):
         Recommender.load(tmp_path / "model.pt").similar(104)
 
 

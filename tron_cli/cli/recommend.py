@@ -1,4 +1,4 @@
-"""`tron recommend` and `tron similar`: items for histories, and items like others."""
+"""`tron recommend` and `tron similar`: items for histories, and similar items."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def recommend(
             help="Sessions: .jsonl with one object per line, such as "
             '{"session": "s1", "items": ["a", "b"]}, or a table with one row per event (.csv, '
             ".tsv, .parquet). Text may be compressed (.gz). Default: JSON lines from stdin, "
-            "answered as they come.",
+            "answered as they arrive.",
         ),
     ] = None,
     output: Annotated[
@@ -80,8 +80,8 @@ def recommend(
     on_unknown: Annotated[
         Literal["skip", "warn", "raise"],
         typer.Option(
-            help="Events on items that the model does not know: skip them (a count on stderr says "
-            "how many), also warn of the first sessions that have any, or refuse them."
+            help="Events on items that the model does not know: skip them and print their number "
+            "on stderr, also warn of the first sessions that have any, or refuse them."
         ),
     ] = "skip",
     on_empty: Annotated[
@@ -111,12 +111,12 @@ def recommend(
         bool,
         typer.Option(
             "--adjacent",
-            help="The rows of each session follow each other in the table, which then need not fit "
+            help="The rows of each session are consecutive in the table, which then need not fit "
             "in memory.",
         ),
     ] = False,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Sessions that are read and answered together.")
+        int, typer.Option(min=1, help="Sessions read and answered together.")
     ] = 1024,
     device: Device = "auto",
     plugin: Plugins = None,
@@ -126,7 +126,7 @@ def recommend(
 
     The items and their order are those of `tron evaluate --run`, in original ids.
     """
-    from tron_cli.serving.batch import RecommendOptions, recommend_sessions
+    from tron_cli.serving.bulk import RecommendOptions, recommend_sessions
     from tron_cli.serving.list_files import list_writer
     from tron_cli.serving.recommender import Recommender
     from tron_cli.serving.session_files import Session, SessionColumns, format_of
@@ -190,7 +190,8 @@ def _ids(history: str) -> list[object]:
         return [*json.loads(history)]
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f'--history begins like a JSON list but is none ({error}); expected such as ["a", "b"]'
+            f"--history begins like a JSON list but is not one ({error}); expected, for example, "
+            '["a", "b"]'
         ) from error
 
 
@@ -206,7 +207,7 @@ def _sessions(
         batches = read_sessions(input, columns, batch_size)
     elif sys.stdin is None or sys.stdin.isatty():
         raise InputError(
-            "nothing to recommend for: name --history or --input, or pipe JSON lines into stdin"
+            "expected histories, got none: pass --history or --input, or pipe JSON lines into stdin"
         )
     else:
         stdin: Any = sys.stdin.buffer
@@ -230,11 +231,11 @@ def _print(found: Recommendation, *, as_json: bool, scores: bool) -> None:
 
 @contextmanager
 def _quiet_on_a_broken_pipe() -> Iterator[None]:
-    """End as a command does that SIGPIPE kills, where the reader of stdout has gone."""
+    """Exit quietly when the reader of stdout has closed it, as commands do on SIGPIPE."""
     try:
         yield
     except BrokenPipeError:
-        # Python flushes stdout again at its end.
+        # Python flushes stdout again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(141) from None
 
@@ -262,10 +263,9 @@ def similar(
 ) -> None:
     """List the items most similar to an item.
 
-    Similarity is the cosine of item embeddings: those that the network reads, which with a shared
-    table also score items. Of the baselines, markov counts what directly followed, ease has its
-    weights, and session_knn the votes of sessions that hold the item; popular and session_popular
-    are refused.
+    Similarity is the cosine of input embeddings, which with a shared table also score items. Of the
+    baselines, markov counts how often items directly followed, ease has its weights, and
+    session_knn the votes of sessions that hold the item; popular and session_popular are refused.
     """
     import numpy as np
     from tqdm import tqdm
@@ -279,7 +279,7 @@ def similar(
     if all_items and output is None:
         raise InputError("--all needs a file: name it with --output")
     if as_json and output is not None:
-        raise InputError("--json is for stdout; write .jsonl with --output")
+        raise InputError("--json prints to stdout; with --output, write .jsonl")
     if output is not None:
         format_of(output, "--output")
         check_writable(output)

@@ -1,4 +1,4 @@
-"""Micro-batching: what arrives while the model computes is computed together next.
+"""Micro-batching by arrival: requests that arrive while the model computes form the next batch.
 
 One thread computes. Nothing waits for a batch to fill, so that a lone request is answered at once,
 and under load batches grow until the model keeps up.
@@ -17,7 +17,7 @@ from tron_cli.errors import InputError
 from tron_cli.serving.recommender import Recommendation, Recommender
 from tron_cli.serving.requests import ItemId
 
-_FEW_EXCLUDED = 256  # more than that are left to the model, in a call of their own
+_FEW_EXCLUDED = 256  # a request that excludes more is a model call of its own
 Answer: TypeAlias = "list[Recommendation]"
 
 
@@ -27,7 +27,7 @@ class OverloadedError(Exception):
 
 @dataclass(frozen=True)
 class RecommendCall:
-    """A request for recommendations; calls of one `group` can be one call of the model."""
+    """A request for recommendations; those of one `group` can be one call of the model."""
 
     histories: Sequence[Sequence[ItemId]]
     k: int
@@ -41,7 +41,7 @@ class RecommendCall:
 
     @property
     def reach(self) -> int:
-        """Places after which k items remain, whichever of them are excluded."""
+        """Length of the list that holds k items whichever are excluded."""
         return self.k if self._excludes_in_model else self.k + len(self.exclude)
 
     @property
@@ -50,7 +50,7 @@ class RecommendCall:
 
     @property
     def group(self) -> object:
-        """Calls of like reach are joined, so that a list of 1,000 does not slow down one of 10."""
+        """Key of calls to join; of similar reach, so that long lists do not delay short ones."""
         in_model = self.exclude if self._excludes_in_model else ()
         return self.filter_rated, in_model, self.candidates, max(6, self.reach.bit_length())
 
@@ -73,7 +73,7 @@ class RecommendCall:
         return answers
 
     def _own_part(self, found: Recommendation, recommender: Recommender) -> Recommendation:
-        """Return the first k that are not excluded: the order of the others does not change."""
+        """Return the first k items that are not excluded; exclusion does not change their order."""
         items: list[Any] = found.items
         if self.exclude and not self._excludes_in_model:
             excluded = {*map(str, self.exclude)}  # "5" and 5 are one item in every catalogue
@@ -117,11 +117,11 @@ class _Job:
 
 @dataclass
 class Batcher:
-    """Computes calls in batches, in a thread of its own; used from one event loop.
+    """Batches of calls, computed in a thread of its own; used from one event loop.
 
     current: returns the model of the next batch. max_batch: histories computed together.
-    max_waiting: histories that may wait. on_batch: is called after each batch, in the event loop,
-    with its histories and seconds.
+    max_waiting: histories that may wait. on_batch: called after each batch, in the event loop, with
+    the number of its histories and the seconds that it took.
     """
 
     current: Callable[[], Recommender]
@@ -138,8 +138,8 @@ class Batcher:
     async def submit(self, call: Call, timeout: float) -> Answer:
         """Return the answer of the model.
 
-        Raises OverloadedError where too many wait, TimeoutError after `timeout` seconds (what still
-        waits then is never computed), InputError for a call that the model refuses.
+        Raises OverloadedError where too many wait, TimeoutError after `timeout` seconds (a call
+        that still waits then is never computed), InputError for a call that the model refuses.
         """
         if self.waiting + call.size > self.max_waiting:
             raise OverloadedError
@@ -149,14 +149,14 @@ class Batcher:
         self.waiting += call.size
         if not self._busy:
             self._busy = True
-            loop.call_soon(self._start)  # with what else arrives in this turn of the loop
+            loop.call_soon(self._start)  # together with other calls of this turn of the loop
         try:
             return await asyncio.wait_for(job.answer, timeout)
         except asyncio.TimeoutError as error:  # another class than TimeoutError before Python 3.11
             raise TimeoutError from error
 
     def close(self) -> None:
-        """End the thread after the batch that it computes."""
+        """End the thread after its current batch."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _start(self) -> None:
@@ -166,7 +166,7 @@ class Batcher:
         while self._jobs and (not batch or size + self._jobs[0].call.size <= self.max_batch):
             job = self._jobs.popleft()
             self.waiting -= job.call.size
-            if not job.answer.done():  # else it has waited too long
+            if not job.answer.done():  # otherwise it has timed out
                 batch.append(job)
                 size += job.call.size
         self._busy = bool(batch)
@@ -181,7 +181,7 @@ class Batcher:
         self._start()
 
     def _compute(self, batch: list[_Job], loop: asyncio.AbstractEventLoop) -> None:
-        """Compute a batch, in the thread; each group is answered when it is computed."""
+        """Compute a batch, in the thread, and answer each group as soon as it is done."""
         recommender = self.current()
         groups: dict[object, list[_Job]] = {}
         for job in batch:
@@ -198,14 +198,15 @@ def _outcomes(recommender: Recommender, jobs: list[_Job]) -> list[Answer | Excep
     except InputError as error:
         if len(jobs) == 1:
             return [error]
-        return [_outcomes(recommender, [job])[0] for job in jobs]  # one must not fail the others
+        # One by one, so that a bad request does not fail the others.
+        return [_outcomes(recommender, [job])[0] for job in jobs]
     except Exception as error:
         return [error] * len(jobs)
 
 
 def _settle(jobs: list[_Job], outcomes: list[Answer | Exception]) -> None:
     for job, outcome in zip(jobs, outcomes, strict=True):
-        if job.answer.done():  # it has waited too long
+        if job.answer.done():  # it has timed out
             continue
         if isinstance(outcome, Exception):
             job.answer.set_exception(outcome)

@@ -52,12 +52,12 @@ def export(
     if config.is_baseline:
         raise InputError(
             f"{checkpoint.path} is the baseline {config.model}, and only networks can be exported; "
-            "`tron recommend` takes it as it is"
+            "use it with `tron recommend` or `tron serve`"
         )
     if not MODELS[config.model].path.startswith("tron_cli."):
         raise InputError(
             f"{checkpoint.path} is model={config.model}, code from outside tron, and only the "
-            f"networks of tron can be exported; `tron recommend` with --plugin takes it as it is"
+            f"networks of tron can be exported; use it with `tron recommend` and --plugin"
         )
     if output is None:
         output = Path(f"{config.method}-{config.dataset_name}-{format}")
@@ -83,7 +83,7 @@ def _check_packages(format: str) -> None:
 
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that is renamed to `path` when the block has ended well."""
+    """Yield an empty folder that is renamed to `path` if the block ends without an error."""
     try:
         _check_absent(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def _new_folder(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     busy = f"another tron export writes {path}; wait for its end, or name another --output"
     with locked(path.with_name(f".{path.name}.lock"), busy):
-        _check_absent(path)  # again: another process may have put one there
+        _check_absent(path)  # again: another process may have written it meanwhile
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         try:
             partial.mkdir()
@@ -111,7 +111,7 @@ def _check_absent(path: Path) -> None:
 
 def _write_model(checkpoint: Checkpoint, file: Path, format: str, table: str) -> None:
     model = checkpoint.build_model(torch.device("cpu"))
-    checkpoint.weights.clear()  # of large tables there is no room for many copies
+    checkpoint.weights.clear()  # memory may not hold further copies of large tables
     check_weights(model)
     if format == "safetensors":
         _write_safetensors(checkpoint, model, file, table)
@@ -128,7 +128,7 @@ def _write_model(checkpoint: Checkpoint, file: Path, format: str, table: str) ->
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
                 node.meta.pop("stack_trace", None)  # paths of this machine
         if format == "torch":
-            # Torch itself would end the process where the disk is full.
+            # torch would abort the process on a full disk.
             content = io.BytesIO()
             torch.export.save(exported, content)
             file.write_bytes(content.getbuffer())
@@ -161,7 +161,7 @@ def _stable_sort(self: Any, stable: bool = True, dim: int = -1, descending: bool
 
 
 def _write_safetensors(checkpoint: Checkpoint, model: Any, file: Path, table: str) -> None:
-    """Write each tensor once; metadata names those that share one, and describe the model."""
+    """Write each tensor once; the metadata describes the model and names shared tensors."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -199,7 +199,7 @@ def _write_safetensors(checkpoint: Checkpoint, model: Any, file: Path, table: st
 def _write_items(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the original ids and the popularity, entry i - 1 for item i."""
     ids = checkpoint.item_ids
-    if ids.dtype == torch.uint8:  # UTF-8, an id a line
+    if ids.dtype == torch.uint8:  # UTF-8, one id per line
         (folder / "item_ids.txt").write_bytes(ids.numpy().tobytes())
     else:
         np.save(folder / "item_ids.npy", ids.numpy())
@@ -253,7 +253,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporters' remarks on their own workings from the log."""
+    """Keep the exporters' internal messages out of the log."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -35,9 +35,9 @@ class ItemLookup:
     def numbers(self, ids: Iterable[Any], what: str) -> np.ndarray:
         """Return the number of each item, int64 [n]; 0 where the catalogue lacks it.
 
-        what: what the ids are, for errors. Raises InputError where they are no list of ids.
+        what: name of the ids in errors. Raises InputError where they are no list of ids.
         """
-        # A dictionary, text and bytes can be iterated over, but by mistake.
+        # A dictionary, text and bytes can be iterated over, but are passed by mistake.
         if isinstance(ids, str | bytes | dict) or not isinstance(ids, Iterable):
             raise InputError(
                 f"{what}: expected a list of item ids, got {_shown(ids)}; one history is a list, "

@@ -1,4 +1,4 @@
-"""Lists of items to files and streams, some at a time: JSON lines, delimited text, Parquet."""
+"""Writers of item lists to files and streams: JSON lines, delimited text, Parquet."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ def list_writer(
     items: str = "item",
     scores: bool = False,
 ) -> Iterator[Write]:
-    """Yield a function that writes lists of items, each with the id of what it is for.
+    """Yield a function that writes lists of items, each with the id of its session or item.
 
-    path: of a file, by whose suffix the format is chosen, and which is there only when the block
-    has ended well; None: JSON lines on stdout, at once. text_items: item ids are text, not
-    integers. of, items: columns of a table that hold the ids and the items, besides rank and, if
-    `scores`, score.
+    path: a file, whose suffix decides the format, and which appears only if the block ends without
+    an error; None: JSON lines on stdout, at once. text_items: item ids are text, not integers. of,
+    items: columns of a table for the ids and the items, besides rank and, if `scores`, score.
     """
     if path is None:
         yield _JsonLines(sys.stdout.buffer, of, scores=scores).write
@@ -114,13 +113,13 @@ class _Parquet:
         odd = [id_ for id_ in ids if self._types[of] == pl.Int64 and not _is_int64(id_)]
         if odd:
             raise InputError(
-                f"the first {of} ids are integers of 64 bits, and {odd[0]!r} is none, but a column "
-                "of a Parquet file has one type; write .jsonl or .csv, or make all ids text"
+                f"the first {of} ids are 64-bit integers, but {odd[0]!r} is not, and a column of a "
+                "Parquet file has one type; write .jsonl or .csv, or make all ids text"
             )
         self._put(_frame(ids, lists, self._types))
 
     def _put(self, frame: pl.DataFrame) -> None:
-        from pyarrow.parquet import ParquetWriter  # takes a moment
+        from pyarrow.parquet import ParquetWriter  # slow to import
 
         table = frame.to_arrow()
         if self._writer is None:

@@ -1,4 +1,4 @@
-"""The description of the server, as OpenAPI and as a page that needs no other host."""
+"""Description of the server's API: OpenAPI, and a page that loads nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FAILURES = {
     "415": "The content type is not application/json.",
     "422": "The model cannot answer, for example because it does not know an item.",
     "500": "The model failed.",
-    "503": "Too much waits, the model did not answer in time, or the server stops.",
+    "503": "Too many requests wait, the model did not answer in time, or the server is stopping.",
 }
 _MEANING = {
     "items": "Item ids of one history, oldest first.",
@@ -41,7 +41,7 @@ _MEANING = {
 
 
 def description(num_items: int, settings: ServerSettings) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 description, with the limits that hold."""
+    """Return the OpenAPI 3.1 description, with the server's limits."""
     _, schemas = msgspec.json.schema_components(
         _STRUCTS, ref_template="#/components/schemas/{name}"
     )
@@ -77,7 +77,11 @@ def description(num_items: int, settings: ServerSettings) -> dict[str, Any]:
                 _reference("Recommended"),
             ),
             "/health": _get("Answer while the process lives.", "application/json"),
-            "/ready": _get("Say which checkpoint answers.", "application/json", **{"503": "stops"}),
+            "/ready": _get(
+                "Name the checkpoint that is served.",
+                "application/json",
+                **{"503": "The server is stopping."},
+            ),
             "/metrics": _get("Return metrics in the text format of Prometheus.", "text/plain"),
             "/openapi.json": _get("Return this description.", "application/json"),
             "/docs": _get("Return this description as a page.", "text/html"),
@@ -94,7 +98,7 @@ def page(described: dict[str, Any]) -> str:
         "pre{background:#f4f4f4;padding:1em;overflow:auto}</style>"
         f"<h1>tron</h1>"
         f"<p>{html.escape(described['info']['description'])} "
-        "The same as data: <a href='/openapi.json'>/openapi.json</a>.</p>"
+        "As OpenAPI: <a href='/openapi.json'>/openapi.json</a>.</p>"
     ]
     for path, methods in described["paths"].items():
         for method, operation in methods.items():

@@ -1,8 +1,7 @@
 """A network as one program: padded histories of item numbers in, the best items out.
 
-It holds the rules of recommending: which events the window shows, BERT4Rec's mask, seen items, the
-order of ties. The network's own modules compute the states; they see the padded rows of a program
-as those of a padded batch.
+It includes the rules of recommending: the window, BERT4Rec's mask, seen items, the order of ties.
+The network's own modules compute the states; to them the padded rows are those of a padded batch.
 
 Shapes: B histories, L places of a history, W places of the window, D width, M candidates, k items.
 """
@@ -19,7 +18,7 @@ from tron_cli.data.batches import AttentionGroup, Batch
 from tron_cli.errors import RunError
 from tron_cli.models.tables import ItemTables
 
-# Candidates beyond the last place wanted: as many may tie there, or be swapped by rounding.
+# Candidates beyond the last requested place: this many may tie there or be swapped by rounding.
 _SPARE_CANDIDATES = 256
 
 
@@ -75,10 +74,10 @@ class Table(nn.Module):
 
 
 class Program(nn.Module):
-    """A network, of which it takes the tables, as a function of padded histories.
+    """A network as a function of padded histories; it takes over the network's tables.
 
-    kind: float32, float16 or int8, of the item tables. popularity_I: int64, training events of each
-    item, for empty histories; None: nothing is recommended after these.
+    kind: float32, float16 or int8, the number format of the item tables. popularity_I: int64,
+    training events of each item, for empty histories; None: nothing is recommended after these.
     """
 
     popular_V: torch.Tensor
@@ -93,11 +92,11 @@ class Program(nn.Module):
         self.inputs = (
             self.outputs if inputs is outputs else Table(inputs.weight, kind, with_bias=False)
         )
-        # The network is given the rows that it needs, and its states are compared here.
+        # The network gets the rows that it needs, and its states are scored here.
         del model.item_embedding, model.output_embedding
         model.output_bias = False
         self.model = model.requires_grad_(False)
-        # Minus the place of each item by popularity, which no two share.
+        # Minus the place of each item by popularity, which is unique.
         popular_V = torch.full((len(self.outputs.values_VD),), -torch.inf)
         if popularity_I is not None:
             order_I = popularity_I.argsort(descending=True, stable=True)
@@ -116,7 +115,7 @@ class Program(nn.Module):
         histories get the most popular items, with scores of 0.
         """
         known_BL = (histories >= 1) & (histories <= self.num_items)
-        # At least two places: a program for any number of them may not meet one or none.
+        # At least two places: torch.export specializes dimensions of size 0 and 1.
         item_BL = F.pad(torch.where(known_BL, histories, 0), (0, 2))
         length_B = (item_BL > 0).sum(dim=1)
         is_empty_B1 = length_B[:, None] == 0
@@ -130,7 +129,7 @@ class Program(nn.Module):
         score_BV = score_BV.scatter(1, barred_BL, -torch.inf)
 
         k = k.clamp(1, self.num_items)
-        wanted: Any = k.item()  # while exporting these are symbols
+        wanted: Any = k.item()  # a symbol during export
         kept: Any = (k + _SPARE_CANDIDATES).clamp(max=self.num_items).item()
         for condition in (wanted >= 1, wanted <= kept, kept <= self.num_items):
             torch._check(condition)
@@ -150,14 +149,14 @@ class Program(nn.Module):
     def _windows(
         self, item_BL: torch.Tensor, length_B: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the last events of each history, zeros behind them, and their number (at least 1).
+        """Return the last events of each history, followed by zeros, and their number (at least 1).
 
         The first is [B, W].
         """
         batch, places = item_BL.shape
         width = torch.sym_max(torch.sym_min(places - 2, self.window), 2)
         first_B1 = (length_B - self.window).clamp_min(0)[:, None]
-        # The place of each event in the window; all else goes to a place behind it, cut off.
+        # The place of each event in the window; all else goes to a place after it, and is cut off.
         place_BL = (item_BL > 0).cumsum(dim=1) - 1 - first_B1
         place_BL = torch.where((item_BL > 0) & (place_BL >= 0), place_BL, width)
         window_BW = item_BL.new_zeros(batch, width + 1).scatter(1, place_BL, item_BL)[:, :width]

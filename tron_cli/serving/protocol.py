@@ -9,7 +9,7 @@ from typing import Any, cast
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-RECEIVE_SECONDS = 10.0  # for a request to arrive, and for an answer to leave
+RECEIVE_SECONDS = 10.0  # for a request to arrive, and for an answer to be sent
 MAX_HEAD = 1 << 16  # bytes
 MAX_CONNECTIONS = 900  # beneath the usual limit of 1,024 open files
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
@@ -45,7 +45,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle is None or self.cycle.response_complete:  # in the middle of headers
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD:
-                self._refuse(431, f"the headers of a request may have {MAX_HEAD} bytes")
+                self._refuse(431, f"the headers of a request may have up to {MAX_HEAD} bytes")
             else:
                 self._arm()
             return
@@ -70,7 +70,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().timeout_keep_alive_handler()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "this is no valid HTTP/1.1 request")
+        self._refuse(400, "this is not a valid HTTP/1.1 request")
 
     def _arm(self) -> None:
         if self._deadline is None:

@@ -1,7 +1,7 @@
-"""Recommendations after histories never seen, by any trained model, in original item ids.
+"""Recommendations after any history, by any trained model, in original item ids.
 
-The items and their order are those of `tron evaluate --run`; only there the target comes last among
-items that score the same.
+The items and their order are those of `tron evaluate --run`, except that in a run the target comes
+last among items with its score.
 
 Shapes: E histories, K places of a list, I items, C items that may be recommended.
 """
@@ -53,9 +53,9 @@ class Recommendation:
 class Scope:
     """Items that may be recommended.
 
-    item_C: int64, their numbers, ascending; None: all but `barred`, int64 numbers. catalogue: of a
-    network, with item_C as items 1 to C. eligible: of a baseline; None: all items. num_items: how
-    many there are.
+    item_C: int64, their numbers, ascending; None: all but `barred`, int64 numbers. catalogue: for a
+    network, with item_C as items 1 to C. eligible: for a baseline; None: all items. num_items: the
+    number of items in the scope.
     """
 
     item_C: np.ndarray | None
@@ -68,9 +68,9 @@ class Scope:
 class Recommender:
     """A trained model that recommends items after histories given by original item ids.
 
-    checkpoint: what was loaded, with `config`, `dataset`, `step` and `metrics`. num_items: size of
-    the catalogue. sequence_length: number of events of a history that the model sees. item_ids:
-    original ids, int64 [I] or str objects [I], entry i - 1 for item i.
+    checkpoint: the loaded checkpoint, with `config`, `dataset`, `step` and `metrics`. num_items:
+    size of the catalogue. sequence_length: number of events of a history that the model sees.
+    item_ids: original ids, int64 [I] or str objects [I], entry i - 1 for item i.
 
     Methods may be called from several threads at the same time.
 
@@ -135,7 +135,7 @@ class Recommender:
         on_unknown: str = "skip",
         on_empty: str = "popular",
     ) -> list[Recommendation]:
-        """Return the k best items after each history, from fewer items fewer.
+        """Return the k best items after each history, or all if there are fewer.
 
         histories: lists of original item ids, oldest event first. filter_rated: never recommend
         items of the history; None: as the checkpoint's config says. exclude: items that are never
@@ -165,11 +165,11 @@ class Recommender:
     def similar(self, item: int | str, *, k: int = 10) -> Recommendation:
         """Return the k items most similar to an item, best first, without the item itself.
 
-        For networks the scores are cosines of the embeddings that the model reads (those of its
-        inputs, which with a shared table also score items). Some baselines have a measure of their
-        own: markov counts how often items directly followed, ease has its weights, session_knn the
-        votes of sessions with the item; these list no items without a score. Raises InputError for
-        an unknown item, and for other baselines.
+        For networks the scores are cosines of input embeddings, which with a shared table also
+        score items. Some baselines have a measure of their own: how often items directly followed
+        (markov), the weights (ease), or the votes of sessions with the item (session_knn); they
+        list no items without a score. Raises InputError for an unknown item, and for other
+        baselines.
         """
         return self.similar_to(self.item_numbers([item]), k=k)[0]
 
@@ -194,7 +194,7 @@ class Recommender:
         ]
 
     def _similar(self, item_E: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return similar items and scores [E, K], and how many of them there are."""
+        """Return similar items and scores, both [E, K], and the number of them in each row."""
         if not isinstance(self._model, Baseline):
             with torch.inference_mode(), float32_arithmetic(self._device):
                 best, cosine = self._neighbors.nearest(torch.from_numpy(item_E).to(self._device), k)
@@ -205,7 +205,7 @@ class Recommender:
             )
         if not self._model.has_similar_items:
             raise InputError(
-                f"model={self.checkpoint.config.model} has no notion of similar items; expected a "
+                f"model={self.checkpoint.config.model} has no measure of similar items; expected a "
                 "network, or one of the baselines markov, session_knn and ease"
             )
         offsets = np.arange(len(item_E) + 1)
@@ -278,9 +278,9 @@ class Recommender:
         exclude: Iterable[int | str] = (),
         candidates: Iterable[int | str] | None = None,
     ) -> Scope:
-        """Return what restricts recommendations to candidates, without the excluded items.
+        """Return the scope of the candidates without the excluded items.
 
-        Raises InputError where candidates are not in the catalogue. Excluded items need not be.
+        Raises InputError where candidates are not in the catalogue; excluded items need not be.
         """
         barred = np.unique(self.lookup.numbers(exclude, "exclude"))
         barred = barred[barred > 0]
@@ -354,7 +354,7 @@ class Recommender:
     def _ranked(
         self, block: Histories, k: int, filter_rated: bool, scope: Scope
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield numbers of histories with their best items int64 [E, K], 0 for none, and scores."""
+        """Yield indices of histories, their best items int64 [E, K], 0 for none, and the scores."""
         if isinstance(self._model, Baseline):
             for first, last in pieces(self._model.work(block)):
                 part = block[first:last]

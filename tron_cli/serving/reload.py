@@ -1,4 +1,4 @@
-"""The model that is served, and its replacement while the server runs."""
+"""The served model, and its replacement while the server runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ log = logging.getLogger("tron")
 
 
 class ServedModel:
-    """The recommender of a .pt file or a run folder. `load` returns that of a path.
+    """The recommender of a .pt file or a run folder, made by `load`, whose errors are passed on.
 
-    A new model takes the place of the old one when it is loaded and has recommended once; a batch
-    that is being computed ends with the old one. Raises what `load` raises.
+    A new model replaces the old one once it is loaded and has recommended successfully; a batch
+    that is being computed is finished by the old one.
     """
 
     def __init__(self, path: Path, load: Callable[[Path], Recommender]) -> None:
@@ -34,12 +34,12 @@ class ServedModel:
         return self.recommender.checkpoint.step
 
     def changed(self) -> bool:
-        """Return True where there is another file than at the last (re)load."""
+        """Return True if the file has changed since the last (re)load."""
         return self._state() != self._seen
 
     def reload(self) -> bool:
-        """Load the file of now; on any failure keep the old model, log why and return False."""
-        # Before reading: a file that changes meanwhile counts as changed.
+        """Load the current file; on any failure keep the old model, log why and return False."""
+        # Taken before reading, so that a file that changes while it is read counts as changed.
         self._seen = self._state()
         try:
             self.recommender = _tried(self._load(self._path))
@@ -53,7 +53,7 @@ class ServedModel:
         return f"{self.name}, step {self.step:,}, {self.recommender.num_items:,} items"
 
     def _state(self) -> object:
-        """Return what tells one version of the file from another; None where there is none."""
+        """Return an identity of the file's current version; None where there is no file."""
         try:
             file = best_checkpoint(self._path) if self._path.is_dir() else self._path
             found = file.stat()
@@ -63,6 +63,6 @@ class ServedModel:
 
 
 def _tried(recommender: Recommender) -> Recommender:
-    """Recommend once: what fails at that must not be served, and first calls are slow."""
+    """Recommend once: a model that fails must not be served, and first calls are slow."""
     recommender.recommend([recommender.item_ids[:1].tolist()], k=1)
     return recommender

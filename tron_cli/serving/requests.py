@@ -1,4 +1,4 @@
-"""The bodies of requests: their form, their limits, and what is said about those that miss them."""
+"""Bodies of requests: their form, their limits, and the refusals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_SIMILAR = 10
 
 
 class RefusedError(Exception):
-    """A request that is not answered: the status and the sentence that the client gets."""
+    """Refusal of a request, with the status and the sentence that the client gets."""
 
     def __init__(self, status: int, sentence: str, **headers: str) -> None:
         super().__init__(sentence)
@@ -74,7 +74,7 @@ def parsed(decoder: msgspec.json.Decoder[_Body], body: bytes) -> _Body:
         raise RefusedError(400, f"the body does not have the expected form: {error}") from error
     except (ValueError, RecursionError) as error:
         reason = "it is empty" if not body else str(error)
-        raise RefusedError(400, f"the body is no JSON: {reason}") from error
+        raise RefusedError(400, f"the body is not valid JSON: {reason}") from error
 
 
 def checked_k(k: int | UnsetType, default: int, num_items: int, settings: ServerSettings) -> int:
@@ -102,13 +102,14 @@ def checked_histories(
     if len(histories) > settings.max_histories:
         raise RefusedError(
             400,
-            f"a request may have {settings.max_histories} histories, got {len(histories)}; send "
-            "several requests",
+            f"a request may have up to {settings.max_histories} histories, got {len(histories)}; "
+            "send several requests",
         )
     longest = max(map(len, histories), default=0)
     if longest > settings.max_history:
         raise RefusedError(
             400,
-            f"a history may have {settings.max_history} events, got {longest}; send the last ones",
+            f"a history may have up to {settings.max_history} events, got {longest}; send the "
+            "last ones",
         )
     return histories

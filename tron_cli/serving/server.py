@@ -1,7 +1,7 @@
 """The HTTP server: an ASGI application on uvicorn.
 
-A request costs about 0.2 ms beside the model: bodies are decoded and checked by msgspec, paths are
-looked up in a dict, and the compute thread has the interpreter to itself while torch works.
+A request costs about 0.2 ms besides the model: msgspec decodes and checks bodies, a dict finds the
+handler of a path, and torch releases the interpreter's lock while it computes.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _encode = msgspec.json.Encoder().encode
 _JSON = b"application/json"
-_SWITCH_SECONDS = 0.0005  # Python's 5 ms would be added to answers while the other thread computes
-_DRAINED = 4  # times the limit of a body that are read before the refusal is sent
+_SWITCH_SECONDS = 0.0005  # Python's 5 ms would delay answers while the compute thread works
+_DRAINED = 4  # how many times the limit of a body are read before the refusal is sent
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class _Answer:
 
 
 class _DisconnectedError(Exception):
-    """The client is gone."""
+    """The client has disconnected."""
 
 
 class Application:
@@ -134,7 +134,7 @@ class Application:
         body = await self._body(headers, receive)
         post, get = self._posts.get(path), self._gets.get(path)
         if post is None and get is None:
-            raise RefusedError(404, f"there is no {path}; GET /docs lists what there is")
+            raise RefusedError(404, f"there is no {path}; GET /docs lists the paths")
         if get is not None:
             if method not in ("GET", "HEAD"):
                 raise RefusedError(405, f"{path} answers GET, got {method}", allow="GET, HEAD")
@@ -152,12 +152,12 @@ class Application:
         return await post(body, facts)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """Return the whole body. Too large ones are read on for a while: few clients listen before.
+        """Return the whole body. Raises RefusedError where it is too large.
 
-        Raises RefusedError.
+        The rest of such a body is read for a while, since few clients read an answer before.
         """
         limit = self.settings.max_body
-        sentence = f"a body may have {limit} bytes; send less"
+        sentence = f"a body may have up to {limit} bytes; send less"
         too_large = RefusedError(413, sentence, connection="close")
         if int(headers.get(b"content-length", 0)) > limit * _DRAINED:
             raise too_large
@@ -201,7 +201,7 @@ class Application:
         try:
             return await self.batcher.submit(call, self.settings.timeout)
         except InputError as error:
-            path = self.model.recommender.checkpoint.path  # is nothing to tell a client
+            path = self.model.recommender.checkpoint.path  # not to be shown to clients
             raise RefusedError(422, str(error).replace(str(path), path.name)) from error
         except OverloadedError as error:
             raise RefusedError(
@@ -238,7 +238,7 @@ class Application:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn that stops with exit code 0 on SIGTERM and SIGINT, and reloads on SIGHUP."""
+    """Uvicorn server that exits with 0 on SIGTERM and SIGINT, and reloads on SIGHUP."""
 
     def __init__(self, application: Application) -> None:
         settings = application.settings
@@ -253,7 +253,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                # Longer than any request lives.
+                # Longer than any request takes.
                 timeout_graceful_shutdown=int(settings.timeout + RECEIVE_SECONDS) + 1,
             )
         )
@@ -278,7 +278,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        log.info("stopping: accepted requests are answered, new ones refused")
+        log.info("stopping: accepted requests are answered, new ones are refused")
         if self._watch is not None:
             self._watch.cancel()
         self._reloads.shutdown(wait=False, cancel_futures=True)
@@ -286,13 +286,13 @@ class Server(uvicorn.Server):
         self.application.batcher.close()
 
     def stop(self) -> None:
-        """Begin to stop; the second time, without waiting for answers."""
+        """Begin to stop; on a second call, without waiting for answers."""
         self.force_exit = self.should_exit
         self.should_exit = True
         self.application.stopping = True
 
     def reload(self) -> None:
-        """Begin to replace the model, unless the server stops."""
+        """Begin to replace the model, unless the server is stopping."""
         if not self.should_exit:
             self._reloads.submit(self.application.reload)
 
@@ -309,7 +309,7 @@ class Server(uvicorn.Server):
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that listens, so that a port in use is told before a model is loaded.
+    """Return a listening socket, so that a port in use is reported before a model is loaded.
 
     Clients that connect before the server runs wait. Raises InputError.
     """
@@ -345,7 +345,7 @@ def serve(
         log.info("serving %s on http://%s:%d", model.described(), shown, address[1])
         if not _is_loopback(address[0]):
             log.warning(
-                "%s is reachable from other machines; the server asks nobody for a password", shown
+                "%s is reachable from other machines, and the server has no authentication", shown
             )
         sys.setswitchinterval(_SWITCH_SECONDS)
         Server(Application(model, settings)).run([listener])

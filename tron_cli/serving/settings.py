@@ -1,4 +1,4 @@
-"""The limits of the server."""
+"""Limits of the server."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Items most similar to an item, by the cosine of their embeddings.
 
-Shapes: E items asked for, I items, D width, K places, C items compared in float64.
+Shapes: E requested items, I items, D width, K places, C items compared in float64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class CosineNeighbors:
     """
 
     def __init__(self, table: torch.Tensor) -> None:
-        """Take the norms of a finite table [I + 1, D], of which row 0 is no item."""
+        """Compute the norms of a finite table [I + 1, D], of which row 0 is no item."""
         self.table = table.detach().float()
         self.num_items = len(table) - 1
         # In pieces, whose float64 copies stay in the cache.
@@ -36,7 +36,7 @@ class CosineNeighbors:
         self._inverse_I = (1 / safe_I).float()
 
     def nearest(self, item_E: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the k nearest other items of each, int64 [E, K], and cosines float64 [E, K]."""
+        """Return the k nearest other items of each item, int64 [E, K], and float64 cosines."""
         k = min(k, self.num_items - 1)
         best = torch.zeros(len(item_E), k, dtype=torch.int64, device=item_E.device)
         cosine = best.double()
@@ -52,8 +52,8 @@ class CosineNeighbors:
         return best, cosine
 
     def _candidates(self, item_E: torch.Tensor, k: int) -> list[torch.Tensor]:
-        """Return for each item those, ascending, that may be among its k nearest."""
-        # A cosine by float32 is off by at most this, for any order of summation, as in `Catalogue`.
+        """Return the items that may be among the k nearest of each item, ascending."""
+        # The largest error of a float32 cosine, for any order of summation, as in `Catalogue`.
         roundings = (self.table.shape[1] + 8) * torch.finfo(torch.float32).eps / 2
         bound = 1.01 * roundings / (1 - roundings)
         unit_ED = (self.table[item_E].double() / self._safe(item_E)[:, None]).float()

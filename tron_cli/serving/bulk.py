@@ -1,4 +1,4 @@
-"""Recommendations for many sessions, some at a time, and counts of what their items are."""
+"""Bulk recommendations: lists for files and streams of sessions, and counts of their items."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RecommendOptions:
 
 @dataclass
 class Counts:
-    """Sessions and events that were read, and what the model knows of them."""
+    """Numbers of sessions and events read, and of those with items that the model lacks."""
 
     sessions: int = 0
     events: int = 0
@@ -42,8 +42,8 @@ class Counts:
         text = f"{self.sessions:,} sessions"
         if self.unknown_events:
             text += (
-                f"; {self.unknown_events:,} of {self.events:,} events are on items that the model "
-                f"does not know and were left out, in {self.sessions_with_unknown:,} sessions"
+                f"; left out {self.unknown_events:,} of {self.events:,} events, in "
+                f"{self.sessions_with_unknown:,} sessions, on items that the model does not know"
             )
         if self.without_known:
             text += f"; {self.without_known:,} sessions without known items got the popular items"
@@ -58,7 +58,7 @@ def recommend_sessions(
 ) -> Counts:
     """Write the items recommended after each session, and return counts.
 
-    Raises InputError where the options refuse a session, which it names by its place.
+    Raises InputError, with the place of the session, where the options refuse one.
     """
     counts = Counts()
     for batch in batches:
