@@ -428,7 +428,7 @@ def test_a_file_that_exists_is_kept_without_force(
     assert torch.load(file)["epoch"] == 3
     code, _, err = command("import", "tron", out, "-o", tmp_path / "b.pt", "--item-ids", ids)
     assert code == 2
-    assert "checkpoint of this tool" in err
+    assert "is a tron checkpoint already" in err
 
 
 def import_and_die(file: Path, ids: Path, out: Path, event: str) -> None:

@@ -1,4 +1,4 @@
-"""Checks of arguments by their annotations: what a caller gets wrong is one sentence."""
+"""Checks of arguments by their annotations, with errors of one sentence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WORDS: dict[Any, str] = {
 
 
 def checked(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Return the function with a check of its arguments; it raises InputError for a wrong one."""
+    """Return the function with checks of its arguments, which raise InputError."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -47,7 +47,7 @@ def check(
 ) -> None:
     """Raise InputError where the value of the argument `name` does not have the annotated type.
 
-    low, high: bounds of a number, included.
+    low, high: inclusive bounds of a number.
     """
     if not _fits(value, hint):
         choices = [choice for choice in _choices(hint) if isinstance(choice, str)]

@@ -40,15 +40,16 @@ class Figure:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Figures of a checkpoint, and what they rest on.
+    """Figures of a checkpoint, and what they are based on.
 
     metrics: a Figure for each measure, such as `metrics["R@20"].value`. checkpoint: the file.
-    dataset, split, protocol: what was evaluated, and how (`every-step` or `last-item`). events,
-    sessions, items: the sizes of what was ranked: each event among all items. filter_rated: True if
-    items of the history could not be recommended. left_out: what was not predicted, and why.
-    beyond_accuracy: figures of lists of `cutoff` items, if asked for. slices: figures by kind of
-    slice, if asked for. references: figures of other rankings that the dataset brings along.
-    report: the object that `tron evaluate --json` prints, with all of this and more.
+    dataset, split: the data evaluated on. protocol: `every-step` or `last-item`. events, sessions,
+    items: numbers of ranked events, of their sessions, and of the items that each is ranked among.
+    filter_rated: True if items of the history could not be recommended. left_out: counts of the
+    events that were not predicted, by reason. beyond_accuracy: figures of lists of `cutoff` items,
+    if requested. slices: figures by kind of slice, if requested. references: figures of reference
+    rankings stored with the dataset. report: the object that `tron evaluate --json` prints, with
+    all of this and more.
     """
 
     metrics: dict[str, Figure]
@@ -67,7 +68,7 @@ class EvaluationResult:
     report: dict[str, Any] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data: what `tron evaluate --json` prints."""
+        """Return the report as plain data, as `tron evaluate --json` prints it."""
         return copy.deepcopy(self.report)
 
 
@@ -89,9 +90,9 @@ class ComparedModel:
 class ComparisonResult:
     """Figures of several checkpoints on the same events.
 
-    models: by a short label, the reference first. reference: its label. confidence: of the
-    intervals. cutoff: length of the lists for the beyond-accuracy figures. The others are those of
-    EvaluationResult. report: the object that `tron compare --json` prints.
+    models: by a short label, the reference first. reference: its label. confidence: level of the
+    intervals. cutoff: length of the lists for the beyond-accuracy figures. report: the object that
+    `tron compare --json` prints. The other fields are those of EvaluationResult.
     """
 
     models: dict[str, ComparedModel]
@@ -109,7 +110,7 @@ class ComparisonResult:
     report: dict[str, Any] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data: what `tron compare --json` prints."""
+        """Return the report as plain data, as `tron compare --json` prints it."""
         return copy.deepcopy(self.report)
 
 

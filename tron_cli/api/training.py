@@ -37,9 +37,9 @@ class TrainingResult:
 
     checkpoint: the weights that scored highest on validation; the last weights where validation is
     empty, and last.pt after profiling. run_dir: the folder of the run. metrics: validation figures
-    of the checkpoint by measure, without those that nothing was validated with. step: training
-    steps of the checkpoint's weights. steps, epochs: those of the whole run, including the last
-    epoch if it was begun; 0 for a baseline. profile: where the time of a step goes, if asked for.
+    of the checkpoint by measure. step: training steps of the checkpoint's weights. steps, epochs:
+    those of the whole run, including an unfinished last epoch; 0 for a baseline. profile: where the
+    time of a step goes, if requested.
     """
 
     checkpoint: Path
@@ -69,14 +69,14 @@ def train(
     """Train a model, keeping the best checkpoint by validation, or fit a baseline.
 
     config: the name of a packaged config, a Python file, one of otto-de/TRON's JSON files, or an
-    ExperimentConfig; settings override it. output_dir: the folder that the run's folder is made in,
-    `runs` by default; name: that of the run's folder. resume: the folder of a run to continue,
+    ExperimentConfig; settings override it. output_dir: the folder for the run's folder, `runs` by
+    default; name: the name of the run's folder. resume: the folder of a run to continue,
     instead of a config; of its settings only max_epochs and early_stopping_patience can change.
     init_from: a checkpoint or run whose weights a new run starts with, items matched by original
     id. final: a run or its best checkpoint, instead of a config; trains with its settings, on the
-    validation sessions too, for as many steps as validation chose. profile: profile so many steps,
-    and stop. plugins: code from outside tron that the config names. device: auto, cpu, cuda or
-    cuda:N.
+    validation sessions too, for as many steps as validation chose. profile: profile this many
+    steps, and stop. plugins: code from outside tron that the config names. device: auto, cpu, cuda
+    or cuda:N.
 
     In the main thread, Ctrl-C and SIGTERM end the training after the current step, which is saved,
     with a RunError; in other threads signals are left alone. A process trains one model at a time.

@@ -1,6 +1,6 @@
 """The command `tron`: subcommands, one file each, and the exit codes of failures.
 
-Modules of this folder import torch, NumPy and polars inside functions only, so that help is quick.
+Modules of this folder import torch, NumPy and polars only inside functions, so that help is quick.
 """
 
 from __future__ import annotations

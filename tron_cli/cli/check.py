@@ -60,7 +60,7 @@ class _Part:
 def _parts(target: str, data_dir: Path) -> list[_Part]:
     """Check a checkpoint, all checkpoints of a run's folder, or a dataset, by folder or name.
 
-    Raises InputError where there is none of these, or a checkpoint's code was not named.
+    Raises InputError where there is none of these, or code that a checkpoint needs was not named.
     """
     path = Path(target)
     if path.is_dir() and (files := sorted(path.glob("*.pt"))):

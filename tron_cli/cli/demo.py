@@ -47,7 +47,7 @@ def demo(
 
     settings = ["dataset_name=demo", *(overrides or [])]
     changes = parse_overrides(settings)
-    load_config(CONFIG, changes)  # refuses wrong settings before minutes of work
+    load_config(CONFIG, changes)  # to refuse wrong settings before minutes of work
     say("tron prepare synthetic --name demo --force")
     options = {"seed": 42, "sessions": 80_000}
     path = data_dir / "demo"

@@ -1,4 +1,4 @@
-"""`tron import`: a checkpoint of another tool becomes one of ours."""
+"""`tron import`: import a checkpoint of another tool."""
 
 from __future__ import annotations
 

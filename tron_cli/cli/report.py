@@ -9,7 +9,7 @@ from tron_cli.text_table import format_table
 
 
 def evaluation_text(report: dict[str, Any]) -> str:
-    """Return the table that `tron evaluate` prints, and below it what the figures are based on."""
+    """Return the table of `tron evaluate`, followed by lines on what its figures are based on."""
     metrics = report["metrics"]
     references = report.get("references", {})
     lost = any("value_with_lost_as_misses" in figure for figure in metrics.values())
@@ -24,9 +24,9 @@ def evaluation_text(report: dict[str, Any]) -> str:
             row += [_number(figure[f"{key}_with_lost_as_misses"]) for key in ("value", "stderr")]
         row += [_number(references[reference].get(name)) for reference in references]
         rows.append(row)
-    lost_note = "--full-sessions also gives figures that count them as misses"
+    lost_note = "--full-sessions also gives figures that count these as misses"
     if lost:
-        lost_note = "counted as misses in the column named so"
+        lost_note = "counted as misses in the column of that name"
         if all(figure["stderr_with_lost_as_misses"] is None for figure in metrics.values()):
             lost_note += "; for its error, prepare the dataset again"
     tables = [format_table(header, rows)]
@@ -103,7 +103,7 @@ def _facts(report: dict[str, Any], lost_note: str) -> list[str]:
 
 
 def comparison_text(report: dict[str, Any]) -> str:
-    """Return the tables that `tron compare` prints, and below them what they are based on."""
+    """Return the tables of `tron compare`, followed by lines on what they are based on."""
     models, reference = report["models"], report["reference"]
     others = [label for label in models if label != reference]
     names = list(models[reference]["metrics"])

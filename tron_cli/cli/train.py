@@ -27,7 +27,7 @@ def train(
     ] = None,
     data_dir: DataDir = DATASETS,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder that the run's folder is made in; default: runs.")
+        Path | None, typer.Option(help="Folder for the run's folder; default: runs.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to resume.")] = None,

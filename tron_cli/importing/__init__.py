@@ -1,1 +1,1 @@
-"""Checkpoints of other tools as checkpoints of this one."""
+"""Import of other tools' checkpoints."""

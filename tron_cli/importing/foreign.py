@@ -1,4 +1,4 @@
-"""A checkpoint of another tool, read without running its code, becomes one of ours."""
+"""Import of another tool's checkpoint, which is read without running its code."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def import_checkpoint(
 ) -> dict[str, Any]:
     """Write the weights of a file of `tool` (a key of LAYOUTS) as a checkpoint, and describe it.
 
-    dataset: that the original ids of its items are looked up in; None needs item_ids_file. Both: a
-    file of TRON's sessions is matched with those of the dataset. Settings that the file does not
-    tell come from the config and its overrides. Raises InputError where the file is damaged or
-    holds anything but plain data, or settings, ids and tensors do not fit together.
+    dataset: gives the original ids of the items; None needs item_ids_file. With both, a file of
+    TRON's sessions is matched with those of the dataset. Settings that the file does not hold come
+    from the config and its overrides. Raises InputError where the file is damaged or holds anything
+    but plain data, or settings, ids and tensors do not fit together.
     """
     if output.exists() and (not force or output.samefile(path)):
         raise InputError(
@@ -73,7 +73,7 @@ def import_checkpoint(
         sessions = dataset.checked_split("train")
         counts = np.zeros(foreign.num_items + 1, np.int64)
         counts[number_I] = count_events(sessions, dataset.num_items)
-        counts[0] = 0  # of items that the file lacks
+        counts[0] = 0  # entry 0 counts items that the file lacks
         popularity = torch.from_numpy(counts)
     origin = {"import": {"tool": tool, "file": str(path), "sha256": sha256_of_file(path)}}
     busy = f"another process writes {output}; wait for its end, or name another file"
@@ -90,7 +90,7 @@ def import_checkpoint(
                 "protocol": "every-step" if dataset is None else dataset.protocol,
                 "num_items": foreign.num_items,
                 "catalogue_fingerprint": hashlib.sha256(encoded.numpy().tobytes()).hexdigest(),
-                "train_fingerprint": "",  # unknown: evaluation says that they are other sessions
+                "train_fingerprint": "",  # unknown, so that evaluation warns of other sessions
             },
             item_ids=encoded,
             training={},
@@ -118,7 +118,7 @@ def _content(path: Path) -> Any:
         is_zip = zipfile.is_zipfile(path)
         damaged = damaged_part(path) if is_zip else None
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # torch's own words advise to load without care
+    except Exception as error:  # torch's own message advises unsafe loading
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         if asked is not None:
             raise InputError(
@@ -127,13 +127,13 @@ def _content(path: Path) -> Any:
                 "hyper_parameters again"
             ) from error
         raise InputError(
-            f"{path} is truncated or no checkpoint of PyTorch ({type(error).__name__}); take "
+            f"{path} is truncated or not a PyTorch checkpoint ({type(error).__name__}); take "
             "another copy"
         ) from error
     if damaged is not None:
         raise InputError(f"{path} is damaged: {damaged} in it does not have its checksum")
     if isinstance(content, dict) and "format_version" in content:
-        raise InputError(f"{path} is a checkpoint of this tool already; use it as it is")
+        raise InputError(f"{path} is a tron checkpoint already; use it without importing it")
     return content
 
 
@@ -144,7 +144,7 @@ def _config(
     config_name: str | None,
     overrides: Sequence[str],
 ) -> ExperimentConfig:
-    """Return the settings: those that the tensors decide, the given ones, hints, defaults."""
+    """Return the settings, taken from the tensors, then the caller, then hints, then defaults."""
     given = parse_overrides(overrides)
     decided = dict(foreign.settings)
     if dataset is not None:
@@ -163,8 +163,8 @@ def _config(
     missing = [f"{key}={example}" for key, example in foreign.needed.items() if key not in given]
     if missing:
         raise InputError(
-            f"{path} does not tell {missing[0].partition('=')[0]}; pass it as it was trained, such "
-            f"as {' '.join(missing)}, or the config of its training with --config"
+            f"{path} does not hold {missing[0].partition('=')[0]}; pass the value of its training, "
+            f"such as {' '.join(missing)}, or its config with --config"
         )
     if config_name is not None:
         return dataclasses.replace(config, **decided)
@@ -229,7 +229,7 @@ def _item_ids(
     if dataset.info.get("source") != "otto":
         raise InputError(
             f"{path} numbers items in the order of TRON's preparation, which {dataset.path} does "
-            "not tell; pass its training sessions, such as --item-ids "
+            "not hold; pass its training sessions, such as --item-ids "
             f"datasets/{dataset.name}/{dataset.name}_train.jsonl, or a list of ids, one per line"
         )
     return np.arange(count)  # TRON adds 1 to OTTO's ids, which begin with 0

@@ -1,6 +1,6 @@
-"""Weights of otto-de/TRON and gSASRec-pytorch under the names that our networks give them.
+"""Weights of otto-de/TRON and gSASRec-pytorch under the names of our networks.
 
-Both are read from the tensors themselves; what a file says of them besides must agree.
+Settings are read from the tensors themselves; settings that a file states must agree with them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Weights = dict[str, torch.Tensor]
 class Foreign:
     """A network of another tool.
 
-    settings: those that the tensors decide. hints: those of its training that the file tells.
-    needed: those that the file does not tell, and an example of each. weights: by our names.
+    settings: those that the tensors decide. hints: settings of its training that the file states.
+    needed: settings that the file lacks, with an example of each. weights: by our names.
     """
 
     settings: dict[str, Any]
@@ -137,7 +137,7 @@ def tron_network(content: Any, path: Path) -> Foreign:
 
 
 def gsasrec_network(content: Any, path: Path) -> Foreign:
-    """Return gSASRec of a state_dict of gSASRec-pytorch; its file name tells of its training.
+    """Return gSASRec of a state_dict of gSASRec-pytorch; its file name has training settings.
 
     Rows 0 and I + 1 of its tables are no items, and the last one is its padding.
     """
@@ -177,7 +177,7 @@ def gsasrec_network(content: Any, path: Path) -> Foreign:
             if name in told
         }
         step = int(told.get("step", 0))
-    except ValueError:  # another's file name
+    except ValueError:  # not a file name of gSASRec-pytorch
         hints, step = {}, 0
     if hints:
         hints |= {"loss": "gbce", "sampling_style": "eventwise", "lr": 1e-3}
@@ -231,7 +231,10 @@ def _table(weights: Weights, path: Path, tool: str, other: str) -> tuple[torch.T
         raise _no_checkpoint(path, tool, other)
     rows, _ = _shape(weights, "item_embedding.weight", 2, path)
     if rows < 3:
-        raise InputError(f"{path}: item_embedding.weight has {rows} rows, too few for any item")
+        raise InputError(
+            f"{path}: item_embedding.weight has {rows} rows, too few for any item; take another "
+            "copy of the file"
+        )
     return weights["item_embedding.weight"], rows
 
 

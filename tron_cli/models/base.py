@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Model(nn.Module):
-    """Interface of a network: it maps a packed batch to hidden states.
+    """Interface of a network, which maps a packed batch to hidden states.
 
     sequence_length: number of events of a history that it sees. item_embedding: table of the
     inputs, row i for item i. one_row_serves_all: True if the hidden state of an event depends

@@ -104,7 +104,7 @@ class GRU4Rec(ItemTables):
         """Run the recurrence over each row; states in packed order."""
         if batch.padded:
             return self._padded_rows(x_ND, batch)
-        # By place, the last and so the longest rows first, as PackedSequence wants it.
+        # By place, the last and so the longest rows first, as PackedSequence expects.
         order_N = len(x_ND) - 1 - batch.places_N.flip(0).argsort(stable=True)
         rows_at_place = batch.places_N.bincount().cpu()
         inputs = PackedSequence(x_ND.index_select(0, order_N), rows_at_place)
@@ -114,7 +114,7 @@ class GRU4Rec(ItemTables):
     def _padded_rows(self, x_ND: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Run the recurrence over the rows of a padded batch in a loop that `torch.export` keeps.
 
-        Padding stands behind the events, whose states do not depend on it.
+        Padding follows the events, whose states do not depend on it.
         """
         from torch._higher_order_ops.scan import scan
 
