@@ -360,7 +360,7 @@ def test_stdin_of_a_terminal_is_refused(
     monkeypatch.setattr(sys, "stdin", terminal)
     code, out, err = command("recommend", checkpoint)
     assert (code, out) == (2, "")
-    assert "name --history or --input" in err
+    assert "pass --history or --input" in err
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.parquet", "out.jsonl"])
@@ -387,7 +387,7 @@ def test_ids_of_sessions_in_parquet_are_of_one_type(
         )
         code, _, err = command(*words)
         assert code == 2
-        assert "the first session ids are integers" in err
+        assert "the first session ids are 64-bit integers" in err
 
 
 def test_similar_prints_what_python_returns(checkpoint: Path, command: Command) -> None:

@@ -42,8 +42,8 @@ class Counts:
         text = f"{self.sessions:,} sessions"
         if self.unknown_events:
             text += (
-                f"; left out {self.unknown_events:,} of {self.events:,} events, in "
-                f"{self.sessions_with_unknown:,} sessions, on items that the model does not know"
+                f"; {self.unknown_events:,} of {self.events:,} events are on items that the model "
+                f"does not know and were left out, in {self.sessions_with_unknown:,} sessions"
             )
         if self.without_known:
             text += f"; {self.without_known:,} sessions without known items got the popular items"
