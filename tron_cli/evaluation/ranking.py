@@ -331,9 +331,9 @@ class Catalogue:
                 top[event_e, :limit_here] = self._best(
                     hidden_ED[event_e], target_E[event_e], score_eC, item_eC, limit_here
                 )
-        all_I = torch.arange(1, self.num_items + 1, device=target_E.device)
         events_at_once = max(1, _LIST_ELEMENTS // max(1, self.num_items))
-        for event_e in open_E.nonzero()[:, 0].split(events_at_once):
+        open_event = open_E.nonzero()[:, 0]
+        for event_e in open_event.split(events_at_once) if len(open_event) else ():
             score_eI = row_products(hidden_ED[event_e], self.table[1:])
             if seen is not None:
                 place_E = torch.full_like(target_E, -1)
@@ -342,6 +342,7 @@ class Catalogue:
                 score_eI[place_E[seen.event_P[here]], seen.item_P[here] - 1] = -torch.inf
             if barred is not None:
                 score_eI[:, barred - 1] = -torch.inf
+            all_I = torch.arange(1, self.num_items + 1, device=target_E.device)
             item_eI = all_I.expand(len(event_e), -1)
             top[event_e, :limit_here] = self._best(
                 hidden_ED[event_e], target_E[event_e], score_eI, item_eI, limit_here

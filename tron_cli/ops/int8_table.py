@@ -27,6 +27,7 @@ from torch.nn import functional as F
 _QUERIES = 64  # at once: their scores of a chunk, 4 MB, fit the cache
 _CHUNK = 1 << 14
 _GROUP = 16  # items of which only the maximum is looked at first
+_LARGER = 8  # groups in a larger one
 _SCARCE = 16  # groups per requested item; with fewer, too many items would be possible
 _LARGEST = 127
 _MOST_PAIRS = 1 << 14  # of one query, and _GROUP more for each item asked for
@@ -167,9 +168,15 @@ class _Scored:
         self.best_EG = self._score_EC.unflatten(1, (_GROUP, chunk.num_groups)).amax(dim=1)
         self.bound_E = bound_E
 
-    def certain_EG(self) -> torch.Tensor:
-        """Return a lower bound of the best score of each group, float32."""
-        return self.best_EG - _rounded_up(self.bound_E)[:, None]
+    def certain(self) -> torch.Tensor:
+        """Return lower bounds of the best scores of some of the items, float32 [E, groups].
+
+        Few larger groups are compared sooner, and seldom hold two of the best items.
+        """
+        best_EG = self.best_EG
+        if best_EG.shape[1] % _LARGER == 0:
+            best_EG = best_EG.unflatten(1, (_LARGER, -1)).amax(dim=1)
+        return best_EG - _rounded_up(self.bound_E)[:, None]
 
     def reaching(self, threshold_E: torch.Tensor) -> _Pairs:
         """Return the pairs that can score threshold_E (float64) or more, with int8 scores."""
@@ -300,8 +307,8 @@ class Int8Table:
         found: list[_Pairs] = []
         for number, scored in self._scored(queries, 0, len(self._chunks)):
             waiting.append(scored)
-            certain.append(scored.certain_EG())
-            done += self._chunks[number].num_groups
+            certain.append(scored.certain())
+            done += certain[-1].shape[1]
             is_last = number + 1 == len(self._chunks)
             if done >= next_update or is_last:
                 next_update = 2 * done
