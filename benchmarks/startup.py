@@ -36,8 +36,11 @@ _LINES = 100_000
 _TIMEOUT = 300.0  # seconds
 
 
-def write_dataset(data_dir: Path, sessions: int, num_items: int) -> None:
-    """Write DATA_DIR/generated: sessions of OTTO's lengths, without times."""
+def write_dataset(data_dir: Path, sessions: int, num_items: int, held_out: int) -> None:
+    """Write DATA_DIR/generated: sessions of OTTO's lengths, without times.
+
+    held_out: sessions of validation and of test.
+    """
 
     def chunks(count: int, seed: int) -> Iterator[Sessions]:
         blocks = range(0, count, _BLOCK)
@@ -49,7 +52,7 @@ def write_dataset(data_dir: Path, sessions: int, num_items: int) -> None:
         writer.write_items(np.arange(num_items))
         writer.write_split("train", chunks(sessions, 0))
         for place, split in enumerate(("val", "test")):
-            writer.write_split(split, chunks(VALIDATION_SESSIONS, sessions + place))
+            writer.write_split(split, chunks(held_out, sessions + place))
         writer.finish(name="generated", protocol="every-step")
 
 
@@ -109,7 +112,7 @@ def measure(
     starts, references = [], []
     with tempfile.TemporaryDirectory() as folder:
         data_dir = Path(folder) / "datasets"
-        write_dataset(data_dir, sessions, num_items)
+        write_dataset(data_dir, sessions, num_items, VALIDATION_SESSIONS)
         lines = Path(folder) / "train.jsonl"
         generate_lines(lines, min(sessions, _LINES), 0)
         for repeat in range(repeats):

@@ -1,0 +1,59 @@
+"""The benchmark of the commands' peak memory, with few items and in this process."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks import memory
+from tron_cli.cli import app
+
+
+def test_a_command_is_measured() -> None:
+    found, printed = memory.measured(["--version"])
+    assert printed.startswith("tron ")
+    assert 0.005 < found["peak_gb"] < 2
+    assert 0 < found["seconds"] < 60
+    with pytest.raises(RuntimeError, match=r"tron evaluate missing\.pt ended with 2"):
+        memory.measured(["evaluate", "missing.pt"])
+
+
+def test_all_commands_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[list[str]] = []
+
+    def in_this_process(words: list[str]) -> tuple[dict[str, float], str]:
+        seen.append(words)
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            app(words, standalone_mode=False)
+        return {"peak_gb": 0.5, "seconds": 2.0}, printed.getvalue()
+
+    @contextmanager
+    def not_served(words: list[str]) -> Iterator[Any]:
+        assert Path(words[4]).exists()
+        yield SimpleNamespace(memory_mb=lambda: {"peak_rss_mb": 953.67}, start_s=3.0)
+
+    monkeypatch.setattr(memory, "measured", in_this_process)
+    monkeypatch.setattr(memory, "served", not_served)
+    monkeypatch.setattr(memory, "FORMATS", ("safetensors",))
+    monkeypatch.setattr(memory, "HELD_OUT", 5)
+    output = tmp_path / "result.json"
+    small = ["embedding_dim=8", "num_uniform_negatives=16", "topk_sampling=False"]
+    memory.main(["--items=1500", "--sessions=60", f"--output={output}", "--", *small])
+    figures = json.loads(output.read_text())["figures"]
+    assert len(figures) == len(seen) + 1
+    assert {words[0] for words in seen} == {
+        "train", "evaluate", "compare", "recommend", "similar", "export"
+    }  # fmt: skip
+    assert figures[-1]["what"] == "serve, start"
+    assert figures[-1]["peak_gb"] == pytest.approx(1, abs=1e-3)
+    assert "serve, start" in capsys.readouterr().out
