@@ -2,11 +2,14 @@
 
     python -m benchmarks.serving [--items 1000000] [--dim 64] [--rate 500] [--seconds 20]
         [--sweep] [--uniform] [--empty] [--json] [--output FILE.json] [-- SERVE OPTIONS]
+    python -m benchmarks.serving --soak MINUTES [--reload-every 10] --items 20000 --rate 60
 
 The checkpoint is TRON with random weights, made on the fly. Load and server share this machine; the
 load is a process of its own (`benchmarks.open_arrivals`), latency counts from the intended time of
 a request. --sweep looks for the highest rate with p90 <= 50 ms and without a failure. --empty
-serves a model that computes nothing, which leaves the cost of HTTP.
+serves a model that computes nothing, which leaves the cost of HTTP. --soak sends one long load
+while new checkpoints, one in seven of them damaged, take the place of the file, and tells whether
+memory grows.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +43,17 @@ from tron_cli.text_table import format_table
 
 P90_MS = 50.0
 _PRECISION = 1.05  # ratio of rates at which --sweep ends
+_DAMAGED = 7  # one in so many checkpoints of a soak
+_LOOK_S = 0.5  # the server looks for a new checkpoint this often
+_SETTLED = 0.3  # part of a soak after which the trend of memory counts
+_FLAT = 0.01  # of the memory: what the trend may add from there to the end
 _EMPTY = "import benchmarks.serving as b, sys; b.serve_empty(int(sys.argv[1]))"
 
 
-def random_checkpoint(file: Path, num_items: int, dim: int) -> ExperimentConfig:
+def random_checkpoint(file: Path, num_items: int, dim: int, seed: int = 0) -> ExperimentConfig:
     """Save TRON with random weights; item i has the id i, and low ids are popular."""
     config, _ = load_config("config_otto", [f"embedding_dim={dim}"])
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = build_model(config, num_items)
     save_checkpoint(
         file,
@@ -113,6 +122,13 @@ class Served:
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def reloads(self) -> dict[str, int]:
+        """Return how many checkpoints took the place of another, and how many could not."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as answer:
+            page = answer.read().decode()
+        found = re.findall(r'^tron_reloads_total{outcome="(\w+)"} (\d+)', page, re.MULTILINE)
+        return {"done": 0, "failed": 0} | {name: int(count) for name, count in found}
+
 
 @contextmanager
 def served(command: list[str]) -> Iterator[Served]:
@@ -165,6 +181,58 @@ def highest_rate(
     return loads
 
 
+def soak(
+    server: Served, file: Path, num_items: int, rate: float, minutes: float, reload_every: float
+) -> dict[str, Any]:
+    """Return the figures of one load while `file` is replaced, and the growth of memory."""
+    good = [file.read_bytes(), file.with_suffix(".other").read_bytes()]
+    memory = [{"minute": 0.0, **server.memory_mb()}]
+    clock = time.perf_counter()
+    written = {"done": 0, "failed": 0}
+    with ThreadPoolExecutor(1) as thread:
+        load = thread.submit(measured, server, num_items, rate, minutes * 60, uniform=False)
+        while not load.done():
+            time.sleep(reload_every)
+            content = bytearray(good[sum(written.values()) % 2])
+            is_damaged = sum(written.values()) % _DAMAGED == _DAMAGED - 1
+            if is_damaged:
+                content[len(content) // 2] ^= 255
+            file.with_suffix(".new").write_bytes(content)
+            file.with_suffix(".new").replace(file)
+            written["failed" if is_damaged else "done"] += 1
+            minute = (time.perf_counter() - clock) / 60
+            memory.append({"minute": minute, **server.memory_mb()})
+    time.sleep(_LOOK_S * 4)  # for the last file to be read
+    found = {**load.result(), "written": written, "reloads": server.reloads(), "memory": memory}
+    settled = [at for at in memory if at["minute"] >= minutes * _SETTLED]
+    anonymous = [at["anonymous_mb"] for at in settled]
+    per_minute = float(np.polyfit([at["minute"] for at in settled], anonymous, 1)[0])
+    return found | {
+        "growth_mb_per_minute": per_minute,
+        "growth_kb_per_reload": per_minute * 1024 / (60 / reload_every),
+        "growth_bytes_per_request": per_minute * 2**20 / (60 * rate),
+        "flat": per_minute * minutes * (1 - _SETTLED) <= _FLAT * anonymous[0],
+    }
+
+
+def soak_table(found: dict[str, Any]) -> str:
+    """Return a line for each minute, and what became of the requests, reloads and memory."""
+    lines = {int(at["minute"]): at for at in reversed(found["memory"])}
+    lines[-1] = found["memory"][-1]
+    rows = [
+        [f"{at['minute']:.1f}", f"{at['anonymous_mb']:,.1f}", f"{at['rss_mb']:,.1f}"]
+        for at in sorted(lines.values(), key=lambda at: at["minute"])
+    ]
+    return (
+        f"{format_table(['minute', 'anonymous MB', 'RSS MB'], rows)}\n\n"
+        f"{found['sent']:,} requests, {found['failed']:,} failed; p50 {found['p50_ms']:.1f} ms, "
+        f"p90 {found['p90_ms']:.1f} ms, p99 {found['p99_ms']:.1f} ms; reloads {found['reloads']} "
+        f"of {found['written']}; memory {'flat' if found['flat'] else 'GROWS'}: "
+        f"{found['growth_mb_per_minute']:+.3f} MB per minute, {found['growth_kb_per_reload']:+.1f} "
+        f"kB per reload, {found['growth_bytes_per_request']:+.1f} bytes per request"
+    )
+
+
 def table(loads: list[dict[str, Any]]) -> str:
     header = ["rate/s", "achieved/s", "p50 ms", "p90 ms", "p99 ms", "failed", "server CPU/request",
               "RSS MB"]  # fmt: skip
@@ -192,6 +260,8 @@ def main(words: list[str] | None = None) -> None:
     options.add_argument("--sweep", action="store_true", help="find the highest rate")
     options.add_argument("--uniform", action="store_true", help="equal intervals, not Poisson")
     options.add_argument("--empty", action="store_true", help="serve a model without arithmetic")
+    options.add_argument("--soak", type=float, metavar="MINUTES", help="with new checkpoints")
+    options.add_argument("--reload-every", type=float, default=10, metavar="SECONDS", help="soak")
     options.add_argument("--json", action="store_true", help="print JSON instead of the table")
     options.add_argument("serve", nargs="*", help="options of `tron serve`, after --")
     arguments = options.parse_args(words)
@@ -203,13 +273,21 @@ def main(words: list[str] | None = None) -> None:
             random_checkpoint(file, arguments.items, arguments.dim)
             command = [sys.executable, "-m", "tron_cli", "serve", str(file), "--port", "0",
                        "--no-access-log", *arguments.serve]  # fmt: skip
+            if arguments.soak:
+                random_checkpoint(file.with_suffix(".other"), arguments.items, arguments.dim, 1)
+                command += ["--reload-every", str(_LOOK_S)]
         with served(command) as server:
             at_start = server.memory_mb()
             if arguments.warm_up:
                 measured(server, arguments.items, arguments.rate, arguments.warm_up, uniform=False)
-            find = highest_rate if arguments.sweep else measured
-            found = find(server, arguments.items, arguments.rate, arguments.seconds,
-                         uniform=arguments.uniform)  # fmt: skip
+            found: Any
+            if arguments.soak:
+                found = soak(server, file, arguments.items, arguments.rate, arguments.soak,
+                             arguments.reload_every)  # fmt: skip
+            else:
+                find = highest_rate if arguments.sweep else measured
+                found = find(server, arguments.items, arguments.rate, arguments.seconds,
+                             uniform=arguments.uniform)  # fmt: skip
     loads = found if isinstance(found, list) else [found]
     content = {
         **circumstances(),
@@ -224,7 +302,7 @@ def main(words: list[str] | None = None) -> None:
     if arguments.json:
         print(json.dumps(content))
     else:
-        print(table(loads))
+        print(soak_table(loads[0]) if arguments.soak else table(loads))
         print(
             f"\nstart {server.start_s:.1f} s, {at_start['rss_mb']:,.0f} MB after it; highest rate "
             f"with p90 <= {P90_MS:.0f} ms here: {content['highest_rate'] or 'none'}"
