@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,27 @@ def test_the_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert 0 < found["p50_ms"] <= found["p90_ms"] <= found["p99_ms"]
     assert found["rss_mb"] > 50
     assert content["start_s"] > 0
+
+
+def test_a_soak_replaces_the_file_and_measures_memory(tmp_path: Path) -> None:
+    """One in seven files is damaged; the trend is that of the memory that was seen."""
+
+    def read(path: Path) -> FakeRecommender:
+        return FakeRecommender(num_items=100, name=path.read_text())
+
+    file = tmp_path / "model.pt"
+    file.write_text("one.pt")
+    file.with_suffix(".other").write_text("two.pt")
+
+    class Growing(serving.Served):
+        def memory_mb(self) -> dict[str, float]:
+            return {"anonymous_mb": 100 + self.reloads()["done"] * 2.0, "rss_mb": 0.0}
+
+    with running_server(read, file, reload_every=0.02) as server:
+        served = Growing(server.port, os.getpid(), 0.0)
+        found = serving.soak(served, file, 100, rate=50, minutes=0.04, reload_every=0.2)
+    assert (found["failed"], found["reloads"]) == (0, found["written"])
+    assert found["written"]["failed"] == sum(found["written"].values()) // 7 > 0
+    assert not found["flat"]
+    assert found["growth_kb_per_reload"] == pytest.approx(2 * 1024, rel=0.35)
+    assert "GROWS" in serving.soak_table(found)

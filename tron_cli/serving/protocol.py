@@ -7,11 +7,16 @@ import re
 from typing import Any, cast
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 RECEIVE_SECONDS = 10.0  # for a request to arrive, and for an answer to be sent
 MAX_HEAD = 1 << 16  # bytes
 MAX_CONNECTIONS = 900  # beneath the usual limit of 1,024 open files
+MAX_PIPELINED = 64  # requests of a connection that wait for its first
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
@@ -21,6 +26,8 @@ class BoundedProtocol(HttpToolsProtocol):
     _deadline: asyncio.TimerHandle | None = None
     _write_deadline: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _running: RequestResponseCycle | None = None
+    _fault = "this is not a valid HTTP/1.1 request"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
@@ -34,6 +41,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._write_deadline is not None:
             self._write_deadline.cancel()
         super().connection_lost(exc)
+        cycle = self._running
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            if abandon := cycle.scope["state"].pop("abandon", None):
+                abandon()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -55,6 +67,23 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self._disarm()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.cycle is None or self.cycle.scope is not self.scope:  # else it follows the body
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            self._fault = (
+                f"{MAX_PIPELINED} requests of this connection wait; read answers before you send "
+                "more"
+            )
+            raise ValueError  # the parser reads no further, and send_400_response is called
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._write_deadline = self.loop.call_later(RECEIVE_SECONDS, self.transport.abort)
@@ -70,7 +99,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().timeout_keep_alive_handler()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "this is not a valid HTTP/1.1 request")
+        self._refuse(400, self._fault)
 
     def _arm(self) -> None:
         if self._deadline is None:
@@ -86,7 +115,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(408, f"the request did not arrive within {RECEIVE_SECONDS:.0f} seconds")
 
     def _refuse(self, status: int, sentence: str) -> None:
-        """Answer and close, unless an answer is on its way."""
+        """Answer, note and close, unless an answer is on its way."""
         if not (self.cycle is not None and self.cycle.response_started) or (
             self.cycle.response_complete
         ):
@@ -100,4 +129,11 @@ class BoundedProtocol(HttpToolsProtocol):
                 headers["retry-after"] = 1
             head = "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
             self.transport.write(STATUS_LINE[status] + head + b"\r\n" + body)
+            scope: Any = {"method": None, "path": None}
+            if self.cycle is not None and not self.cycle.response_complete:
+                scope = self.cycle.scope
+            if self._running is not None:
+                self._running.scope["state"]["noted"] = True
+            client = self.client[0] if self.client else None
+            cast(Any, self.config.app).note(client, scope["method"], scope["path"], status)
         self.transport.close()

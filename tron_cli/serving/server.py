@@ -42,7 +42,7 @@ from tron_cli.serving.requests import (
     parsed,
 )
 from tron_cli.serving.settings import ServerSettings
-from tron_cli.serving.telemetry import Metrics, log_access
+from tron_cli.serving.telemetry import Metrics, background_stderr, log_access
 
 log = logging.getLogger("tron")
 
@@ -53,6 +53,7 @@ Send: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _encode = msgspec.json.Encoder().encode
 _JSON = b"application/json"
 _SWITCH_SECONDS = 0.0005  # Python's 5 ms would delay answers while the compute thread works
+_CLIENT_GONE = 499  # as in nginx's log
 _DRAINED = 4  # how many times the limit of a body are read before the refusal is sent
 
 
@@ -103,31 +104,47 @@ class Application:
         started = time.perf_counter()
         facts: dict[str, Any] = {}
         headers: dict[str, str] = {}
+        client = scope["client"][0] if scope["client"] else None
+        state, task = scope["state"], asyncio.current_task()
+        assert task is not None
+        state["abandon"] = task.cancel
         try:
             answer = await self._answer(scope, receive, facts)
         except RefusedError as refusal:
             answer = _Answer(_encode({"error": refusal.sentence}), refusal.status)
             headers = refusal.headers
-        except _DisconnectedError:
+        except (_DisconnectedError, asyncio.CancelledError):
+            if "noted" not in state:
+                seconds = time.perf_counter() - started
+                self.note(client, scope["method"], scope["path"], _CLIENT_GONE, seconds, **facts)
             return
         except Exception as error:
             log.error("a request failed", exc_info=error)
             said = sentence_of(error) if isinstance(error, RunError) else "the server failed"
             answer = _Answer(_encode({"error": said}), 500)
+        state.pop("abandon", None)
         await _respond(send, answer, headers)
         seconds = time.perf_counter() - started
-        path = scope["path"] if scope["path"] in self._known else "other"
-        self.metrics.requests.labels(path, answer.status).inc()
-        self.metrics.request_seconds.labels(path).observe(seconds)
+        self.note(client, scope["method"], scope["path"], answer.status, seconds, **facts)
+
+    def note(
+        self,
+        client: str | None,
+        method: str | None,
+        path: str | None,
+        status: int,
+        seconds: float | None = None,
+        **facts: Any,
+    ) -> None:
+        """Count a request and log it; method and path are None where none could be read."""
+        label = path if path in self._known else "other"
+        self.metrics.requests.labels(label, status).inc()
+        if seconds is not None:
+            self.metrics.request_seconds.labels(label).observe(seconds)
+            facts["ms"] = round(seconds * 1000, 3)
         if self.settings.access_log:
-            log_access(
-                client=scope["client"][0] if scope["client"] else None,
-                method=scope["method"],
-                path=scope["path"][:200],
-                status=answer.status,
-                ms=round(seconds * 1000, 3),
-                **facts,
-            )
+            shown = None if path is None else path[:200]
+            log_access(client=client, method=method, path=shown, status=status, **facts)
 
     async def _answer(self, scope: Scope, receive: Receive, facts: dict[str, Any]) -> _Answer:
         path, method, headers = scope["path"], scope["method"], dict(scope["headers"])
@@ -143,7 +160,7 @@ class Application:
         if method != "POST":
             raise RefusedError(405, f"{path} answers POST, got {method}", allow="POST")
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if kind != _JSON or headers.get(b"content-encoding", b"identity") != b"identity":
+        if kind != _JSON or headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise RefusedError(
                 415,
                 "the body must be sent as plain JSON, with the header "
@@ -240,7 +257,8 @@ class Application:
 class Server(uvicorn.Server):
     """Uvicorn server that exits with 0 on SIGTERM and SIGINT, and reloads on SIGHUP."""
 
-    def __init__(self, application: Application) -> None:
+    def __init__(self, application: Application, started: Callable[[], None] | None = None) -> None:
+        """started: is called when signals are heeded and connections accepted."""
         settings = application.settings
         super().__init__(
             uvicorn.Config(
@@ -258,6 +276,7 @@ class Server(uvicorn.Server):
             )
         )
         self.application = application
+        self._started = started
         self._reloads = ThreadPoolExecutor(1, thread_name_prefix="reload")
         self._watch: asyncio.Task[None] | None = None
 
@@ -276,6 +295,8 @@ class Server(uvicorn.Server):
         if self.application.settings.reload_every:
             self._watch = asyncio.create_task(self._reload_on_change())
         await super().startup(sockets)
+        if self._started is not None:
+            self._started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         log.info("stopping: accepted requests are answered, new ones are refused")
@@ -338,17 +359,40 @@ def serve(
     settings: ServerSettings,
 ) -> None:
     """Serve the checkpoint at `path` until SIGTERM or SIGINT. Raises InputError and RunError."""
-    with bound_socket(host, port) as listener:
+    with bound_socket(host, port) as listener, _hangups() as hangups:
         model = ServedModel(path, load)
-        address = listener.getsockname()
-        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-        log.info("serving %s on http://%s:%d", model.described(), shown, address[1])
-        if not _is_loopback(address[0]):
-            log.warning(
-                "%s is reachable from other machines, and the server has no authentication", shown
-            )
+        server: Server
+
+        def started() -> None:
+            address = listener.getsockname()
+            shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+            log.info("serving %s on http://%s:%d", model.described(), shown, address[1])
+            if not _is_loopback(address[0]):
+                log.warning(
+                    "%s is reachable from other machines, and the server has no authentication",
+                    shown,
+                )
+            if hangups:
+                server.reload()
+
+        server = Server(Application(model, settings), started)
         sys.setswitchinterval(_SWITCH_SECONDS)
-        Server(Application(model, settings)).run([listener])
+        with background_stderr():
+            server.run([listener])
+
+
+@contextlib.contextmanager
+def _hangups() -> Iterator[list[int]]:
+    """Collect SIGHUPs, which else end a process, until the server heeds them."""
+    found: list[int] = []
+    if not hasattr(signal, "SIGHUP") or threading.current_thread() is not threading.main_thread():
+        yield found
+        return
+    before = signal.signal(signal.SIGHUP, lambda number, _: found.append(number))
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def _is_loopback(address: str) -> bool:

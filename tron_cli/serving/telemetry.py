@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import queue
 import sys
+import threading
+from collections.abc import Iterator
 from datetime import datetime, timezone
 
 import msgspec
@@ -17,6 +23,7 @@ from prometheus_client import (
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _HISTORIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_LINES_WAITING = 10_000  # of the log
 _encode = msgspec.json.Encoder().encode
 
 
@@ -71,3 +78,51 @@ def log_access(**facts: object) -> None:
     """Write a line of the access log to stderr, a JSON object."""
     now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
     sys.stderr.write(_encode({"time": now, **facts}).decode() + "\n")
+
+
+class _BackgroundStderr(io.TextIOBase):
+    """A stream that a thread writes to stderr, so that nobody waits for whoever reads the log.
+
+    Where the reader is too slow texts are dropped, and their number is said once it goes on.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._texts: queue.Queue[str | None] = queue.Queue(_LINES_WAITING)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._write_on, name="stderr", daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> int:
+        try:
+            self._texts.put_nowait(text)
+        except queue.Full:
+            self._dropped += 1
+        return len(text)
+
+    def finish(self, seconds: float = 1.0) -> None:
+        """Write what waits, for so long at most."""
+        with contextlib.suppress(queue.Full):
+            self._texts.put_nowait(None)
+            self._thread.join(seconds)
+
+    def _write_on(self) -> None:
+        while (text := self._texts.get()) is not None:
+            dropped, self._dropped = self._dropped, 0
+            if dropped:
+                text += f"{dropped:,} lines of the log were dropped: nobody read them\n"
+            rest = memoryview(text.encode(errors="backslashreplace"))
+            with contextlib.suppress(OSError):  # nobody will read it
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
+
+
+@contextlib.contextmanager
+def background_stderr() -> Iterator[None]:
+    """Let a thread write what goes to stderr until the block ends: a full pipe stops nobody."""
+    stream = _BackgroundStderr(sys.stderr.fileno())
+    with contextlib.redirect_stderr(stream):
+        try:
+            yield
+        finally:
+            stream.finish()
