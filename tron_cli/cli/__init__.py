@@ -32,8 +32,8 @@ log = logging.getLogger("tron")
 
 app = typer.Typer(
     name="tron",
-    help="Train, evaluate and compare session-based recommenders on catalogues of millions of "
-    "items.",
+    help="Train, evaluate, compare and serve session-based recommenders on catalogues of millions "
+    "of items.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
