@@ -388,9 +388,9 @@ def test_test_may_not_be_a_copy_of_train(tmp_path: Path) -> None:
         (b'{"session":1,"events":[{"aid":5,"ts":1659304800025,"type":["clicks"]}]}', '"type"'),
         (
             b'{"session":1,"events":[{"aid":5,"aid":6,"ts":1659304800025,"type":"clicks"}]}',
-            "the key 'aid' stands more than once",
+            "the key 'aid' occurs more than once",
         ),
-        (b'{"events":[],"events":[]}', "the key 'events' stands more than once"),
+        (b'{"events":[],"events":[]}', "the key 'events' occurs more than once"),
         (b"\xff\xfe", "not valid JSON"),
         ('{"session":1,"events":[]}'.encode("utf-16-le"), "not valid JSON"),
         (b'{"session":1,"events":[{"aid":5,"ts":1659304800,"type":"clicks"}]}', "of 13 digits"),

@@ -286,7 +286,9 @@ def test_a_given_split_of_which_nothing_is_left_is_refused(tmp_path: Path, rows:
     one = write_csv(tmp_path / "one.csv", late[:1])
     with pytest.raises(InputError, match=r"no session is left for the val split: .*one.csv has n"):
         prepare_table(files["train"], SESSION, tmp_path, "out", val=[one], test=[files["test"]])
-    with pytest.raises(InputError, match=r"for the test split \([\w ]*sessions came; short sessio"):
+    with pytest.raises(
+        InputError, match=r"for the test split \([\w ]*sessions were read; short sessio"
+    ):
         prepare_table(files["train"], SESSION, tmp_path, "out", test=[one])
     after = write_csv(tmp_path / "after.csv", late)
     text = summary_text(prepare_table(files["train"], SESSION, tmp_path, "out", test=[after]))

@@ -105,7 +105,7 @@ def test_null_tokens_are_bad_lines(tmp_path: Path, name: str, token: str) -> Non
         frame = frame.cast({"item": pl.Categorical})
     write = {"a.csv": frame.write_csv, "a.jsonl": frame.write_ndjson}
     write.get(name, frame.write_parquet)(tmp_path / name)
-    with pytest.raises(InputError, match=r"(line [34]|row 3): .* which stands for nothing"):
+    with pytest.raises(InputError, match=r"(line [34]|row 3): .* which means a missing value"):
         prepare_table(tmp_path / name, SESSION, tmp_path, "out")
     dataset = prepare_table(tmp_path / name, SESSION, tmp_path, "out", skip_bad_lines=True)
     assert dataset.item_ids.tolist() == ["a", "b"]

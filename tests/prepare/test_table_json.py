@@ -33,7 +33,7 @@ from tron_cli.prepare.sources.table import TableColumns, prepare_table
         ("null", "found nothing"),
         ('""', "found nothing"),
         ('" \u00a0\\t"', "found"),
-        ('"NULL"', "found 'NULL', which stands for nothing (see --null-tokens)"),
+        ('"NULL"', "found 'NULL', which means a missing value (see --null-tokens)"),
     ],
 )
 @pytest.mark.parametrize("column", ["user", "item"])

@@ -380,7 +380,7 @@ def without(part: str, content: dict[str, Any]) -> None:
     [
         (
             lambda content: content["training"].clear(),
-            "holds weights alone.* nothing to resume from",
+            "holds only weights.* no state to resume from",
         ),
         (lambda content: without("optimizer", content), "state for resuming is incomplete"),
         (lambda content: without("scaler", content), "state for resuming is incomplete"),

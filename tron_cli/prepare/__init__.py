@@ -1,7 +1,7 @@
 """Preparation of datasets. The package itself is callable: it is the function `tron_cli.prepare`.
 
-A function of that name in the package above would be replaced by this package whenever one of its
-modules is imported.
+Importing any of its modules sets the attribute `prepare` of `tron_cli` to this package, which would
+replace a function of that name.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from typing import Any
 class _Prepare(ModuleType):
     def __call__(self, source: str, **options: Any) -> Any:
         """Prepare a dataset; see `tron_cli.api.preparation.prepare`."""
-        # By name, because this package stands below the one that it calls.
+        # Imported by name, because rooms may not import `api`, which is above this one.
         api = importlib.import_module("tron_cli.api.preparation")
         return api.prepare(source, **options)
 

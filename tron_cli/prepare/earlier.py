@@ -21,7 +21,7 @@ from tron_cli.prepare.sessions import drop_events
 
 @dataclass(frozen=True)
 class Earlier:
-    """An earlier catalogue: what it was given as, and its original ids, int64 [I] or str [I]."""
+    """An earlier catalogue: value of --catalogue, and original ids, int64 [I] or str [I]."""
 
     given: str
     item_ids: np.ndarray
@@ -34,7 +34,7 @@ class Earlier:
     def numbers(self, item_ids: np.ndarray) -> np.ndarray:
         """Return the number of each of a source's ids, 0 where unknown: int32 [P].
 
-        Raises InputError where all are.
+        Raises InputError where all are unknown.
         """
         return self.checked(numbers_among(self.item_ids, item_ids), item_ids)
 
@@ -50,7 +50,7 @@ class Earlier:
         return numbers
 
     def known_histories(self, histories: Sessions, item_ids: np.ndarray, steps: Steps) -> Sessions:
-        """Return histories without unknown items but the last one, which is a target or lost."""
+        """Return histories without unknown items, except at the end: these are targets, or lost."""
         is_kept = self.numbers(item_ids)[histories.items] > 0
         is_kept[histories.offsets[1:] - 1] = True
         kept = drop_events(histories, is_kept)

@@ -1,4 +1,4 @@
-"""The filters of preparation, and the record of what each of them dropped."""
+"""Filters of preparation, and the record of what each of them dropped."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def are_duplicates(sessions: Sessions) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Cleaning:
-    """Cleanings that are applied before the filters, in this order.
+    """Cleaning steps before the filters, in this order.
 
-    drop_duplicates: further events of the same session, item and time. collapse_repeats: events
-    with the item of the event before. max_session_length: sessions with more events than this are
-    dropped whole, as a crawler's are; None keeps them.
+    drop_duplicates: drop further events of the same session, item and time. collapse_repeats: drop
+    events with the item of the event before. max_session_length: drop sessions with more events,
+    such as a crawler's; None keeps them.
     """
 
     drop_duplicates: bool = False
@@ -51,7 +51,7 @@ class Cleaning:
     max_session_length: int | None = None
 
     def apply(self, parts: list[Sessions], steps: Steps) -> list[Sessions]:
-        """Return the sessions (with times) that are left; record a step for each cleaning."""
+        """Return the sessions (with times) that are left, and record each step of cleaning."""
         if self.drop_duplicates:
             parts = [drop_events(part, ~are_duplicates(part)) for part in parts]
             steps.record("duplicates", parts, "same session, item and time")
@@ -75,7 +75,7 @@ class Steps:
         self.entries: list[dict[str, Any]] = []
 
     def record(self, step: str, parts: list[Sessions], why: str) -> None:
-        """Record what `step` left over, in all the parts."""
+        """Record the counts after `step`, in all the parts."""
         items = np.concatenate([part.items for part in parts])
         distinct = int(np.count_nonzero(np.bincount(items))) if len(items) else 0
         self.count(step, sum(map(len, parts)), len(items), distinct, why)
@@ -103,7 +103,7 @@ class Steps:
         )
 
     def drop(self, step: str, sessions: int, events: int, why: str) -> None:
-        """Record what `step` dropped; the items that are left are not counted."""
+        """Record the counts that `step` dropped; remaining items are not counted."""
         last = self.entries[-1]
         self.count(step, last["sessions"] - sessions, last["events"] - events, None, why)
 
@@ -113,8 +113,8 @@ def apply_filters(
 ) -> list[Sessions]:
     """Drop short sessions, rare items, then short sessions again: once each, in TRON's order.
 
-    The last of several parts is the test split: it does not count for which items are rare, and
-    keeps them.
+    The last of several parts is the test split: its events do not decide which items are rare, and
+    it keeps rare items.
     """
     short = f"fewer than {min_session_length} events"
     parts = [drop_short(part, min_session_length) for part in parts]

@@ -37,7 +37,7 @@ class Events:
 
 
 class ItemIndex:
-    """Numbers distinct ids in order of first appearance; ids come in blocks."""
+    """Index of distinct ids, numbered in order of first appearance; ids come in blocks."""
 
     def __init__(self) -> None:
         self._positions: dict[int | str, int] = {}
@@ -63,7 +63,7 @@ class ItemIndex:
 
 
 class IdKeys:
-    """Maps ids of sessions or users, which come in blocks, to int64 keys and back.
+    """Map between ids of sessions or users, which come in blocks, and int64 keys.
 
     An integer is its own key. The key of a text is its 64-bit hash, so that memory holds each
     distinct text once, whatever the number of events.
@@ -94,7 +94,7 @@ class IdKeys:
 
     @cached_property
     def _distinct(self) -> pl.Series:
-        """Ids in ascending order of their keys, after all blocks."""
+        """Return the ids in ascending order of their keys, after all blocks."""
         self._gather()
         return plain_integers(self._texts["text"])
 
@@ -118,7 +118,7 @@ def collect_events(
 ) -> Events:
     """Join blocks into one log: int64 columns session, time and perhaps user; item of any ids.
 
-    index: of logs that share their items; item_ids are those of the logs so far.
+    index: shared by logs of the same items; item_ids are those of all logs so far.
     """
     index = index or ItemIndex()
     sessions, items, times, users = [], [], [], []

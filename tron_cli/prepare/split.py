@@ -125,11 +125,11 @@ def split_by_time(
 
 
 def check_latest(starts: np.ndarray, is_held_out: np.ndarray, latest: int, place: str) -> None:
-    """Refuse a log whose latest times are wrong, so that next to nothing is held out.
+    """Refuse a log whose latest times are wrong, so that almost nothing would be held out.
 
     starts: int64 [S] ms, when each session starts; is_held_out: bool [S], counted back from the
-    latest time (ms), which stands at `place`. It is wrong if it is over a year, and longer than the
-    later half of the log lasts twice, after the start of all that is not held out.
+    latest time (ms), which is found at `place`. It counts as wrong if it is over a year, and over
+    twice the duration of the later half of the log, after the start of all sessions not held out.
     """
     late, early = starts[is_held_out], starts[~is_held_out]
     if not len(early) or len(late) > max(1, len(starts) // 100):

@@ -121,7 +121,7 @@ def _moment(ms: int | None) -> str:
 
 
 def _notes(info: dict[str, Any]) -> list[str]:
-    """Return a sentence for everything that was skipped, lost or looks odd."""
+    """Return a sentence for each kind of skipped, lost or suspicious events."""
     notes = []
     bad = info.get("bad_lines") or {"count": 0}
     if bad["count"]:
@@ -146,7 +146,7 @@ def _notes(info: dict[str, Any]) -> list[str]:
             notes.append(
                 f"Warning: {shared:,} sessions of the table for {split} have ids that sessions of "
                 "earlier splits have as well. If they are the same sessions, a model is scored on "
-                "what it has seen: split whole sessions."
+                "its training data: split whole sessions."
             )
     options = info.get("options", {})
     is_counted_back = not options.get("test_from") and options.get("split") != "given"

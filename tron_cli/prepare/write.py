@@ -70,8 +70,8 @@ def refuse_copies(files: list[Path], parts: list[Sessions]) -> None:
             and _sorted(first) == _sorted(second)
         ):
             raise InputError(
-                f"{one} and {other} hold the same sessions: a model would be scored on what it has "
-                "seen; give different files"
+                f"{one} and {other} hold the same sessions: a model would be scored on its own "
+                "training sessions; give different files"
             )
 
 
@@ -188,7 +188,7 @@ def _chunks(
 
 
 def check_books(steps: Steps, written: list[dict[str, Any]], protocol: str) -> None:
-    """Raise RunError unless the steps end with what was written into these splits.
+    """Raise RunError unless the counts of the last step are those of the written splits.
 
     Where each row of val and test is a whole history, only its last event is kept by them; how
     many histories any split holds is not known from the splits alone.
@@ -225,7 +225,7 @@ def _nothing_left(
     earlier: Earlier | None,
     steps: Steps,
 ) -> InputError:
-    """Say why a split is empty; sessions: those before unknown items were dropped."""
+    """Return the error of an empty split; sessions: those before unknown items were dropped."""
     if not len(sessions):
         return InputError(
             f"no session is left for the {split} split ({_story(steps)}): "
@@ -294,7 +294,7 @@ def _ids(keys: IdKeys | None, of_sessions: np.ndarray | None) -> np.ndarray | No
 
 
 def _story(steps: Steps) -> str:
-    """Say how many sessions came, and which steps dropped some of them."""
+    """Describe the number of sessions read, and the steps that dropped some of them."""
     # Before the kinds of events are chosen, sessions are not known.
     known = [step for step in steps.entries if step["sessions"] is not None]
     drops = [
@@ -302,4 +302,4 @@ def _story(steps: Steps) -> str:
         for step in known
         if step["dropped_sessions"]
     ]
-    return "; ".join([f"{known[0]['sessions']:,} sessions came", *drops])
+    return "; ".join([f"{known[0]['sessions']:,} sessions were read", *drops])

@@ -1,1 +1,1 @@
-"""Training: the loop and all it calls."""
+"""Training: the loop and its parts."""

@@ -19,7 +19,7 @@ _SESSIONS_AT_ONCE = 1 << 16  # counted together
 
 
 class Feed(Protocol):
-    """Batches on the CPU, asked for in ascending order of steps, from any first one.
+    """Batches on the CPU, requested in ascending order of steps, from any first one.
 
     steps_per_pass: steps in which the training sessions are seen once.
     """
@@ -60,8 +60,10 @@ class WholeSessions:
         return training_batch(self._sessions, self.chosen(step), length, padded=self._padded)
 
     def chosen(self, step: int) -> np.ndarray:
-        """int64 [B]: the sessions of a step. Passes go on across epochs, so that short epochs skip
-        nothing."""
+        """Return the sessions of a step: int64 [B].
+
+        Passes continue across epochs, so that short epochs skip no session.
+        """
         config = self._config
         data_pass, place = divmod(step, self.steps_per_pass)
         order = _order_of_pass(len(self._sessions), config.shuffling_style, config.seed, data_pass)
@@ -87,10 +89,10 @@ class Cloze(WholeSessions):
 
 
 def expected_in_batch(config: ExperimentConfig, sessions: Sessions, num_items: int) -> np.ndarray:
-    """float64 [I]: how many of a position's in-batch negatives are each item, on average.
+    """Return the expected count of each item among a position's in-batch negatives: float64 [I].
 
-    They are occurrences among the inputs of a batch of sessions that were chosen at random, which
-    are not masked. Left out of account is what depends on the own session.
+    They are occurrences among the unmasked inputs of a batch of randomly chosen sessions; the
+    influence of the position's own session is ignored.
     """
     count_V = np.zeros(num_items + 1)
     for low in range(0, len(sessions), _SESSIONS_AT_ONCE):

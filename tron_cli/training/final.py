@@ -1,4 +1,4 @@
-"""The start of a final model: validation's choices, trained on training and validation together."""
+"""Start of a final model: validated settings and steps, for training and validation sessions."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tron_cli.errors import InputError
 class FinalStart:
     """Settings and sessions of a final model.
 
-    init_from: the checkpoint that the validated run had started from, if any. record: what its
-    checkpoints keep: file, sha256 and metrics of the validated one, and its steps, of which an
-    epoch had steps_per_epoch.
+    init_from: the checkpoint that the validated run started from, if any. record: facts that the
+    final model's checkpoints keep of the validated one: file, sha256, metrics, steps and
+    steps_per_epoch.
     """
 
     config: ExperimentConfig
@@ -32,9 +32,9 @@ class FinalStart:
 def final_start(path: Path, data_dir: Path, init_from: Path | None = None) -> FinalStart:
     """Return the start of a final model from the best checkpoint of a run, or its folder.
 
-    It takes as many steps as that checkpoint, with the same learning rates. init_from: where the
-    checkpoint is now that the run had started from. Raises InputError where nothing was validated,
-    or a dataset or checkpoint is not what it was.
+    It takes as many steps as that checkpoint, with the same learning rates. init_from: the current
+    path of the checkpoint that the run started from. Raises InputError where nothing was validated,
+    or a dataset or checkpoint has changed.
     """
     checkpoint = load_checkpoint(path)
     _check_validated(checkpoint)
@@ -84,7 +84,7 @@ def _check_validated(checkpoint: Checkpoint) -> None:
 
 
 def _init_from(checkpoint: Checkpoint, given: Path | None) -> Path | None:
-    """Return where the checkpoint is that the validated run had started from."""
+    """Return the path of the checkpoint that the validated run started from."""
     record = checkpoint.origin.get("init_from")
     if record is None:
         if given is not None:

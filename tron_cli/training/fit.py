@@ -1,6 +1,6 @@
 """Training of a baseline: fit, validate, save. There are no steps and no epochs.
 
-The folder of the run holds what a trained model's does, but last.pt: fitting again is as fast as
+The run folder has the same files as that of a network, except last.pt: fitting again is as fast as
 resuming.
 """
 
@@ -37,8 +37,8 @@ def fit(
     """Fit the baseline that `config.model` names, and return the path of its checkpoint.
 
     final: record of a `FinalStart`, on whose sessions it is fitted.
-    run_dir is made if it is not there, once config and dataset have proved to fit. Raises
-    InputError where they do not, or where the baseline cannot hold the catalogue.
+    run_dir is created if it does not exist, once config and dataset have been checked. Raises
+    InputError where they do not fit, or where the catalogue is too large for the baseline.
     """
     sessions, validation = training_splits(config, dataset)
     config, measures = with_measures(config)

@@ -32,7 +32,7 @@ _training = threading.Lock()
 
 
 class InterruptedRunError(RunError):
-    """The user stopped the run; it was saved."""
+    """The user stopped the run, which was saved."""
 
 
 @contextmanager
@@ -63,12 +63,12 @@ def train(
 ) -> Path:
     """Train, choose the best checkpoint on validation, and return its path.
 
-    run_dir is made if it is not there, once config and dataset have proved to fit. resume: continue
-    the run saved there. init_from: a checkpoint whose weights a new run starts with. final: the
-    record of a `FinalStart`, whose number of steps the run takes. With a profiler, training ends
-    when that has its steps, and the path is that of last.pt. Raises InputError where the arguments
-    do not fit or another training is under way in this process, RunError where the loss is not
-    finite, InterruptedRunError after Ctrl-C.
+    run_dir is created if it does not exist, once config and dataset have been checked. resume:
+    continue the run saved there. init_from: a checkpoint whose weights a new run starts with.
+    final: the record of a `FinalStart`, whose number of steps the run takes. With a profiler,
+    training ends after its last step, and the path is that of last.pt. Raises InputError where the
+    arguments do not fit or another training is running in this process, RunError where the loss is
+    not finite, InterruptedRunError after Ctrl-C.
     """
     profiler = profiler or StepProfiler(0)
     start = start_training(config, dataset, run_dir, device, resume, profiler, init_from, final)
@@ -109,7 +109,7 @@ def train(
             if logs or saves or epoch_ends or stops:
                 step_log.write(epoch, rate)
 
-            # Validate, keep the best and save; or save alone, so that little is lost.
+            # Validate, keep the best and save; or only save, so that little is lost.
             if epoch_ends:
                 catch_up_all(run.optimizer)
                 values = validate(run.model, start.validation, dataset, config, start.measures)
@@ -117,7 +117,7 @@ def train(
             elif saves or stops:
                 run.save_last(epoch)
 
-            # Stop, also where that was asked for during validation.
+            # Stop, also if this was requested during validation.
             if stops or (epoch_ends and stop):
                 break
     if profiler.result is not None:
@@ -147,7 +147,7 @@ def _stop_signals() -> Iterator[list[int]]:
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # Those that were not installed from Python could not be put back.
+    # Handlers that were not installed from Python could not be restored.
     ours = {number: handler for number, handler in before.items() if handler is not None}
     try:
         for number in ours:

@@ -6,7 +6,7 @@
         train.log         log output
         METHOD-DATASET-step=...-R@20=....pt   the best weights by val_metric
         last.pt           the latest weights and all that resuming needs
-        origin.json       the checkpoints that the run comes from, if any
+        origin.json       the checkpoints that the run started from, if any
 
 Each file but the logs is written atomically. During a run its folder holds a lock.
 """
@@ -38,7 +38,7 @@ from tron_cli.training.profile import phase
 LOG = "train.log"
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
-# Files of a run that never saved its weights: its folder may be used again.
+# Files of a run that never saved weights: its folder may be used again.
 _UNSAVED = {"config.json", "origin.json", METRICS, "trace.json", LOG, LOCK}
 
 log = logging.getLogger("tron")
@@ -46,12 +46,11 @@ log = logging.getLogger("tron")
 
 @contextmanager
 def claimed(run_dir: Path, *, resume: bool = False, numbered: bool = False) -> Iterator[Path]:
-    """Make the folder of a run, and keep other processes out of it during the block.
+    """Create the folder of a run, and keep other processes out of it during the block.
 
-    resume: the folder is there already. numbered: where it is, take RUN_DIR-2, RUN_DIR-3, ...
-    instead. Folders that the block leaves empty are removed again. Raises InputError where the
-    folder holds a run (resume: where it holds none), another process writes to it, or it cannot be
-    made.
+    resume: the folder exists. numbered: if it exists, take RUN_DIR-2, RUN_DIR-3, ... instead.
+    Folders that the block leaves empty are removed again. Raises InputError where the folder holds
+    a run (resume: where it holds none), another process writes to it, or it cannot be created.
     """
     if resume and not (run_dir / LAST).is_file():
         raise InputError(
@@ -74,12 +73,12 @@ def claimed(run_dir: Path, *, resume: bool = False, numbered: bool = False) -> I
             yield run_dir
     finally:
         for folder in made:
-            with suppress(OSError):  # it is not empty, or was never made
+            with suppress(OSError):  # it is not empty, or was never created
                 folder.rmdir()
 
 
 def _made(run_dir: Path, numbered: bool) -> tuple[Path, bool]:
-    """Return the folder to use, and whether it is new: only one process can have made it."""
+    """Return the folder to use, and True if it is new: only one process can have created it."""
     path, number = run_dir, 1
     try:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +108,7 @@ class Progress:
 
 
 class RunFiles:
-    """Files that every run leaves, but its checkpoints: settings, figures and log output."""
+    """Files of every run besides its checkpoints: settings, figures and log output."""
 
     def __init__(self, run_dir: Path, config: ExperimentConfig, origin: dict[str, Any]) -> None:
         self.run_dir = run_dir
@@ -143,7 +142,7 @@ class RunFiles:
 
 
 class RunFolder(RunFiles):
-    """The files of a training, written atomically, and what they are written from."""
+    """Files of a training, written atomically, with the model, optimizer and progress to save."""
 
     def __init__(
         self,
@@ -172,7 +171,7 @@ class RunFolder(RunFiles):
         self._drop_later_metrics()
 
     def is_out_of_patience(self) -> bool:
-        """Return whether early_stopping_patience epochs have gained nothing; if so, log it."""
+        """Return True, and log it, if early_stopping_patience epochs brought no improvement."""
         patience, epochs = self.config.early_stopping_patience, self.progress.epochs_without_gain
         if patience == 0 or epochs < patience:
             return False
@@ -180,10 +179,9 @@ class RunFolder(RunFiles):
         return True
 
     def is_save_due(self, logs: bool) -> bool:
-        """Return whether save_every or save_minutes asks for last.pt after this step.
+        """Return True if save_every or save_minutes asks for last.pt after this step.
 
-        The clock is looked at only where a line is logged anyway, so that the log does not depend
-        on it.
+        The clock is read only where a line is logged anyway, so that the log does not depend on it.
         """
         config = self.config
         minutes = (time.monotonic() - self._saved_at) / 60
@@ -192,7 +190,7 @@ class RunFolder(RunFiles):
         return config.save_every > 0 and self.progress.step % config.save_every == 0
 
     def finish_epoch(self, epoch: int, values: dict[str, float]) -> None:
-        """Keep the weights if they are the best so far; without validation the last are."""
+        """Keep the weights if they are the best so far; without validation, the last ones are."""
         config, progress = self.config, self.progress
         value = values.get(config.val_metric, -math.inf)
         if not values or value > progress.best_value:
@@ -210,11 +208,11 @@ class RunFolder(RunFiles):
             mark = " (best)" if progress.epochs_without_gain == 0 else ""
             log.info("epoch %s, step %s: %s%s", epoch + 1, f"{progress.step:,}", shown, mark)
         self.save_last(epoch)
-        # Only now is the former best not needed to resume.
+        # Only now is the previous best no longer needed to resume.
         self.drop_leftovers()
 
     def drop_leftovers(self) -> None:
-        """Delete former bests, and what a kill left half-written; a person's own copies stay."""
+        """Delete earlier bests and half-written files of a killed run; the user's copies stay."""
         bests = f"{self.config.method}-{self.config.dataset_name}-step=*.pt"
         whole = (bests, LAST, "config.json", "origin.json", METRICS)
         own = (bests, *(f"{pattern}.partial" for pattern in whole))
@@ -246,7 +244,7 @@ class RunFolder(RunFiles):
         return best
 
     def diverged(self, what: str) -> RunError:
-        """Return the error to raise where `what` shows that training has diverged."""
+        """Return the error of a diverged training; what: its symptom, such as a loss of NaN."""
         return RunError(
             f"{what} at step {self.progress.step:,}: training has diverged; try a lower lr (now "
             f"{self.config.lr:g}), clip_norm=1, or precision=float32"
@@ -256,7 +254,7 @@ class RunFolder(RunFiles):
         self, path: Path, epoch: int, metrics: dict[str, float], training: dict[str, Any]
     ) -> None:
         with phase("save"):
-            # The loss was finite before the last step, and need not be after it.
+            # The loss was finite before the last step, but the weights may not be after it.
             if not all(map(_is_finite, self.model.parameters())):
                 raise self.diverged("the weights are not finite")
             save_checkpoint(
@@ -279,7 +277,7 @@ class RunFolder(RunFiles):
             return
         lines = self.metrics_file.read_bytes().splitlines(keepends=True)
         steps = [_step_of(line) for line in lines]
-        # A last line without an end is what a kill leaves.
+        # A killed run leaves a last line without a line end.
         damaged = [
             place
             for place, (line, step) in enumerate(zip(lines, steps, strict=True), start=1)
@@ -311,7 +309,7 @@ class StepLog:
         self._clock = time.perf_counter()
 
     def begin(self, step: int) -> None:
-        """Show a new bar where this step, counted from 0, is the first of its epoch here."""
+        """Show a new bar if this step, from 0, is the first of its epoch in this process."""
         if self._bar is None:
             epoch, done = divmod(step, self._steps_per_epoch)
             self._bar = tqdm(
@@ -332,8 +330,10 @@ class StepLog:
         self._events += int(batch.lengths_B.sum())
 
     def write(self, epoch: int, rate: float) -> None:
-        """Write the means of these steps; rate: the learning rate of the last. Raises RunError
-        where the loss is not finite."""
+        """Write the means of these steps; rate: the learning rate of the last one.
+
+        Raises RunError where the loss is not finite.
+        """
         assert self._bar is not None
         mean_loss = float(self._loss_sum) / self._steps
         if not math.isfinite(mean_loss):
@@ -375,5 +375,5 @@ def _step_of(line: bytes) -> int | None:
 
 
 def _is_finite(weights: torch.Tensor) -> bool:
-    """Look without making a copy: the extremes of a tensor with NaN are NaN."""
+    """Return True if all are finite, without a copy: the extremes of a tensor with NaN are NaN."""
     return all(bool(extreme.isfinite()) for extreme in weights.aminmax())

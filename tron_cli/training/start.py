@@ -1,4 +1,4 @@
-"""The start of a training: everything that the loop needs before its first step."""
+"""Start of a training: everything that the loop needs before its first step."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Training:
 
     config: the settings, resolved. run: the folder, the model, the optimizer and the progress.
     prepare: makes the batch of a step, on the CPU. take_step: takes a step on a batch, and returns
-    its loss. total_steps: those of the learning rate's schedule. last_step: training ends after
-    it, for a final model before that schedule does.
+    its loss. total_steps: length of the learning rate's schedule. last_step: number of the last
+    step; for a final model it may come before the end of the schedule.
     """
 
     config: ExperimentConfig
@@ -63,7 +63,7 @@ def start_training(
     init_from: Path | None = None,
     final: dict[str, Any] | None = None,
 ) -> Training:
-    """Build a model, or load the one that was saved in run_dir, and what its training needs.
+    """Build a model, or load the one saved in run_dir, and the other parts of its training.
 
     init_from: a checkpoint whose weights a new model starts with. final: record of `FinalStart`.
     Raises InputError, before it writes anything, where config and dataset do not fit.
@@ -226,7 +226,7 @@ def _saved(
     checkpoint = load_checkpoint(file)
     if not checkpoint.training:
         raise InputError(
-            f"{file} holds weights alone, as the best checkpoint of a run does, and nothing to "
+            f"{file} holds only weights, as the best checkpoint of a run does, and no state to "
             f"resume from; take the {LAST} of its run, or start a new one"
         )
     model = checkpoint.build_saved_model(device)
@@ -246,7 +246,7 @@ def _saved(
 
 
 def _optimizer(config: ExperimentConfig, sessions: Sessions, num_items: int) -> str:
-    """Resolve the configuration's optimizer: the same for the same data, on any machine.
+    """Resolve the configuration's optimizer, in the same way on every machine.
 
     Losses over the whole catalogue have a gradient for every row of the table.
     """
@@ -267,7 +267,7 @@ def _distribution(
 ) -> Distribution:
     """Return the distribution of the configuration's negatives.
 
-    Raises InputError where the sampler gives weights that nothing can be drawn by.
+    Raises InputError where the sampler's weights cannot be drawn from.
     """
     if config.negative_sampler == "uniform" and not config.logq_correction:
         return Distribution(num_items)
@@ -301,6 +301,6 @@ def _training_dtype(precision: str, device: torch.device) -> torch.dtype:
 def _recorder(
     config: ExperimentConfig, device: torch.device, dtype: torch.dtype, *, records: bool
 ) -> CUDARecorder | None:
-    """Return what records steps; None where a step waits for the device, as with a scaler."""
+    """Return the recorder of steps; None where a step waits for the device, as with a scaler."""
     records = records and config.cuda_graphs and device.type == "cuda" and dtype != torch.float16
     return CUDARecorder(device) if records else None

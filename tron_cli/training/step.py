@@ -64,9 +64,7 @@ def training_loss(
 ) -> torch.Tensor:
     """Return the mean loss over the positions of a batch that have a target.
 
-    Negatives are freshly drawn.
-
-    Raises InputError where the loss is not one number for each position.
+    Draws the negatives. Raises InputError where the loss is not one number for each position.
     """
     if config.loss in CATALOGUE_LOSSES:
         loss_N = _catalogue_loss(model, batch, config, before_lookup)

@@ -1,4 +1,4 @@
-"""Validation: the figures by which the best checkpoint of a run is chosen."""
+"""Validation: figures by which the best checkpoint of a run is chosen."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def validate(
     config: ExperimentConfig,
     measures: list[Any],
 ) -> dict[str, float]:
-    """Return the figures of validation sessions as serving would have them; empty without any."""
+    """Return figures on the validation sessions, ranked as in serving; empty without sessions."""
     if not len(sessions):
         return {}
     with phase("validation"):

@@ -1,4 +1,4 @@
-"""The start of a model from the weights of an earlier checkpoint, also on another catalogue."""
+"""Warm start of a model from an earlier checkpoint, also on another catalogue."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tron_cli.errors import InputError
 from tron_cli.models.base import Model
 from tron_cli.registry import MODELS, settings_of
 
-# Settings of networks that change neither the weights nor the function that they stand for.
+# Settings of networks that change neither the weights nor the function that they compute.
 _OF_TRAINING = {"dropout_rate", "attention_dropout_rate", "initialization", "train_batch_size"}
-# Buffers of a training, not of what it has learned: the states of session-parallel lanes.
+# Buffers that are not learned weights: the states of session-parallel lanes.
 _STATES = {"carried_LBD"}
 
 log = logging.getLogger("tron")
@@ -82,7 +82,7 @@ def start_from(
 
 
 def _check_settings(earlier: Checkpoint, model: Model, config: ExperimentConfig) -> None:
-    """Raise an InputError where the checkpoint's network is another function of its weights."""
+    """Raise InputError where the checkpoint's network computes another function of its weights."""
     if earlier.config.model != config.model:
         raise InputError(
             f"{earlier.path} holds model={earlier.config.model}, but the new run has "

@@ -1,1 +1,1 @@
-"""The public sources: find, fetch, unpack."""
+"""Files of the public sources: find, download, unpack."""

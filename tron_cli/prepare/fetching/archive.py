@@ -1,4 +1,4 @@
-"""Unpacking the wanted files of a zip or 7z archive, and nothing else."""
+"""Unpacking of the wanted files of a zip or 7z archive, and no others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class _Member:
-    """File of an archive. name: with its path; size: bytes; regular: not a link or the like."""
+    """File of an archive. name: with its path; size: bytes; regular: neither link nor device."""
 
     name: str
     size: int
@@ -43,10 +43,10 @@ def is_archive(path: Path) -> bool:
 
 
 def unpack(archive: Path, wanted: Sequence[str], folder: Path) -> dict[str, Path]:
-    """Unpack the members called `wanted`, in whatever folder of the archive, to folder/NAME.
+    """Unpack the members called `wanted`, from any folder of the archive, to folder/NAME.
 
-    Files that are there already with the archived size and CRC-32 are kept. The names to write to
-    are ours, never the archive's, and each file is written atomically.
+    Existing files with the archived size and CRC-32 are kept. Files are written atomically, under
+    our own names, never the archive's.
     Raises InputError for a damaged archive, a missing member, one that is a link or whose path
     leaves the archive, and for too little disk space.
     """
@@ -201,7 +201,7 @@ def _extract_7z(archive: Path, outputs: dict[str, Path], progress: Callable[[int
 
 
 class _Writers(WriterFactory):
-    """Gives py7zr our file for each member, so that it never chooses a path itself."""
+    """Factory of our file for each member, so that py7zr never chooses a path itself."""
 
     def __init__(self, outputs: dict[str, Path], progress: Callable[[int], object]) -> None:
         self.outputs = outputs

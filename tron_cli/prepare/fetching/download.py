@@ -1,4 +1,4 @@
-"""Download of a large file, with a progress bar, resumed where it broke off."""
+"""Download of a large file with a progress bar, resumed where it was interrupted."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def download(
     attempts: int = 5,
     pause: float = 1.0,
 ) -> Path:
-    """Download `url` to `target`, resuming a transfer that broke off, also in an earlier run.
+    """Download `url` to `target`, resuming an interrupted transfer, also that of an earlier run.
 
-    The bytes received so far are in TARGET.part, and what identifies the server's file (ETag or
-    Last-Modified, and size) is in TARGET.part.json: only the rest is requested, and only if the
-    file is still the same. A server that cannot do that sends the whole file again. Gives up after
-    `attempts` transfers in a row that brought nothing; waits `pause` seconds, doubling, between
+    The bytes received so far are in TARGET.part, and the identity of the server's file (ETag or
+    Last-Modified, and size) in TARGET.part.json: only the rest is requested, and only if the file
+    is still the same. A server that cannot do that sends the whole file again. Gives up after
+    `attempts` transfers in a row without new bytes, waiting `pause` seconds, doubling, between
     them. Raises InputError when the server refuses, the connection fails, or the checksum differs.
     """
     part = target.with_name(target.name + ".part")
@@ -52,11 +52,11 @@ def download(
             if failures >= attempts:
                 raise InputError(
                     f"downloading {url} broke off after {_size(part):,} bytes ({reason}); "
-                    "run the same command again to go on from there"
+                    "run the same command again to resume"
                 )
             time.sleep(pause * 2**failures)
     except urllib.error.HTTPError as error:
-        raise InputError(f"downloading {url} failed: the server says {error}") from error
+        raise InputError(f"downloading {url} failed: the server answered {error}") from error
     except urllib.error.URLError as error:
         raise InputError(f"downloading {url} failed: {error.reason}") from error
     except OSError as error:
@@ -66,8 +66,8 @@ def download(
         part.unlink()
         about.unlink()
         raise InputError(
-            f"{url} came with sha256 {actual}, expected {sha256}: damaged on the way or changed "
-            "at its source, so it was deleted; run the same command again"
+            f"{url} has sha256 {actual}, expected {sha256}: it was damaged on the way or changed "
+            "at its source, and was deleted; run the same command again"
         )
     part.replace(target)
     about.unlink()
@@ -75,7 +75,7 @@ def download(
 
 
 def _transfer(url: str, part: Path, about: Path) -> str | None:
-    """Append the answer to one request to `part`; return None if complete, else why it is not."""
+    """Append the answer to one request to `part`; return None if complete, else the reason."""
     identity = _read_identity(about, url) or {}
     have = _size(part) if identity else 0
     request = urllib.request.Request(url, headers={"User-Agent": "tron-recsys"})

@@ -1,4 +1,4 @@
-"""Raw files of the public sources: where they come from, finding and opening them."""
+"""Raw files of the public sources: their origin, search and opening."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ else:
     from backports import zstd
 
 GZIP_MAGIC = b"\x1f\x8b"
-# A zstd file begins with a frame, or with one to skip as pzstd writes it.
+# A zstd file begins with a frame, or with a skippable frame as pzstd writes it.
 ZSTD_MAGIC = (b"\x28\xb5\x2f\xfd", *(bytes([byte]) + b"\x2a\x4d\x18" for byte in range(80, 96)))
 PARQUET_MAGIC = b"PAR1"
 _NO_TEXT = {
@@ -49,10 +49,9 @@ _NO_TEXT = {
 class Source:
     """Public data set: the files that `prepare` reads, and where to get them.
 
-    files: names of the plain files that are read.
-    downloads: names under which the file or archive reaches people's disks, the first one first.
-    page: the page for people. url: a direct address, or None where an account or a browser is
-    needed. sha256: of the file at url, where known.
+    files: names of the plain files that are read. downloads: names under which the file or archive
+    is downloaded, the usual one first. page: web page of the data set. url: a direct address, or
+    None where an account or a browser is needed. sha256: of the file at url, where known.
     """
 
     files: tuple[str, ...]
@@ -99,7 +98,7 @@ def locate(source: str, raw: Path | None, data_dir: Path) -> dict[str, Path]:
     raw: the archive, the unpacked folder (searched with its subfolders) or the file itself; without
     it DATA_DIR/raw/SOURCE is searched, then the source is downloaded to there. Returns the path of
     every file in SOURCES[source].files, compressed or not: read them with `open_raw`. Raises
-    InputError where a file cannot be had, and says how to get it.
+    InputError where a file is missing, with instructions to get it.
     """
     known = SOURCES[source]
     folder = data_dir / "raw" / source
@@ -126,7 +125,7 @@ def locate(source: str, raw: Path | None, data_dir: Path) -> dict[str, Path]:
 
 
 def _from_raw(known: Source, raw: Path, folder: Path) -> dict[str, Path]:
-    """Find the files of a source in what --raw names; an archive is unpacked into `folder`."""
+    """Find the files of a source at the path of --raw; an archive is unpacked into `folder`."""
     wanted = " and ".join(known.files)
     mode = mode_of(raw)
     if stat.S_ISDIR(mode):
@@ -172,7 +171,7 @@ def _find_one(folder: Path, names: tuple[str, ...]) -> Path | None:
     """Find the first of these names in the folder, else in a subfolder."""
     if not folder.is_dir():
         return None
-    # Folders with a leading dot are hidden, or being unpacked by us.
+    # Folders with a leading dot are hidden, or are those into which we unpack.
     nested = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     for level in ([folder], nested):
         for name in names:
@@ -186,7 +185,7 @@ def _find_one(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def mode_of(path: Path) -> int:
-    """Return the st_mode of what a path names, 0 where nothing is there."""
+    """Return the st_mode of a path, 0 where nothing is there."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -222,8 +221,8 @@ def is_compressed(path: Path) -> bool:
 def open_raw(path: Path) -> Iterator[BufferedReader]:
     """Open a raw file for binary reading, decompressing gzip and zstd as it goes.
 
-    A file that cannot be read, an archive, a truncated or corrupt compressed file, or one that
-    changes meanwhile raises InputError, also while it is being read within the `with` block.
+    Raises InputError, also within the `with` block, for a file that cannot be read, an archive, a
+    truncated or corrupt compressed file, or a file that changes while it is read.
     """
     start = first_bytes(path)
     with path.open("rb") as file:
@@ -266,5 +265,5 @@ def _check_text(path: Path, start: bytes) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return what dataset.json records of a source file as it lies there: name, size, SHA-256."""
+    """Return the record of a source file in dataset.json: name, size and SHA-256 as on disk."""
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}

@@ -1,1 +1,1 @@
-"""Files of events to columns."""
+"""Readers of files of events into columns."""

@@ -32,7 +32,7 @@ NOT_TEXT = "\0\0"  # marks a value of JSON that is not an id, and is not valid i
 
 
 class BadLines:
-    """Policy for lines that cannot be read: an InputError, or they are skipped and counted.
+    """Policy for lines that cannot be read: raise InputError, or skip and count them.
 
     max_share: the largest share of all lines that may be skipped; None sets no limit.
     """
@@ -50,7 +50,7 @@ class BadLines:
     ) -> None:
         """Refuse, or skip and count, one bad line (of a Parquet file: row), numbered from 1.
 
-        advice: what to do, where correcting or skipping the line is not the answer.
+        advice: what to do, where correcting or skipping the line does not help.
         """
         if not self.skip:
             advice = advice or "correct it, or pass --skip-bad-lines"
@@ -62,7 +62,7 @@ class BadLines:
             )
 
     def check_share(self, good: int) -> None:
-        """Raise InputError where too many of all lines were bad; `good` is how many were not."""
+        """Raise InputError if too large a share of lines was bad; good: number of other lines."""
         lines = good + self.count
         if self.max_share is not None and self.count > self.max_share * lines:
             raise InputError(
@@ -73,7 +73,7 @@ class BadLines:
 
 @dataclass
 class Parser:
-    """Reads the values of a column: `parse` turns what is not `expected` into null.
+    """Parser of the values of a column: `parse` returns null for values that are not `expected`.
 
     It raises TypeError for a column of an unsuitable type. null_tokens: texts that mean a missing
     value.
@@ -84,7 +84,7 @@ class Parser:
     null_tokens: tuple[str, ...] = ()
 
     def advice(self, value: Any) -> str | None:
-        """Return what to do about a bad value, where that is not to correct or skip its line."""
+        """Return advice on a bad value, if correcting or skipping its line does not help."""
         return None
 
 
@@ -141,7 +141,7 @@ def _found(value: Any, parser: Parser) -> str:
     if value is None or value == "":
         return "nothing"
     if value in parser.null_tokens:
-        return f"{value!r}, which stands for nothing (see --null-tokens)"
+        return f"{value!r}, which means a missing value (see --null-tokens)"
     return repr(value.removeprefix(NOT_TEXT) if isinstance(value, str) else value)[:60]
 
 
@@ -165,7 +165,7 @@ def read_delimited(
         records = _records(block, start, separator, quoted)
         if names is None:
             if not records.fields.any():
-                continue  # blank lines only
+                continue  # only blank lines
             header = int(np.argmax(records.fields > 0))
             names = _header(file, records.text(header), separator)
             records.fields[header] = 0
@@ -266,7 +266,7 @@ class _JsonParser:
         return frame
 
     def _check_once(self, text: bytes, key: str) -> None:
-        """Raise ComputeError where a key stands twice in an object: polars takes the first."""
+        """Raise ComputeError where a key occurs twice in an object: polars takes the first."""
 
         def once(pairs: list[tuple[str, Any]]) -> bool:
             return sum(name == key for name, _ in pairs) == 1
@@ -275,7 +275,7 @@ class _JsonParser:
             is_doubtful = line.count(f'"{key}"'.encode()) > 1 or _ESCAPED_KEY.search(line)
             # The outermost object comes last.
             if is_doubtful and not _from_json(line, object_pairs_hook=once):
-                raise pl.exceptions.ComputeError(f"the key {key!r} stands more than once")
+                raise pl.exceptions.ComputeError(f"the key {key!r} occurs more than once")
 
 
 def _from_json(line: bytes, **options: Any) -> Any:
@@ -342,7 +342,7 @@ def text_blocks(file: Path, separator: str | None = None) -> Iterator[tuple[byte
                     raise InputError(f"{file} ends its lines with \\r; save it with \\n or \\r\\n")
                 data = data.removeprefix(b"\xef\xbb\xbf")
             rest += data
-            # A quote that is still open after so many bytes is taken for a loose one.
+            # A quote that is still open after this many bytes is taken for a loose one.
             cut = _last_end(rest, separator, complete=len(rest) > MAX_LINE_BYTES) + 1
             if cut:
                 yield rest[:cut].replace(b"\r\n", b"\n"), line
@@ -455,7 +455,7 @@ def _parse(
 ) -> Iterator[tuple[pl.DataFrame, np.ndarray]]:
     """Yield parsed records with their line numbers.
 
-    What cannot be parsed is halved until the bad lines are alone, which are rejected.
+    A block that cannot be parsed is halved until the bad lines are alone; these are rejected.
     """
     lines = records.lines
     if not len(lines):

@@ -49,7 +49,7 @@ def check_distinct(files: Sequence[Path]) -> None:
 
 
 def _place(path: Path) -> tuple[int, int]:
-    """Return what identifies a file or folder, whichever link leads to it."""
+    """Return an identity of a file or folder that is the same through any link."""
     found = path.stat()
     return found.st_dev, found.st_ino
 

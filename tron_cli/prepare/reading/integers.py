@@ -22,8 +22,8 @@ def read_integer_lines(
     """Yield non-negative integers separated by blanks, commas or tabs, in blocks of whole lines.
 
     Each block is (numbers int64 [n], numbers per line int64 [lines], line numbers from 1 int64
-    [lines]). per_line: how many every line must hold. Blank lines are skipped; the file may be
-    compressed.
+    [lines]). per_line: the count that every line must hold. Blank lines are skipped; the file may
+    be compressed.
     """
     for block, first_line in text_blocks(file):
         data = np.frombuffer(block, np.uint8)

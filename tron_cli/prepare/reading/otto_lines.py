@@ -1,10 +1,10 @@
-"""Lines of OTTO's jsonl to arrays of clicks, by array operations.
+"""OTTO's JSON lines to arrays of clicks, by array operations.
 
 Lines written exactly as the published files are,
 
     {"session":42,"events":[{"aid":59625,"ts":1661724000278,"type":"clicks"},...]}
 
-with or without the spaces that json.dumps puts, are read without an object per event: the braces of
+with or without the spaces of json.dumps, are read without an object per event: the braces of
 a piece of text are found at once, every other byte has its place relative to a brace, and each is
 compared with the expected one. A piece with any other byte goes through `json`, line by line: any
 valid JSON is read, and broken lines are reported by number.
@@ -96,8 +96,8 @@ def _word(text: bytes) -> np.uint64:
     return np.uint64(int.from_bytes(text, "little"))
 
 
-# Behind the text, so that its last event is followed by what follows the last of any line, and
-# windows near the end stay within bounds.
+# Appended to the text, so that its last event is followed by the bytes that follow the last event
+# of any line, and windows near the end stay within bounds.
 _PADDING = b'{"session":' + bytes(64)
 _BRACE, _COLON, _QUOTE, _ZERO = b'{:"0'
 _1_BYTE, _2_BYTES, _3_BYTES, _4_BYTES, _5_BYTES, _7_BYTES = (
@@ -303,7 +303,7 @@ def _read_any(text: bytes) -> Clicks:
 
 
 def _session(line: bytes) -> tuple[int, list[tuple[int, int, bool]]]:
-    """Return (number, [(aid, time, is_click)]) of a line; ValueError says what is wrong."""
+    """Return (number, [(aid, time, is_click)]) of a line; raise ValueError with its fault."""
     try:
         session = json.loads(line.decode(), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -320,7 +320,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         key = next(key for key, _ in pairs if sum(other == key for other, _ in pairs) > 1)
-        raise ValueError(f"the key {key!r} stands more than once")
+        raise ValueError(f"the key {key!r} occurs more than once")
     return found
 
 

@@ -21,7 +21,7 @@ def read_parquet(file: Path, wanted: list[str]) -> Iterator[Columns]:
 
     Read by Arrow, which raises where a damaged file makes polars panic, or abort the process.
     """
-    import pyarrow as arrow  # takes a moment, which the other formats need not wait
+    import pyarrow as arrow  # slow to import, and not needed by other formats
     from pyarrow.parquet import ParquetFile
 
     try:

@@ -20,7 +20,7 @@ def quoted_bytes(text: bytes, separator: str, *, complete: bool) -> np.ndarray:
     """Mark the bytes of quoted fields, their quotes included: bool [bytes].
 
     The text starts with a record. complete: it also ends with one, so that a quote that it never
-    closes is loose; else the field continues behind the text.
+    closes is loose; otherwise the field continues after the text.
     """
     data = np.frombuffer(text, np.uint8)
     is_quote = data == _QUOTE
@@ -34,7 +34,7 @@ def quoted_bytes(text: bytes, separator: str, *, complete: bool) -> np.ndarray:
         and (before[data[opening - 1]] | (opening == 0)).all()
         and after[data[np.minimum(closing + 1, len(data) - 1)]].all()
     ):
-        # No quote is loose: every second one closes, also the first of two that stand for one.
+        # No quote is loose: every second one closes, also the first of an escaped pair.
         return np.bitwise_xor.accumulate(is_quote.view(np.uint8)).view(bool) | is_quote
     spans = np.array([match.span() for match in _fields(separator, complete).finditer(text)])
     steps = np.zeros(len(data) + 1, np.int8)

@@ -38,7 +38,7 @@ _LAYOUTS = (
 
 
 class TimeParser(Parser):
-    """Reads one column of times, block after block, into int64 milliseconds since 1970 UTC.
+    """Parser of one column of times, block after block, to int64 milliseconds since 1970 UTC.
 
     unit: s, ms, us or ns for numbers (fractions allowed), or auto: dates and times in ISO 8601
     (without an offset: UTC), or numbers, whose unit follows from the size of their median. The
@@ -125,10 +125,10 @@ _SAMPLE = 1_741_824_000_000 + 51_316_000  # 2025-03-13 14:15:16, in ms
 
 
 class FormatParser(Parser):
-    """Reads times of one format, block after block, into int64 milliseconds since 1970 UTC.
+    """Parser of times of one format, block after block, to int64 milliseconds since 1970 UTC.
 
-    layout: as strptime's and polars', such as %d/%m/%Y %H:%M; without %z the times are UTC. Raises
-    InputError for one that does not give a date, or that polars would read in part.
+    layout: as in strptime and polars, such as %d/%m/%Y %H:%M; without %z the times are UTC. Raises
+    InputError for one that does not give a date, or that polars would read only in part.
     """
 
     def __init__(self, layout: str) -> None:
@@ -232,7 +232,7 @@ def _fitting_formats(text: str) -> list[str]:
 
 
 def _polars_layout(layout: str) -> str:
-    """Translate .%f, which polars reads as a count of nanoseconds, and %z, which is to read Z."""
+    """Translate .%f, which polars reads as a count of nanoseconds, and %z, which must accept Z."""
     polars = {".%f": "%.f", "%z": "%#z"}
     return re.sub(r"%%|\.%f|%z", lambda match: polars.get(match[0], match[0]), layout)
 

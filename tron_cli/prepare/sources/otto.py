@@ -108,7 +108,7 @@ def prepare_otto(
                 bad_lines={"count": bad.count, "first": bad.first},
                 filters=steps.entries,
                 test_filters=test_steps.entries,
-                # TRON's figures count every session and every click of the files.
+                # TRON's published counts are of all sessions and clicks of the files.
                 published_counts={
                     "train sessions": steps.entries[0]["sessions"],
                     "train events": steps.entries[1]["events"],
@@ -258,7 +258,7 @@ def _read_test(
 
 
 def _in_order(lost: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Join predictions lost by the kept sessions of all blocks, then by the others."""
+    """Join the predictions lost by kept sessions of all blocks, then those lost by the others."""
     nothing = np.zeros(0, np.int64)
     return np.concatenate([nothing, *(kept for kept, _ in lost), *(others for _, others in lost)])
 
@@ -411,7 +411,7 @@ class _Threads(ThreadPoolExecutor):
         self._count = min(cores or 1, MAX_THREADS)
         super().__init__(self._count)
         # glibc returns freed memory to the system and gets it back page by page for the next array,
-        # unless it is less than twice the largest block freed so far.
+        # unless the memory is less than twice the largest block freed so far.
         bytearray(24 << 20)
 
     def in_order(self, function: Callable[[_In], _Out], inputs: Iterable[_In]) -> Iterator[_Out]:

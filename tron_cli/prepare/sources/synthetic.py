@@ -1,4 +1,4 @@
-"""A generated shop with a known transition structure, and so known best possible figures.
+"""A generated shop whose transition structure, and so the best possible figures, are known.
 
 An item is a pair (category, brand); its original id is 1000 * category + brand. A shopper walks
 along related categories and compares two brands. The next item has
@@ -12,11 +12,11 @@ next item depends on the last two items and on nothing else, a first-order Marko
 what matters, and the probability of every item after every prefix is a short formula. How long a
 session is and when its events happen is independent of its items.
 
-The best ranking sorts the items by that probability. Its expected figures, over the very events
-that are evaluated, go into dataset.json beside the realized figures of the popularity and Markov
+The best ranking sorts the items by that probability. Its expected figures, over the evaluated
+events themselves, go into dataset.json beside the realized figures of the popularity and Markov
 baselines: a model exceeds the best ones only by chance.
 
-The shop is closed at night, so that no session straddles the midnights that part the splits.
+The shop is closed at night, so that no session spans the midnights that separate the splits.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def best_ranks(shop: Shop, split: Sessions) -> np.ndarray:
     """Return the probability of a target to have rank 1, ..., DEPTH: float64 [DEPTH].
 
     The ranking is by true probability, and the mean is over the every-step events of the split.
-    Equally probable items stand in any order, as if scores told them apart by less than anything.
+    Equally probable items may be in any order, as if their scores differed by almost nothing.
     """
     num_categories, num_brands = len(shop.category_share), len(shop.brand_share)
     states = np.zeros((num_categories, num_brands + 1), dtype=np.int64)
@@ -228,9 +228,9 @@ def best_ranks(shop: Shop, split: Sessions) -> np.ndarray:
 
 
 def prefix_states(shop: Shop, split: Sessions) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the next item depends on, for each every-step event: two int64 [N].
+    """Return the state before each every-step event, on which the item depends: two int64 [N].
 
-    These are the category of the last item, and the brand of the one before it (num_brands: none).
+    It is the category of the last item, and the brand of the one before it (num_brands: none).
     """
     num_brands = len(shop.brand_share)
     category, brand = np.divmod(np.asarray(split.items, dtype=np.int64) - 1, num_brands)

@@ -300,7 +300,7 @@ class _SplitRule:
         )
 
     def options(self) -> dict[str, Any]:
-        """Return what dataset.json records of the split."""
+        """Return the record of the split in dataset.json."""
         has_test_days = not (self.leave_one_out or self.has_test or self.test_from)
         return {
             "split": (

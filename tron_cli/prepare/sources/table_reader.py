@@ -1,4 +1,4 @@
-"""The columns of a user's table, in any format, to sessions, items and times."""
+"""Reader of a user's table, in any format, into sessions, items and times."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TableColumns:
     null_tokens: tuple[str, ...] = NULL_TOKENS
 
     def options(self, gap: int | None) -> dict[str, Any]:
-        """Return what dataset.json records of the columns; gap: the session gap in ms."""
+        """Return the record of the columns in dataset.json; gap: the session gap in ms."""
         return {
             "item_col": self.item,
             "time_col": self.time,
@@ -75,7 +75,7 @@ class TableColumns:
 
 
 class TableReader:
-    """Reads tables into session, item and time; counts the readable rows of all kinds."""
+    """Reader of tables into session, item and time, which counts the readable rows of all kinds."""
 
     def __init__(self, columns: TableColumns, bad: BadLines) -> None:
         self.columns, self.bad = columns, bad
@@ -99,7 +99,7 @@ class TableReader:
         for file in files:
             for block in self._blocks(file):
                 if self.columns.event:
-                    # Other kinds may lack an item, as searches do, so nothing else of them is read.
+                    # Other kinds, such as searches, may lack an item, so only their kind is read.
                     kind = block.parse({self.columns.event: _KIND}, self.bad).frame.to_series()
                     self._kinds.update(kind.unique().to_list())
                     is_kept = kind.is_in(self.columns.keep_events).to_numpy()
