@@ -24,7 +24,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ P90_MS = 50.0
 _PRECISION = 1.05  # ratio of rates at which --sweep ends
 _DAMAGED = 7  # one in so many checkpoints of a soak
 _LOOK_S = 0.5  # the server looks for a new checkpoint this often
-_SETTLED = 0.3  # part of a soak after which the trend of memory counts
+_SETTLED = 0.5  # part of a soak after which the trend of memory counts
 _FLAT = 0.01  # of the memory: what the trend may add from there to the end
 _EMPTY = "import benchmarks.serving as b, sys; b.serve_empty(int(sys.argv[1]))"
 
@@ -191,8 +191,7 @@ def soak(
     written = {"done": 0, "failed": 0}
     with ThreadPoolExecutor(1) as thread:
         load = thread.submit(measured, server, num_items, rate, minutes * 60, uniform=False)
-        while not load.done():
-            time.sleep(reload_every)
+        while not wait([load], timeout=reload_every).done:
             content = bytearray(good[sum(written.values()) % 2])
             is_damaged = sum(written.values()) % _DAMAGED == _DAMAGED - 1
             if is_damaged:
