@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -187,3 +188,28 @@ def test_a_hangup_while_the_model_is_loaded_is_a_reload() -> None:
     serve(Path("fake.pt"), load, host=HOST, port=0, settings=ServerSettings(access_log=False))  # type: ignore[arg-type]
     assert len(loads) == 2
     assert signal.getsignal(signal.SIGHUP) == before
+
+
+def test_many_hangups_are_one_more_reload() -> None:
+    """A reload that begins after the last of them reads what the last one meant."""
+    loads: list[Path] = []
+    gate = threading.Event()
+    gate.set()
+
+    def load(path: Path) -> FakeRecommender:
+        loads.append(path)
+        assert gate.wait(10)
+        return FakeRecommender()
+
+    with running_server(load) as server:
+        gate.clear()
+        server.reload()
+        wait_for(lambda: len(loads) == 2)
+        for _ in range(100):
+            server.reload()
+        assert server.get("/health")[0] == 200
+        gate.set()
+        done = "tron_reloads_total", {"outcome": "done"}
+        wait_for(lambda: server.application.metrics.registry.get_sample_value(*done) == 2)
+        time.sleep(0.05)
+        assert len(loads) == 3

@@ -278,6 +278,7 @@ class Server(uvicorn.Server):
         self.application = application
         self._started = started
         self._reloads = ThreadPoolExecutor(1, thread_name_prefix="reload")
+        self._reload_waits = False
         self._watch: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
@@ -313,9 +314,14 @@ class Server(uvicorn.Server):
         self.application.stopping = True
 
     def reload(self) -> None:
-        """Begin to replace the model, unless the server is stopping."""
-        if not self.should_exit:
-            self._reloads.submit(self.application.reload)
+        """Begin to replace the model, unless the server is stopping or a reload waits already."""
+        if not self.should_exit and not self._reload_waits:
+            self._reload_waits = True
+            self._reloads.submit(self._reload)
+
+    def _reload(self) -> None:
+        self._reload_waits = False  # before the file is read: a later signal means a later file
+        self.application.reload()
 
     async def _reload_on_change(self) -> None:
         loop = asyncio.get_running_loop()
