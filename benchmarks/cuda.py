@@ -304,7 +304,7 @@ class Report:
         return self._end - time.monotonic()
 
     def part(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `measure` finds, or {"error": ...}; nothing is begun when the time is over."""
+        """Return the result of `measure`, or {"error": ...}; start nothing after the time limit."""
         clock = time.monotonic()
         if self.seconds_left <= 0:
             found = {"error": "no time was left"}

@@ -117,7 +117,7 @@ STATE = {"optimizer": {"moments": torch.rand(1000)}, "scaler": {}, "progress": {
 
 @pytest.mark.parametrize("training", [{}, STATE])
 def test_a_checkpoint_is_a_sound_zip_file(training: dict[str, Any], tmp_path: Path) -> None:
-    """Such as scanners and converters read, with the checksums that loading compares."""
+    """Scanners and converters can read it, with the checksums that loading compares."""
     save(tmp_path / "a.pt", training=training)
     archive = zipfile.ZipFile(tmp_path / "a.pt")
     assert archive.testzip() is None

@@ -261,7 +261,7 @@ def test_ranks_of_the_kernel_are_those_of_its_oracles(kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["adam", "row_adam", "adagrad"])
 def test_optimizers_step_as_on_the_cpu(name: str) -> None:
-    """Some rows a step, with rows of zeros among them and row 0 in place of more rows."""
+    """Some rows per step, with rows of zeros among them and row 0 in place of more rows."""
     rng = np.random.default_rng(2)
     start = torch.tensor(rng.standard_normal((50, 6)), dtype=torch.float32)
     weights = [torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone().to(CUDA))]

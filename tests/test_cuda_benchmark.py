@@ -76,7 +76,7 @@ def test_a_variant_is_measured_without_the_memory_of_the_one_before(
 def test_ranks_that_the_kernel_did_not_compute_are_not_reported_as_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where Triton fails, the chunks do it."""
+    """If Triton fails, the chunks compute them."""
 
     class Fails:
         def __init__(self, table: torch.Tensor) -> None: ...

@@ -198,7 +198,7 @@ LONG_FUNCTIONS = {
 
 
 # Docstrings begin with a verb, or with a noun phrase that names the thing.
-FRAGMENT = re.compile(r"(What|Whether|Of|How|Where|When|Which|The same)\b")
+FRAGMENT = re.compile(r"(What|Whether|Of|How|Where|When|Which|The same|As|Such|Also|And|But)\b")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -210,6 +210,15 @@ def test_nothing_is_too_long_and_docstrings_are_no_fragments(name: str) -> None:
             assert body_lines(node) <= 60 or node.name in LONG_FUNCTIONS, node.name
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
             assert not FRAGMENT.match(ast.get_docstring(node) or ""), node
+
+
+def test_docstrings_of_tests_and_benchmarks_are_no_fragments() -> None:
+    tests = Path(__file__).parent
+    for file in [*tests.rglob("*.py"), *(tests.parent / "benchmarks").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+                text = ast.get_docstring(node) or ""
+                assert not FRAGMENT.match(text), f"{file.name}: {text.splitlines()[0]}"
 
 
 def test_no_test_imports_another() -> None:

@@ -80,7 +80,7 @@ def test_an_entry_owns_what_it_asks_for_of_what_only_some_have(key):
 
 
 def test_a_model_may_own_a_setting_of_another_one(monkeypatch):
-    """Such as num_heads, without a line in the configuration."""
+    """num_heads is an example; the configuration needs no line for it."""
     settings = tiny_settings(model="gru4rec", num_heads=2)
     with pytest.raises(InputError, match=r"num_heads=2 is a setting of .* no effect on"):
         ExperimentConfig(**settings)

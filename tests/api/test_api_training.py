@@ -158,7 +158,7 @@ def test_a_thread_trains_the_same_weights_and_touches_no_signal(
 
 
 def test_training_works_beside_a_running_event_loop(run: Callable[..., TrainingResult]) -> None:
-    """As in a notebook."""
+    """A notebook runs one."""
 
     async def cell() -> TrainingResult:
         return run(max_epochs=1)
@@ -190,7 +190,7 @@ def test_an_interrupted_training_can_be_resumed(
 def test_a_keyboard_interrupt_in_a_step_leaves_the_last_save(
     run: Callable[..., TrainingResult], data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a second Ctrl-C raises it, or a debugger."""
+    """A second Ctrl-C raises it, or a debugger."""
     expected = run(name="whole")
     before = signal.getsignal(signal.SIGINT)
     original, calls = step_module.training_loss, 0

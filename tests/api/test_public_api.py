@@ -1,4 +1,4 @@
-"""What `import tron_cli` offers: names, import orders, types, and examples that run."""
+"""The public Python API: names, import orders, types, and examples that run."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_debug_shows_the_traceback(place: str, command: Command) -> None:
 
 
 class Panic(BaseException):
-    """What polars raises where its Rust code panics is no Exception either."""
+    """Like the error of polars when its Rust code panics, this is no Exception."""
 
 
 OUT_OF_DEVICE_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")

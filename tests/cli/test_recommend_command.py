@@ -131,7 +131,7 @@ def test_rows_of_a_session_may_be_anywhere_and_are_ordered_by_time(
 def test_adjacent_rows_are_read_some_at_a_time(
     checkpoint: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where a session begins in one block and ends in another."""
+    """A session may begin in one block and end in another."""
     from tron_cli.prepare.reading import columns
 
     rng = np.random.default_rng(1)
@@ -187,7 +187,7 @@ def tron(*words: object, **options: Any) -> subprocess.Popen[bytes]:
 
 
 def test_a_stream_is_answered_line_by_line_and_its_reader_may_go(checkpoint: Path) -> None:
-    """As in `tail -f sessions.jsonl | tron recommend CKPT | head -2`."""
+    """The case of `tail -f sessions.jsonl | tron recommend CKPT | head -2`."""
     process = tron("recommend", checkpoint, "-k", 2)
     assert process.stdin
     assert process.stdout

@@ -163,7 +163,7 @@ def test_topk_beyond_the_negatives_matters_only_where_topk_is_on():
 
 
 def test_metrics_may_be_ir_measures_objects_and_lists():
-    """As gSASRec's configs have them."""
+    """gSASRec's configs have both."""
     made = config(metrics=[ir_measures.R @ 20, "nDCG@10"], val_metric=ir_measures.nDCG @ 10)
     assert made.metrics == ("R@20", "nDCG@10")
     assert made.val_metric == "nDCG@10"

@@ -61,7 +61,7 @@ def test_every_packaged_config_says_what_it_is(name):
 
 @pytest.mark.parametrize("name", packaged_configs())
 def test_every_packaged_config_takes_a_step(name, tmp_path, command):
-    """As it is but for its size: on a small shop with the protocol of its dataset."""
+    """It is reduced in size only, on a small shop with the protocol of its dataset."""
     made, _ = load_config(name)
     last_item = made.dataset_name == "ml1m"
     rng = np.random.default_rng(3)

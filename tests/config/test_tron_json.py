@@ -99,7 +99,7 @@ GRU = joined(
 
 
 def tron_files() -> dict[str, Changes]:
-    """What each of the 30 files changes, in TRON's names and in ours."""
+    """The changes of each of the 30 files, in TRON's names and in ours."""
     files = {
         "onex/sasrec_otto_mcauley": joined(on("onex"), MCAULEY),
         "onex/sasrec_otto_ours": on("onex"),
@@ -237,7 +237,7 @@ def test_an_override_may_repair_what_the_file_gets_wrong(tmp_path):
 
 
 def test_a_note_names_what_tron_does_otherwise(tmp_path, caplog):
-    """And leaves out what the command line has set TRON's way."""
+    """It leaves out settings that the command line has set TRON's way."""
     with caplog.at_level(logging.INFO, "tron"):
         load(tmp_path)
     for words in ("mask_collisions=False", "--one-pass", "validation split", "precision=fp16"):

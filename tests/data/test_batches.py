@@ -24,7 +24,7 @@ def rows_of(values: torch.Tensor, batch) -> list[list[int]]:
 @given(rows=histories, window=st.integers(1, 30), data=st.data())
 @settings(max_examples=200, deadline=None)
 def test_training_batch_is_the_last_events_and_what_follows_them(rows, window, data):
-    """Also of sessions in any order, some of them twice (as with replacement)."""
+    """Sessions come in any order, some of them twice (as with replacement)."""
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=30))
     batch = training_batch(pack_sessions(rows), np.array(chosen), window)
 

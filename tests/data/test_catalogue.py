@@ -187,7 +187,7 @@ def test_unknown_items_are_left_out_and_what_they_cost_is_counted(
 def test_ranks_are_over_all_items_of_the_checkpoint(
     checkpoint: Checkpoint, splits: dict[str, Rows], tmp_path: Path
 ) -> None:
-    """Also those that the data lacks: the model recommends them."""
+    """Items that the data lacks count too: the model recommends them."""
     few = {
         split: [[101 + item % 3 for item in row] for row in rows] for split, rows in splits.items()
     }

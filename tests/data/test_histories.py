@@ -83,7 +83,7 @@ HOWS = [
 def test_predicted_events(
     rows: list[list[int]], window: int, how: tuple[str, bool, bool], cut: int
 ) -> None:
-    """Also when asked for in two parts."""
+    """Two parts, joined, are the same as the whole."""
     protocol, full_sessions, one_pass = how
     sessions = pack_sessions(rows)
     found = []

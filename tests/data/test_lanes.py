@@ -24,7 +24,7 @@ STYLES = ("no_shuffling", "shuffle_without_replacement", "shuffle_with_replaceme
 
 
 def test_uniform_negatives_of_lanes_are_not_rejected() -> None:
-    """As in TRON's GRU4Rec; of the same events as whole sessions they are."""
+    """TRON's GRU4Rec rejects none; with the same events as whole sessions, some are rejected."""
     batch = Lanes(
         pack_sessions([[1, 2, 3], [2, 3, 1]]), lanes=2, sequence_length=5, style="no_shuffling",
         seed=0,

@@ -157,7 +157,7 @@ def test_no_tensor_is_of_the_size_of_all_logits() -> None:
 
 @pytest.mark.parametrize("sparse_inputs", [False, True])
 def test_row_adam_moves_the_table_as_adam_does(sparse_inputs) -> None:
-    """Also where the lookup of the inputs adds a sparse gradient to the loss's dense one."""
+    """The lookup of the inputs may add a sparse gradient to the loss's dense one."""
     trained = []
     for optimizer_class in (Adam, RowAdam):
         torch.manual_seed(0)

@@ -50,7 +50,7 @@ def reference(hidden_ND, table_VD, targets_N, settings, seed: int = 0):
 
 @pytest.fixture(params=["at once", "in parts"])
 def parts(request, monkeypatch):
-    """Also with one bucket a part and blocks of 64 items."""
+    """Set one bucket per part and blocks of 64 items, or leave the sizes as they are."""
     if request.param == "in parts":
         monkeypatch.setitem(scalable_cross_entropy._LOGITS_AT_ONCE, "cpu", 1)
         monkeypatch.setitem(cross_entropy._LOGITS_AT_ONCE, "cpu", 1)

@@ -194,7 +194,7 @@ def by_hand(model: BERT4Rec, batch: Batch, negatives: Negatives, config: Any) ->
 def test_loss_and_gradients_of_looked_up_rows_are_those_of_whole_tables(
     num_items: int, style: str, reuse: bool
 ) -> None:
-    """Where some events have a target and the others have none."""
+    """Some events have a target and the others have none."""
     rng = np.random.default_rng(num_items)
     rows = random_sessions(rng, 8, num_items)
     for optimizer, loss, (topk, rejects) in zip(

@@ -275,7 +275,7 @@ def test_dropout_is_on_inputs_and_outputs_and_not_on_what_is_carried() -> None:
 
 @pytest.mark.parametrize("num_blocks", [1, 2])
 def test_dropout_between_layers(num_blocks: int) -> None:
-    """Where that on inputs and outputs is off, a second layer still sees other inputs each time."""
+    """With dropout on inputs and outputs off, a second layer still sees other inputs each time."""
     model = build(num_blocks=num_blocks, dropout_rate=0.5).train()
     model.dropout.p = 0.0
     batch, _ = packed([[1, 2, 3], [4, 5]])

@@ -161,7 +161,7 @@ def test_one_row_serves_all_where_later_events_change_nothing(form, positions, k
 
 
 def test_without_positions_there_is_no_table_of_them():
-    """And with one block the order of what an event sees does not matter to it."""
+    """With one block, the order of the events before an event has no effect."""
     model = shaken(make_model(positions="none", num_blocks=1))
     assert model.position_embedding is None
     assert not [name for name, _ in model.named_parameters() if "position" in name]

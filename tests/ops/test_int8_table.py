@@ -1,4 +1,4 @@
-"""What int8 products leave undecided contains all that float64 would decide otherwise."""
+"""Int8 products: all pairs that float64 decides otherwise are among the undecided ones."""
 
 from __future__ import annotations
 

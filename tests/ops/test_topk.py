@@ -15,7 +15,7 @@ from tron_cli.ops import topk
     ("columns", "count"), [(1, 1), (5, 5), (31, 1), (32, 2), (48, 2), (1000, 3), (1607, 100)]
 )
 def test_the_highest_values_are_those_of_the_plain_form(columns, count):
-    """Also with ties, and with columns that do not count."""
+    """There are ties, and columns that do not count."""
     generator = torch.Generator().manual_seed(columns)
     values = torch.randn(20, columns, generator=generator)
     values[10:] = values[10:].round()

@@ -147,7 +147,7 @@ def test_filters_and_split_equal_brute_force(source: str, data: st.DataObject) -
 
 
 def simple_log(sessions: int, days: int) -> list[Event]:
-    """Three events a session, five items, sessions spread evenly; the last starts at the end."""
+    """Three events per session, five items, sessions spread evenly; the last starts at the end."""
     step = days * DAY // sessions
     return [
         (session, 100 + (session + event) % 5, START + session * step + event * 60_000)

@@ -102,7 +102,7 @@ def test_inches_are_characters(tmp_path: Path) -> None:
 def test_an_unclosed_quote_costs_its_line(
     tmp_path: Path, block_bytes: int, patience: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where no other quote follows: the end of the file or MAX_LINE_BYTES decides."""
+    """If no other quote follows, the end of the file or MAX_LINE_BYTES decides."""
     monkeypatch.setattr(columns, "BLOCK_BYTES", block_bytes)
     monkeypatch.setattr(columns, "MAX_LINE_BYTES", patience)
     file = tmp_path / "a.csv"

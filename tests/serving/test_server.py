@@ -240,7 +240,7 @@ def test_more_connections_than_allowed_are_refused(
 
 
 def test_what_arrives_while_the_model_computes_is_computed_together() -> None:
-    """And each client gets its own answer, with its own options."""
+    """Each client gets its own answer, with its own options."""
     model, lone = FakeRecommender(num_items=200), FakeRecommender(num_items=200)
     bodies: list[dict[str, Any]] = [
         {

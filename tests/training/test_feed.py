@@ -127,7 +127,7 @@ def test_steps_of_a_pass(
 
 
 def test_masks_differ_from_step_to_step(rows: list[list[int]], sessions: Sessions) -> None:
-    """Also where the same sessions come in the same order: a pass later."""
+    """They differ even one pass later, with the same sessions in the same order."""
     feed = feed_of(sessions, shuffling_style="no_shuffling", **KINDS["cloze"])
 
     def masks(step: int) -> tuple[int, ...]:
@@ -169,7 +169,7 @@ def test_padding_changes_no_session(rows: list[list[int]], sessions: Sessions) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_in_one_piece_is_the_same(kind: str, sessions: Sessions) -> None:
-    """As it goes to a device: views of one stretch of memory, masks and lanes among them."""
+    """A device gets it in this form: views of one stretch of memory, also of masks and lanes."""
     batch = feed_of(sessions, **KINDS[kind]).batch(3)
     whole = batch.in_one_piece(pinned=False)
     assert values(whole) == values(batch)

@@ -268,7 +268,7 @@ def test_no_shape_of_a_step_depends_on_data(gpu_branches: None, changes: dict[st
 
 
 def test_the_check_of_shapes_finds_a_step_that_waits(gpu_branches: None) -> None:
-    """As those of the CPU do: their lookups ask how many ids are distinct."""
+    """Steps of the CPU do: their lookups ask how many ids are distinct."""
     config = settings(optimizer="row_adam")
     model, optimizer = build(config)
     batch = training_batch(some_sessions(), np.arange(8), config.sequence_length)

@@ -100,7 +100,7 @@ def test_a_run_with_row_adam_stopped_and_resumed_ends_with_the_same_bits(
 
 
 def test_a_state_with_clocks_of_floats_goes_on() -> None:
-    """As earlier checkpoints have them."""
+    """Earlier checkpoints have such states."""
     rng = np.random.default_rng(31)
     ours = table(rng, 20, 3)
     theirs = nn.Parameter(ours.detach().clone())
@@ -252,7 +252,7 @@ def test_the_state_of_another_optimizer_is_refused():
 
 
 def test_the_state_of_other_parameters_is_refused():
-    """As that of a version of tron which had the same tables in another order."""
+    """A version of tron with the same tables in another order would have such a state."""
     one, two = torch.nn.Parameter(torch.zeros(5, 2)), torch.nn.Parameter(torch.zeros(3, 2))
     saved = build_optimizer("row_adam", [one, two], 0.1).state_dict()
     build_optimizer("row_adam", [one, two], 0.1).load_state_dict(saved)

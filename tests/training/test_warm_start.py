@@ -229,7 +229,7 @@ def test_a_checkpoint_of_other_items_is_refused(data_dir: Path, tmp_path: Path, 
 
 
 def test_text_ids_are_matched_too(data_dir: Path, tmp_path: Path, old: Path) -> None:
-    """As in evaluation, 7 and "7" are one item."""
+    """7 and "7" are one item, as in evaluation."""
     ids = np.array(["120", "new", "101"], dtype=object)
     dataset = write_dataset(data_dir, name="text", train=[[1, 2, 3]], item_ids=ids)
     config = ExperimentConfig(**tiny_settings(dataset_name="text"))
