@@ -1,11 +1,12 @@
 """Peak memory and seconds of each command on a large catalogue.
 
-    python -m benchmarks.memory [--items 1855603] [--sessions 100000]
-        [--output FILE.json] [-- key=value ...]
+    python -m benchmarks.memory WORK --output FILE.json [--items 1855603] [--sessions 100000]
+        [--settings key=value ...]
 
 A dataset with OTTO's lengths is generated, TRON trained for one step on it, and the other commands
 use that checkpoint. Peak memory is the resident set: memory of its own and mapped files as far as
-they were read. Each command is a process of its own.
+they were read. Each command is a process of its own. WORK is a folder for all files. Where FILE
+exists, only the commands that it lacks are measured.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -34,31 +34,32 @@ _SIMILAR = 1_000  # items
 FORMATS = ("onnx", "torch", "safetensors")
 
 
-def measured(words: list[str]) -> tuple[dict[str, float], str]:
-    """Run a tron command; return its peak memory and seconds, and what it printed."""
+def measured(words: list[str]) -> dict[str, float]:
+    """Run a tron command; return its peak memory and seconds."""
     clock = time.perf_counter()
     with subprocess.Popen(
-        [sys.executable, "-m", "tron_cli", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "tron_cli", *words], cwd=ROOT, stdout=subprocess.DEVNULL
     ) as process:
-        assert process.stdout is not None
-        printed = process.stdout.read()
         _, status, spent = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"tron {' '.join(words)} ended with {process.returncode}")
     unit = 1 if sys.platform == "darwin" else 1024
     seconds = time.perf_counter() - clock
-    return {"peak_gb": spent.ru_maxrss * unit / 1e9, "seconds": seconds}, printed
+    return {"peak_gb": spent.ru_maxrss * unit / 1e9, "seconds": seconds}
 
 
-def measure(num_items: int, sessions: int, work: Path, settings: list[str]) -> list[dict[str, Any]]:
-    """Measure each command in turn."""
-    # In a process of its own: its memory would count in the peaks of the processes that follow.
-    making = multiprocessing.get_context("spawn").Process(
-        target=write_dataset, args=(work, sessions, num_items, HELD_OUT)
-    )
-    making.start()
-    making.join()
+def measure(
+    num_items: int, sessions: int, work: Path, settings: list[str], output: Path
+) -> list[dict[str, Any]]:
+    """Measure each command in turn, and write the figures after each."""
+    if not (work / "generated").exists():
+        # In a process of its own: its memory would count in the peaks of the later ones.
+        making = multiprocessing.get_context("spawn").Process(
+            target=write_dataset, args=(work, sessions, num_items, HELD_OUT)
+        )
+        making.start()
+        making.join()
     asked = work / "asked.jsonl"
     random = np.random.default_rng(0)
     asked.write_text(
@@ -69,18 +70,22 @@ def measure(num_items: int, sessions: int, work: Path, settings: list[str]) -> l
     )
     data = ["--data-dir", str(work)]
     train = ["train", "--config", "config_otto", "dataset_name=generated", "max_epochs=1",
-             "max_batches_per_epoch=1", *settings, *data, "--output-dir", str(work),
-             "--json"]  # fmt: skip
-    figures: list[dict[str, Any]] = []
+             "max_batches_per_epoch=1", *settings, *data, "--output-dir", str(work)]  # fmt: skip
+    figures = json.loads(output.read_text())["figures"] if output.exists() else []
+    shown = f"python -m benchmarks.memory WORK --items {num_items} --sessions {sessions}"
+    content = {"command": " ".join([shown, *settings]), **circumstances()}
 
-    def note(what: str, words: list[str]) -> str:
-        found, printed = measured(words)
-        figures.append({"what": what, **found})
+    def add(what: str, found: dict[str, float]) -> None:
+        figures.append({"what": what, **found, "commit": content["commit"]})
+        output.write_text(json.dumps({**content, "figures": figures}, indent=2) + "\n")
         print(table(figures[-1:]), flush=True)
-        return printed
 
-    trained = note("train, one step", [*train, "--name", "first"])
-    checkpoint = json.loads(trained)["checkpoint"]
+    def note(what: str, words: list[str]) -> None:
+        if what not in [figure["what"] for figure in figures]:
+            add(what, measured(words))
+
+    checkpoint = str(work / "first")
+    note("train, one step", [*train, "--name", "first"])
     note("train --init-from, one step", [*train, "--name", "second", "--init-from", checkpoint])
     note(f"evaluate, {HELD_OUT} sessions", ["evaluate", checkpoint, *data])
     note(
@@ -103,9 +108,10 @@ def measure(num_items: int, sessions: int, work: Path, settings: list[str]) -> l
             f"export --format {kind}",
             ["export", checkpoint, "--format", kind, "--output", str(work / kind)],
         )
-    with served([sys.executable, "-m", "tron_cli", "serve", checkpoint, "--port", "0"]) as server:
+    command = [sys.executable, "-m", "tron_cli", "serve", checkpoint, "--port", "0"]
+    with served(command) as server:
         peak = server.memory_mb()["peak_rss_mb"] * 2**20 / 1e9
-        figures.append({"what": "serve, start", "peak_gb": peak, "seconds": server.start_s})
+        add("serve, start", {"peak_gb": peak, "seconds": server.start_s})
     return figures
 
 
@@ -119,21 +125,18 @@ def table(figures: list[dict[str, Any]]) -> str:
 
 def main(words: list[str] | None = None) -> None:
     options = parser(__doc__)
+    options.add_argument("work", type=Path)
     options.add_argument("--items", type=int, default=ITEMS)
     options.add_argument("--sessions", type=int, default=100_000, help="to train on")
-    options.add_argument("settings", nargs="*", help="key=value overrides of config_otto")
+    options.add_argument(
+        "--settings", nargs="*", default=[], help="key=value overrides of config_otto"
+    )
     arguments = options.parse_args(words)
-    with tempfile.TemporaryDirectory() as work:
-        figures = measure(arguments.items, arguments.sessions, Path(work), arguments.settings)
-    print("\n" + table(figures))
-    if arguments.output:
-        shown = f"--items {arguments.items} --sessions {arguments.sessions}"
-        content = {
-            "command": " ".join(["python -m benchmarks.memory", shown, *arguments.settings]),
-            **circumstances(),
-            "figures": figures,
-        }
-        arguments.output.write_text(json.dumps(content, indent=2) + "\n")
+    if arguments.output is None:
+        options.error("--output is missing")
+    work = arguments.work.absolute()
+    found = measure(arguments.items, arguments.sessions, work, arguments.settings, arguments.output)
+    print("\n" + table(found))
 
 
 if __name__ == "__main__":

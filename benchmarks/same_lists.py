@@ -9,8 +9,7 @@ Recommender, to a running `tron serve` from several connections at once and, for
 onnxruntime. A list that differs from the run file is explained if its only difference is that the
 target stands last among its equals there, or (networks) if items changed places whose scores differ
 by less than a millionth: hidden states are rounded otherwise in other runtimes and in batches of
-other sizes. Exits with 1 where others differ. FILE grows with each model; what another run of the
-same commit wrote there stays.
+other sizes. Exits with 1 where others differ. FILE keeps the figures of other data and models.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ NETWORKS = {
     "gru4rec": "config_diginetica_gru4rec",
     "bert4rec": "config_diginetica_bert4rec",
 }
-COMMAND = "python -m benchmarks.same_lists diginetica ml1m --sessions N --steps N"
+COMMAND = "python -m benchmarks.same_lists diginetica ml1m --sessions 2000 --steps 100"
 MODELS = (*NETWORKS, *BASELINES)
 SMALL = ("embedding_dim=32", "sequence_length=50", "max_epochs=1")
 SIDES = ("recommend", "Recommender", "serve", "onnx")
@@ -285,12 +284,10 @@ def main(words: list[str] | None = None) -> None:
     options.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, metavar="NAME")
     arguments = options.parse_args(words)
     data_dir = arguments.data_dir.absolute()
-    content = {**circumstances(), "sessions": arguments.sessions, "steps": arguments.steps}
+    content = {"command": COMMAND, **circumstances()}
     figures: list[dict[str, Any]] = []
     if arguments.output and arguments.output.exists():
-        earlier = json.loads(arguments.output.read_text())
-        if earlier["commit"] == content["commit"]:
-            figures = earlier["figures"]
+        figures = json.loads(arguments.output.read_text())["figures"]
     for name in arguments.datasets:
         dataset = Dataset.open(data_dir / name)
         for model in arguments.models:
@@ -299,16 +296,19 @@ def main(words: list[str] | None = None) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 checkpoint = trained(model, dataset, data_dir, Path(folder), arguments.steps)
                 found = compare(checkpoint, dataset, data_dir, arguments.sessions)
-            figures.append({"dataset": name, "model": model, **found})
-            print(table(figures[-1:]), flush=True)
+            figure = {"dataset": name, "model": model, "commit": content["commit"], **found}
+            figures = [*(each for each in figures if _key(each) != _key(figure)), figure]
+            print(table([figure]), flush=True)
             if arguments.output:
-                whole = {"command": COMMAND, **content}
-                arguments.output.write_text(
-                    json.dumps({**whole, "figures": figures}, indent=2) + "\n"
-                )
+                text = json.dumps({**content, "figures": figures}, indent=2)
+                arguments.output.write_text(text + "\n")
     print("\n" + table(figures))
     if any(figure[side][OTHER] for figure in figures for side in SIDES if side in figure):
         raise SystemExit(1)
+
+
+def _key(figure: dict[str, Any]) -> tuple[str, str]:
+    return figure["dataset"], figure["model"]
 
 
 if __name__ == "__main__":
