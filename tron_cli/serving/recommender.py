@@ -116,9 +116,9 @@ class Recommender:
         return cls(load_checkpoint(Path(path)), chosen_device(device))
 
     def expect_many(self) -> None:
-        """Prepare for thousands of histories, which would happen while these are answered.
+        """Prepare for thousands of histories now, instead of while they are answered.
 
-        Large catalogues then need a quarter more memory, and a few seconds now; see
+        Large catalogues take a few seconds for this, and a quarter more memory; see
         `Catalogue.expect`.
         """
         if self._catalogue is not None:

@@ -258,7 +258,7 @@ class Server(uvicorn.Server):
     """Uvicorn server that exits with 0 on SIGTERM and SIGINT, and reloads on SIGHUP."""
 
     def __init__(self, application: Application, started: Callable[[], None] | None = None) -> None:
-        """started: is called when signals are heeded and connections accepted."""
+        """started: called once signals are handled and connections accepted."""
         settings = application.settings
         super().__init__(
             uvicorn.Config(
@@ -389,7 +389,7 @@ def serve(
 
 @contextlib.contextmanager
 def _hangups() -> Iterator[list[int]]:
-    """Collect SIGHUPs, which else end a process, until the server heeds them."""
+    """Collect SIGHUPs, which by default end a process, until the server handles them."""
     found: list[int] = []
     if not hasattr(signal, "SIGHUP") or threading.current_thread() is not threading.main_thread():
         yield found

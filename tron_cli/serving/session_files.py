@@ -144,9 +144,9 @@ def read_json_sessions(
 ) -> Iterator[list[Session]]:
     """Yield sessions from JSON lines such as {"session": "s1", "items": ["a", "b"]}.
 
-    read: returns up to so many bytes, at the end none. Sessions are yielded as soon as their lines
-    are there, at most batch_size at a time, and those before a bad line before it is refused. A
-    session without an id has the number of its line.
+    read: returns at most that many bytes, none at the end. Sessions are yielded as soon as their
+    lines are there, at most batch_size at a time, and those before a bad line before it is refused.
+    A session without an id has the number of its line.
     """
     for lines, first in _lines(read, name):
         batch: list[Session] = []

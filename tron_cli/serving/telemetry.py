@@ -81,9 +81,9 @@ def log_access(**facts: object) -> None:
 
 
 class _BackgroundStderr(io.TextIOBase):
-    """A stream that a thread writes to stderr, so that nobody waits for whoever reads the log.
+    """A stream that a thread writes to stderr, so that a slow reader of the log delays nothing.
 
-    Where the reader is too slow texts are dropped, and their number is said once it goes on.
+    If the reader is too slow, texts are dropped, and their number is logged once it reads again.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -101,7 +101,7 @@ class _BackgroundStderr(io.TextIOBase):
         return len(text)
 
     def finish(self, seconds: float = 1.0) -> None:
-        """Write what waits, for so long at most."""
+        """Write the waiting texts, for this long at most."""
         with contextlib.suppress(queue.Full):
             self._texts.put_nowait(None)
             self._thread.join(seconds)
@@ -112,14 +112,14 @@ class _BackgroundStderr(io.TextIOBase):
             if dropped:
                 text += f"{dropped:,} lines of the log were dropped: nobody read them\n"
             rest = memoryview(text.encode(errors="backslashreplace"))
-            with contextlib.suppress(OSError):  # nobody will read it
+            with contextlib.suppress(OSError):  # the reader is gone
                 while rest:
                     rest = rest[os.write(self._descriptor, rest) :]
 
 
 @contextlib.contextmanager
 def background_stderr() -> Iterator[None]:
-    """Let a thread write what goes to stderr until the block ends: a full pipe stops nobody."""
+    """Let a thread write to stderr until the block ends, so that a full pipe blocks nothing."""
     stream = _BackgroundStderr(sys.stderr.fileno())
     with contextlib.redirect_stderr(stream):
         try:
