@@ -185,6 +185,7 @@ def test_a_date_that_is_not_iso_leads_to_the_option(
     sentence = f"{file}, line 2: expected an ISO 8601 time or a number in time, found '{text}'; "
     assert code == 2
     assert error.endswith(f"{sentence}{advice}\n")
+    file.write_text(file.read_text().replace("\n", "\n#### a broken line\n", 1))
     code, _, error = command(*words, "--skip-bad-lines")
     assert (code, advice in error) == (2, True)
 

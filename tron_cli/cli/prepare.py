@@ -72,7 +72,11 @@ class OwnDataOptions(SplitOptions):
 
     max_bad_share: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Fail if a larger share of all lines is skipped as bad."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="Fail if a larger share of all lines is skipped as bad; default: no limit.",
+        ),
     ] = None
 
 

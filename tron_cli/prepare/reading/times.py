@@ -57,9 +57,15 @@ class TimeParser(Parser):
             Counter()
         )  # times of each kind; those of other kinds become null
         self._is_checked = False
+        self._unread: str | None = None  # a time, while none was readable
 
     def check(self, file: Path) -> None:
-        """Refuse a column that is mostly of another kind than its first block."""
+        """Refuse a column of unreadable times, or mostly of another kind than its first block."""
+        if self._unit is None and self._unread is not None:
+            raise InputError(
+                f"{file}: no time is {self.expected}; the first is {self._unread[:60]!r}: "
+                f"{self.advice(self._unread)}"
+            )
         most, count = max(self._counts.items(), key=lambda entry: entry[1], default=("", 0))
         if count > self._counts[self._unit or ""]:
             raise InputError(
@@ -91,6 +97,8 @@ class TimeParser(Parser):
             self._counts["iso"] += len(iso) - iso.null_count()
         if self._unit is None:
             if not count and iso.null_count() == len(iso):  # nothing to decide the unit by
+                texts = column.cast(pl.String).drop_nulls()
+                self._unread = self._unread or next(filter(None, texts), None)
                 return nothing
             self._unit = "iso" if count <= self._counts["iso"] else _unit_of(numbers)
             kind = "an ISO 8601 time" if self._unit == "iso" else f"a number of {self._unit}"
