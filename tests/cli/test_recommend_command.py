@@ -128,6 +128,49 @@ def test_rows_of_a_session_may_be_anywhere_and_are_ordered_by_time(
     assert found == {name: lists[name] for name in found}
 
 
+@pytest.mark.parametrize("separator", [";", "|", "\t"])
+def test_an_export_that_prepare_reads_is_read_as_it_is(
+    separator: str, checkpoint: Path, command: Command, tmp_path: Path
+) -> None:
+    """Other separators, a byte order mark, quotes, times of a named format, broken lines."""
+    rows = ["visitor,sku,clicked", "ü 1,101,25.10.2026 10:05", '"x;y|\t",110,25.10.2026 10:00']
+    rows += ["#### connection lost", "ü 1,105,25.10.2026 09:59", "ü 1,106,tomorrow", "b,,", ""]
+    given, written = tmp_path / "export.csv", tmp_path / "out.jsonl"
+    given.write_text("\r\n".join(rows).replace(",", separator), encoding="utf-8-sig")
+    words = ["recommend", checkpoint, "--input", given, "--output", written, "--session-col"]
+    words += ["visitor", "--item-col", "sku", "--time-col", "clicked"]
+    code, _, err = command(*words, "--time-format", "%d.%m.%Y %H:%M")
+    assert code == 2
+    assert "export.csv, line 4: expected 3 fields" in err
+    assert "correct it, or pass --skip-bad-lines" in err
+    code, _, err = command(*words, "--time-format", "%d.%m.%Y %H:%M", "--skip-bad-lines")
+    assert code == 0, err
+    assert "3 bad lines were skipped; the first: export.csv, line 4: expected 3 fields" in err
+    first, second = Recommender.load(checkpoint).recommend([[105, 101], [110]])
+    assert read_lists(written) == {"ü 1": first.items, "x;y|\t": second.items}
+    code, _, err = command(*words, "--skip-bad-lines")
+    assert code == 2
+    assert is_one_sentence(err)
+    assert 'pass --time-format "%d.%m.%Y %H:%M"' in err
+    code, _, err = command(*words, "--skip-bad-lines", "--time-format", "%m.%d.%Y %H:%M")
+    assert code == 2
+    assert "4 of 4 times do not fit --time-format" in err
+
+
+def test_a_history_of_ids_with_spaces_is_pointed_to_json(tmp_path: Path, command: Command) -> None:
+    data = write_dataset(
+        tmp_path / "data",
+        train=random_sessions(np.random.default_rng(3), 40, 3),
+        num_items=3,
+        item_ids=np.array(["red shoe", "blue shoe", "hat"], object),
+    )
+    words = ["recommend", random_checkpoint(data, tmp_path / "text.pt").path, "--history"]
+    hint = 'ids with spaces go into a JSON list, such as ["red shoe", "blue shoe"]'
+    assert hint in command(*words, "red shoe", "-k", 2)[2]
+    for history in ("hat red shoe", "nothing", '["red shoe", "no shoe"]', '["no shoe"]'):
+        assert hint not in command(*words, history, "-k", 2)[2]
+
+
 def test_adjacent_rows_are_read_some_at_a_time(
     checkpoint: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +359,8 @@ def test_a_wrong_line_is_named_after_those_before_it_are_answered(
         ("recommend CKPT --input bad.parquet", "bad.parquet is not a readable Parquet file"),
         ("recommend CKPT --input float.parquet", "float.parquet, row 1: expected an id"),
         ("recommend CKPT --input good.jsonl --adjacent", "are for tables"),
+        ("recommend CKPT --input good.jsonl --skip-bad-lines", "are for tables"),
+        ("recommend CKPT --input good.csv --time-format %d/%m/%Y", "goes with --time-col"),
         ("recommend CKPT --input good.csv --candidates ids.txt", "ids.txt, line 2: 'x' is not in"),
         ("recommend CKPT --input good.csv --exclude latin.txt", "latin.txt is not UTF-8"),
         ("recommend CKPT --input good.csv --exclude nowhere.txt", "nowhere.txt"),

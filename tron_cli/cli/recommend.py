@@ -20,6 +20,7 @@ from tron_cli.ops.device import chosen_device
 from tron_cli.text_table import format_table
 
 if TYPE_CHECKING:
+    from tron_cli.prepare.reading.columns import BadLines
     from tron_cli.serving.recommender import Recommendation, Recommender, Scope
     from tron_cli.serving.session_files import Session, SessionColumns
 
@@ -29,7 +30,9 @@ CheckpointPath = Annotated[
     Path, typer.Argument(metavar="CKPT", help="A .pt file, or the folder of a run.")
 ]
 _ITEMS_AT_ONCE = 1 << 10
-_TABLE_OPTIONS = "--session-col, --item-col, --time-col and --adjacent"
+_TABLE_OPTIONS = (
+    "--session-col, --item-col, --time-col, --time-format, --adjacent and --skip-bad-lines"
+)
 
 
 def recommend(
@@ -107,6 +110,19 @@ def recommend(
             "numbers); default: they are in the order of the rows.",
         ),
     ] = None,
+    time_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help='Format of other times, such as "%d/%m/%Y %H:%M", as for `tron prepare table`.',
+        ),
+    ] = None,
+    skip_bad_lines: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad-lines", help="Skip and count lines of a table that cannot be read."
+        ),
+    ] = False,
     adjacent: Annotated[
         bool,
         typer.Option(
@@ -126,6 +142,7 @@ def recommend(
 
     The items and their order are those of `tron evaluate --run`, in original ids.
     """
+    from tron_cli.prepare.reading.columns import BadLines
     from tron_cli.serving.bulk import RecommendOptions, recommend_sessions
     from tron_cli.serving.list_files import list_writer
     from tron_cli.serving.recommender import Recommender
@@ -135,9 +152,11 @@ def recommend(
         raise InputError("--history is one history, answered on stdout: leave out --input/--output")
     if as_json and history is None:
         raise InputError("--json goes with --history; files and streams are JSON lines anyway")
-    given = (session_col, item_col, time_col, adjacent or None)
+    given = (session_col, item_col, time_col, time_format, adjacent, skip_bad_lines)
     if (input is None or format_of(input, "--input")[0] == "jsonl") and any(given):
         raise InputError(f"{_TABLE_OPTIONS} are for tables; leave them out, or name a table")
+    if time_format and not time_col:
+        raise InputError("--time-format goes with --time-col: name the column of the times")
     if output is not None:
         format_of(output, "--output")
         check_writable(output)
@@ -154,14 +173,25 @@ def recommend(
         )
         if counts.unknown_events or counts.without_known:
             log.info("%s", counts)
+        if (
+            counts.without_known
+            and len(history.split()) > 1
+            and not history.lstrip().startswith("[")
+        ):
+            log.info('ids with spaces go into a JSON list, such as ["red shoe", "blue shoe"]')
         _print(found[0], as_json=as_json, scores=scores)
         return
-    columns = SessionColumns(session_col or "session", item_col or "item", time_col, adjacent)
-    batches = _sessions(input, columns, batch_size, shows_bar=output is not None)
+    columns = SessionColumns(
+        session_col or "session", item_col or "item", time_col, time_format, adjacent
+    )
+    bad = BadLines(skip=skip_bad_lines)
+    batches = _sessions(input, columns, batch_size, bad, shows_bar=output is not None)
     is_text = recommender.lookup.is_text
     with _quiet_on_a_broken_pipe(), list_writer(output, text_items=is_text, scores=scores) as write:
         counts = recommend_sessions(recommender, batches, write, options)
     log.info("%s", counts)
+    if bad.count:
+        log.info("%s bad lines were skipped; the first: %s", f"{bad.count:,}", bad.first)
 
 
 def _scope(recommender: Recommender, exclude: Path | None, candidates: Path | None) -> Scope:
@@ -196,7 +226,7 @@ def _ids(history: str) -> list[object]:
 
 
 def _sessions(
-    input: Path | None, columns: SessionColumns, batch_size: int, *, shows_bar: bool
+    input: Path | None, columns: SessionColumns, batch_size: int, bad: BadLines, *, shows_bar: bool
 ) -> Iterator[list[Session]]:
     """Yield the sessions of the input, with a bar on a terminal if stdout is free."""
     from tqdm import tqdm
@@ -204,7 +234,7 @@ def _sessions(
     from tron_cli.serving.session_files import STDIN, read_json_sessions, read_sessions
 
     if input is not None:
-        batches = read_sessions(input, columns, batch_size)
+        batches = read_sessions(input, columns, batch_size, bad)
     elif sys.stdin is None or sys.stdin.isatty():
         raise InputError(
             "expected histories, got none: pass --history or --input, or pipe JSON lines into stdin"

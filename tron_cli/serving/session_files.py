@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from tron_cli.prepare.reading.columns import (
     Parser,
     read_delimited,
 )
+from tron_cli.prepare.reading.header import find_separator, header_line
 from tron_cli.prepare.reading.ids import ids_of
 from tron_cli.prepare.reading.parquet import read_parquet
-from tron_cli.prepare.reading.times import TimeParser
+from tron_cli.prepare.reading.times import FormatParser, TimeParser
 
 TEXT_FORMATS = ("csv", "tsv", "jsonl")
 STDIN = "stdin"
@@ -42,23 +43,16 @@ class Session:
 class SessionColumns:
     """Columns of a table of sessions, a row per event.
 
-    time: orders the events of a session; None: they are in order. adjacent: the rows of a session
+    time: orders the events of a session; None: they are in order. time_format: of times that are
+    neither ISO 8601 nor numbers, such as %d/%m/%Y. adjacent: the rows of a session
     follow each other, so that the table need not be in memory.
     """
 
     session: str = "session"
     item: str = "item"
     time: str | None = None
+    time_format: str | None = None
     adjacent: bool = False
-
-
-class _NoBadLines(BadLines):
-    """Refuses the first line that cannot be read."""
-
-    def reject(
-        self, file: Path, line: int, problem: str, *, unit: str = "line", advice: str | None = None
-    ) -> None:
-        raise InputError(f"{file}, {unit} {line}: {problem}; correct it")
 
 
 def format_of(path: Path, option: str) -> tuple[str, bool]:
@@ -74,10 +68,13 @@ def format_of(path: Path, option: str) -> tuple[str, bool]:
     return kind, is_packed
 
 
-def read_sessions(file: Path, columns: SessionColumns, batch_size: int) -> Iterator[list[Session]]:
+def read_sessions(
+    file: Path, columns: SessionColumns, batch_size: int, bad: BadLines
+) -> Iterator[list[Session]]:
     """Yield the sessions of a file, at most batch_size at a time. Raises InputError.
 
-    Those of a table come in the order of their first rows; JSON lines have no columns.
+    Those of a table come in the order of their first rows; JSON lines have no columns, and none of
+    them may be bad.
     """
     kind, _ = format_of(file, "--input")
     if kind == "jsonl":
@@ -91,9 +88,9 @@ def read_sessions(file: Path, columns: SessionColumns, batch_size: int) -> Itera
     if kind == "parquet":
         blocks = read_parquet(file, wanted)
     else:
-        separator = "," if kind == "csv" else "\t"
-        blocks = read_delimited(file, wanted, _NoBadLines(), separator=separator, quoted=True)
-    frames = (_parsed(block, columns) for block in blocks)
+        separator = find_separator(file, header_line(file), wanted)
+        blocks = read_delimited(file, wanted, bad, separator=separator, quoted=True)
+    frames = _parsed(file, blocks, columns, bad)
     parts = _whole_sessions(frames) if columns.adjacent else [pl.concat(list(frames))]
     for rows in parts:
         for part in _grouped(rows, adjacent=columns.adjacent).iter_slices(batch_size):
@@ -103,14 +100,19 @@ def read_sessions(file: Path, columns: SessionColumns, batch_size: int) -> Itera
             ]
 
 
-def _parsed(block: Columns, columns: SessionColumns) -> pl.DataFrame:
-    """Return the columns session and item, int64 or text, and perhaps time, in milliseconds."""
+def _parsed(
+    file: Path, blocks: Iterable[Columns], columns: SessionColumns, bad: BadLines
+) -> Iterator[pl.DataFrame]:
+    """Yield the columns session and item, int64 or text, and perhaps time, in milliseconds."""
     ids = Parser(ids_of, "an id")
     parsers: dict[str, Parser] = {columns.session: ids, columns.item: ids}
+    times = FormatParser(columns.time_format) if columns.time_format else TimeParser("auto")
     if columns.time:
-        parsers[columns.time] = TimeParser("auto")
-    frame = block.parse(parsers, _NoBadLines()).frame
-    return frame.rename(dict(zip(frame.columns, ("session", "item", "time"), strict=False)))
+        parsers[columns.time] = times
+    for block in blocks:
+        frame = block.parse(parsers, bad).frame
+        yield frame.rename(dict(zip(frame.columns, ("session", "item", "time"), strict=False)))
+    times.check(file)
 
 
 def _whole_sessions(frames: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:

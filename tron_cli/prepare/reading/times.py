@@ -148,6 +148,8 @@ class FormatParser(Parser):
 
     def advice(self, value: Any) -> str | None:
         """Point to the format, which may be the mistake."""
+        if value is None or value == "":
+            return None
         return "correct the format or the line, or pass --skip-bad-lines"
 
     def check(self, file: Path) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +12,15 @@ import numpy as np
 import polars as pl
 
 from tron_cli.errors import InputError
-from tron_cli.prepare.fetching.raw import PARQUET_MAGIC, first_bytes, open_raw
+from tron_cli.prepare.fetching.raw import PARQUET_MAGIC, first_bytes
 from tron_cli.prepare.reading.columns import (
     BadLines,
     Columns,
     Parser,
-    find_columns,
     read_delimited,
     read_json_lines,
 )
+from tron_cli.prepare.reading.header import find_separator, header_line
 from tron_cli.prepare.reading.ids import ids_of
 from tron_cli.prepare.reading.parquet import read_parquet
 from tron_cli.prepare.reading.times import FormatParser, TimeParser
@@ -32,7 +29,6 @@ from tron_cli.prepare.sessions import (
 )
 
 NULL_TOKENS = ("NULL", "null", "None", "NA", "N/A", "NaN", "nan", "\\N")  # of databases, pandas, R
-_SEPARATORS = ",;\t|"
 _TYPED = r"[^\t]+:(?:token|float)(?:_seq)?"
 _RECBOLE_HEADER = rf"{_TYPED}(?:\t{_TYPED})+"
 
@@ -154,12 +150,12 @@ class TableReader:
         suffix = file.suffix.lower()
         if first_bytes(file).startswith(PARQUET_MAGIC) or suffix == ".parquet":
             return read_parquet(file, self._wanted)
-        header = _header(file)
+        header = header_line(file)
         if header.startswith(("{", "[")):
             return read_json_lines(file, self._wanted, self.bad, ids=self._ids)
         # RecBole's files have no quoting.
         is_recbole = suffix == ".inter" or re.fullmatch(_RECBOLE_HEADER, header) is not None
-        separator = "\t" if is_recbole else _separator(file, header, self._wanted)
+        separator = "\t" if is_recbole else find_separator(file, header, self._wanted)
         return read_delimited(
             file, self._wanted, self.bad, separator=separator, quoted=not is_recbole
         )
@@ -171,24 +167,6 @@ def _time_parser(columns: TableColumns) -> TimeParser | FormatParser:
     if columns.time_unit != "auto":
         raise InputError("--time-unit has no effect with --time-format: leave one of them out")
     return FormatParser(columns.time_format)
-
-
-def _header(file: Path) -> str:
-    """Return the first line that is not blank, without its end."""
-    with open_raw(file) as content:
-        lines = iter(partial(content.readline, 1 << 16), b"")
-        header = next((line for line in lines if line.strip(b"\r\n")), b"")
-    return header.removeprefix(b"\xef\xbb\xbf").decode(errors="replace").strip("\r\n")
-
-
-def _separator(file: Path, header: str, wanted: list[str]) -> str:
-    """Return the separator that the header has most often of those that give the wanted columns."""
-    by_count = sorted(_SEPARATORS, key=header.count, reverse=True)
-    for separator in by_count:
-        with suppress(InputError, csv.Error):
-            find_columns(file, next(csv.reader([header], delimiter=separator)), wanted)
-            return separator
-    return by_count[0]
 
 
 _KIND = Parser(lambda column: column.cast(pl.String).fill_null(""), "a kind of event")
