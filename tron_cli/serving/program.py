@@ -144,7 +144,8 @@ class Program(nn.Module):
         score_Bk = exact_BM[:, :wanted].float()
         none_Bk = score_Bk == -torch.inf
         score_Bk = torch.where(is_empty_B1 & ~none_Bk, 0.0, score_Bk)
-        return torch.where(none_Bk, 0, best_Bk), score_Bk
+        # Before torch 2.13 a loaded program asks for gradients of its weights again.
+        return torch.where(none_Bk, 0, best_Bk), score_Bk.detach()
 
     def _windows(
         self, item_BL: torch.Tensor, length_B: torch.Tensor
