@@ -122,6 +122,7 @@ def test_synthetic_has_the_name_of_its_source(tmp_path: Path) -> None:
         ("tabel", {}, "no source 'tabel' of datasets; did you mean 'table'"),
         ("shop", {}, "no source 'shop' of datasets; there are table"),
         (5, {}, "source must be text, got 5"),
+        ("synthetic", {"sessions": -1}, "sessions must be at least 1, got -1"),
         ("table", {}, r"prepare\('table'\) needs the name of the dataset"),
         ("table", {"name": "x"}, r"prepare\('table'\) needs item_col and time_col"),
         ("table", {"name": "x", "sesion_col": "s"}, "'sesion_col'; did you mean session_col"),

@@ -6,8 +6,10 @@ import gzip
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +275,67 @@ def test_candidates_exclusions_and_rated_items(
     assert sorted(json.loads(out)["items"]) == [103, 105]
 
 
+def test_ids_that_exclude_nothing_and_the_first_unknown_one_are_said(
+    checkpoint: Path, command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "not.txt").write_text("101\n102 \n")
+    (tmp_path / "in.csv").write_text("session,item\na,104.0\na,105\n")
+    code, _, err = command(
+        "recommend", checkpoint, "--input", tmp_path / "in.csv", "--exclude", tmp_path / "not.txt"
+    )
+    assert code == 0, err
+    assert "not.txt: 1 of 2 ids are not in the catalogue, the first '102 '" in err
+    assert "1 of 2 events are on items that the model does not know" in err
+    assert "the first '104.0'" in err
+    assert "in.csv, session 'a'" in err
+    assert err.count("its 30 ids look like 101") == 2
+
+
+def test_closed_streams(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(json_lines(SESSIONS))
+    words = [sys.executable, "-m", "tron_cli", "recommend", str(checkpoint)]
+    words += ["--input", str(tmp_path / "in.jsonl"), "-k", "1"]
+    closed_out = ["bash", "-c", '"$@" >&-', "bash", *words]
+    result = subprocess.run(closed_out, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "tron: stdout is closed; name a file with --output\n"
+    closed_err = ["bash", "-c", '"$@" 2>&-', "bash", *words]
+    result = subprocess.run(closed_err, capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) == len(SESSIONS)
+
+
+def test_an_interrupt_ends_the_wait_for_a_line_and_leaves_no_file(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "lists" / "out.jsonl"
+    out.parent.mkdir()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            # A shell without job control, and some that run tests, let it be ignored.
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "from tron_cli.cli import main; main()",
+            *("recommend", checkpoint, "--output", out),
+        ],
+        stdin=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdin is not None
+        process.stdin.write(json_lines(SESSIONS))
+        process.stdin.flush()
+        partial = out.with_name("out.jsonl.partial")
+        deadline = time.monotonic() + 60
+        while not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(timeout=30) == 130
+        finally:
+            process.kill()
+    assert list(out.parent.iterdir()) == []
+
+
 def test_unknown_items_are_warned_of_or_refused_by_line(
     checkpoint: Path, command: Command, tmp_path: Path
 ) -> None:
@@ -362,6 +425,13 @@ def test_a_wrong_line_is_named_after_those_before_it_are_answered(
         ("recommend CKPT --input good.jsonl --skip-bad-lines", "are for tables"),
         ("recommend CKPT --input good.csv --time-format %d/%m/%Y", "goes with --time-col"),
         ("recommend CKPT --input good.csv --candidates ids.txt", "ids.txt, line 2: 'x' is not in"),
+        ("recommend CKPT --input good.csv --candidates empty.csv", "empty.csv holds no ids"),
+        ("recommend CKPT --input good.csv --output good.csv", "--output good.csv is also read"),
+        ("recommend CKPT --input good.csv --output link.csv", "--output link.csv is also read"),
+        (
+            "recommend CKPT --input good.csv --candidates few.csv --output few.csv",
+            "--output few.csv is also read",
+        ),
         ("recommend CKPT --input good.csv --exclude latin.txt", "latin.txt is not UTF-8"),
         ("recommend CKPT --input good.csv --exclude nowhere.txt", "nowhere.txt"),
         ("recommend CKPT --input good.csv --batch-size 0", "--batch-size"),
@@ -388,6 +458,8 @@ def test_wrong_usage_is_one_sentence(
     Path("bad.parquet").write_bytes(Path("good.parquet").read_bytes()[:-20])
     good.with_columns(pl.col("item") + 0.5).write_parquet("float.parquet")
     Path("ids.txt").write_text("101\nx\n")
+    Path("few.csv").write_text("101\n")
+    Path("link.csv").symlink_to("good.csv")
     Path("latin.txt").write_bytes(b"\xe9\n")
     before = sorted(tmp_path.iterdir())
     code, out, err = command(*words.replace("CKPT", str(checkpoint)).split())

@@ -265,6 +265,10 @@ def test_ids_may_be_text_or_integers_in_both_kinds_of_catalogues(
         ({"histories": ["1001"]}, "expected a list of item ids, got '1001'"),
         ({"histories": "1001"}, "expected a list of histories"),
         ({"histories": 5}, "expected a list of histories"),
+        ({"histories": np.array(5)}, "expected a list of histories"),
+        ({"histories": [np.array(5)]}, "history 1: expected a list of item ids"),
+        ({"histories": [{99}], "on_unknown": "raise"}, "history 1: 1 of 1 .* the first 99"),
+        ({"histories": [{99: 1}.keys()], "on_unknown": "raise"}, "history 1: 1 of 1 events"),
         ({"histories": [1001, 1002]}, "expected a list of item ids, got 1001"),
         ({"histories": [{"items": [1]}]}, "expected a list of item ids"),
         ({"k": 0}, "k must be from 1 to 40"),
@@ -285,6 +289,15 @@ def test_wrong_arguments_are_one_sentence(
     served = recommender(data, tmp_path, "sasrec")
     with pytest.raises(InputError, match=words):
         served.recommend(**{"histories": [[1001]], **arguments})
+
+
+@pytest.mark.parametrize(
+    ("path", "plugins"),
+    [(None, ()), (5, ()), (b"model.pt", ()), (["model.pt"], ()), *[("a.pt", p) for p in (None, 5)]],
+)
+def test_a_checkpoint_is_a_path_and_plugins_are_a_list(path: Any, plugins: Any) -> None:
+    with pytest.raises(InputError, match="must be"):
+        Recommender.load(path, plugins=plugins)
 
 
 def test_no_candidates_and_everything_excluded_give_empty_lists(

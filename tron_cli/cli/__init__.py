@@ -6,6 +6,7 @@ Modules of this folder import torch, NumPy and polars only inside functions, so 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from typing import Annotated
@@ -57,6 +58,8 @@ app.add_typer(config.app, name="config")
 
 def main() -> None:
     """Run the command line; wrong usage and bad input exit with 2, failed runs with 1."""
+    if sys.stderr is None:  # closed, as by 2>&-
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 -- as long as the process
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     sys.exit(_run([word for word in arguments if word != "--debug"], debug))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,6 +149,8 @@ def recommend(
     from tron_cli.serving.recommender import Recommender
     from tron_cli.serving.session_files import Session, SessionColumns, format_of
 
+    if history is None and output is None and sys.stdout is None:
+        raise InputError("stdout is closed; name a file with --output")
     if history is not None and (input or output):
         raise InputError("--history is one history, answered on stdout: leave out --input/--output")
     if as_json and history is None:
@@ -159,6 +162,7 @@ def recommend(
         raise InputError("--time-format goes with --time-col: name the column of the times")
     if output is not None:
         format_of(output, "--output")
+        _check_apart(output, input, candidates, exclude)
         check_writable(output)
     recommender = Recommender.load(checkpoint, device=chosen_device(device))
     recommender.check_options(k, filter_rated, on_unknown, on_empty)
@@ -194,13 +198,32 @@ def recommend(
         log.info("%s bad lines were skipped; the first: %s", f"{bad.count:,}", bad.first)
 
 
+def _check_apart(output: Path, *inputs: Path | None) -> None:
+    """Raise InputError where the output would replace a file that is read."""
+    for file in inputs:
+        if file is not None and file.exists() and output.exists() and output.samefile(file):
+            raise InputError(f"--output {output} is also read; name another file for the output")
+
+
 def _scope(recommender: Recommender, exclude: Path | None, candidates: Path | None) -> Scope:
+    import numpy as np
+
     from tron_cli.serving.session_files import read_ids
 
-    excluded, _ = read_ids(exclude) if exclude else ([], [])
+    excluded: list[str] = []
+    if exclude is not None:
+        excluded, _ = read_ids(exclude)
+        unknown = np.flatnonzero(recommender.lookup.numbers(excluded, str(exclude)) == 0)
+        if len(unknown):
+            log.info(
+                f"{exclude}: {len(unknown):,} of {len(excluded):,} ids are not in the catalogue, "
+                f"the first {excluded[unknown[0]]!r}; {recommender.looks}"
+            )
     if candidates is None:
         return recommender.scope(excluded)
     ids, lines = read_ids(candidates)
+    if not ids:
+        raise InputError(f"{candidates} holds no ids; expected one per line, or no --candidates")
     for id_, line, number in zip(
         ids, lines, recommender.lookup.numbers(ids, str(candidates)), strict=True
     ):
@@ -233,6 +256,8 @@ def _sessions(
 
     from tron_cli.serving.session_files import STDIN, read_json_sessions, read_sessions
 
+    # Polars makes reads start again after Ctrl-C, so that it would wait for the next line.
+    signal.siginterrupt(signal.SIGINT, True)
     if input is not None:
         batches = read_sessions(input, columns, batch_size, bad)
     elif sys.stdin is None or sys.stdin.isatty():

@@ -37,6 +37,7 @@ class Counts:
     unknown_events: int = 0
     sessions_with_unknown: int = 0
     without_known: int = 0
+    first_unknown: str = ""
 
     def __str__(self) -> str:
         text = f"{self.sessions:,} sessions"
@@ -44,6 +45,7 @@ class Counts:
             text += (
                 f"; {self.unknown_events:,} of {self.events:,} events are on items that the model "
                 f"does not know and were left out, in {self.sessions_with_unknown:,} sessions"
+                f", the first {self.first_unknown}"
             )
         if self.without_known:
             text += f"; {self.without_known:,} sessions without known items got the popular items"
@@ -82,6 +84,10 @@ def _known(
     counts.events += len(session.items)
     counts.unknown_events += unknown
     if unknown:
+        if not counts.first_unknown:
+            is_known = recommender.lookup.numbers(session.items, session.place) > 0
+            first = session.items[int(np.argmin(is_known))]
+            counts.first_unknown = f"{first!r} ({session.place}); {recommender.looks}"
         counts.sessions_with_unknown += 1
         if options.on_unknown == "warn" and counts.sessions_with_unknown <= _WARNINGS:
             recommender.known_numbers(session.items, session.place, "warn")

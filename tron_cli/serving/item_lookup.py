@@ -37,8 +37,7 @@ class ItemLookup:
 
         what: name of the ids in errors. Raises InputError where they are no list of ids.
         """
-        # A dictionary, text and bytes can be iterated over, but are passed by mistake.
-        if isinstance(ids, str | bytes | dict) or not isinstance(ids, Iterable):
+        if not is_list(ids):
             raise InputError(
                 f"{what}: expected a list of item ids, got {_shown(ids)}; one history is a list, "
                 'such as ["a", "b"]'
@@ -72,6 +71,13 @@ class ItemLookup:
     def ids(self, numbers: np.ndarray) -> list[int] | list[str]:
         """Return the original ids of items, given their numbers."""
         return self.item_ids[numbers - 1].tolist()
+
+
+def is_list(values: Any) -> bool:
+    """Return True for what can be iterated over, but is not passed by mistake, as text is."""
+    if isinstance(values, str | bytes | dict) or not isinstance(values, Iterable):
+        return False
+    return not isinstance(values, np.ndarray) or values.ndim > 0
 
 
 def _plain(value: Any, what: str, place: int) -> int | str:

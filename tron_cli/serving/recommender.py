@@ -9,7 +9,7 @@ Shapes: E histories, K places of a list, I items, C items that may be recommende
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from tron_cli.evaluation.predict import check_weights, float32_arithmetic, hidde
 from tron_cli.evaluation.ranking import Catalogue, SeenItems
 from tron_cli.models.base import Model
 from tron_cli.ops.device import chosen_device
-from tron_cli.serving.item_lookup import ItemLookup
+from tron_cli.serving.item_lookup import ItemLookup, is_list
 from tron_cli.serving.similar import CosineNeighbors
 
 ON_UNKNOWN = ("skip", "warn", "raise")
@@ -111,8 +111,12 @@ class Recommender:
         checkpoint needs, as for `--plugin`. Raises InputError where there is no checkpoint that can
         be used, and RunError where its weights are not finite.
         """
+        if not isinstance(path, str | Path):
+            raise InputError(f"path must be the path of a checkpoint, got {path!r}")
+        if isinstance(plugins, str) or not isinstance(plugins, Sequence):
+            raise InputError(f"plugins must be a list, such as ['mine.py:Mean'], got {plugins!r}")
         for reference in plugins:
-            add_plugin(reference)
+            add_plugin(str(reference))
         return cls(load_checkpoint(Path(path)), chosen_device(device))
 
     def expect_many(self) -> None:
@@ -150,7 +154,7 @@ class Recommender:
         self.check_options(k, filter_rated, on_unknown, on_empty)
         scope = self.scope(exclude, candidates)
         known = []
-        if isinstance(histories, str | bytes | dict) or not isinstance(histories, Iterable):
+        if not is_list(histories):
             raise InputError(
                 f"histories: expected a list of histories, got {type(histories).__name__}; one "
                 'history is a list of item ids, such as ["a", "b"]'
@@ -179,10 +183,14 @@ class Recommender:
         if not numbers.all():
             raise InputError(
                 f"{items[int(np.argmin(numbers))]!r} is not in the catalogue of "
-                f"{self.checkpoint.path}; its {self.num_items:,} ids look like "
-                f"{self.lookup.ids(np.array([1]))[0]!r}"
+                f"{self.checkpoint.path}; {self.looks}"
             )
         return numbers
+
+    @property
+    def looks(self) -> str:
+        """A clause that shows an id of the catalogue, to compare with an unknown one."""
+        return f"its {self.num_items:,} ids look like {self.lookup.ids(np.array([1]))[0]!r}"
 
     def similar_to(self, item_E: np.ndarray, *, k: int) -> list[Recommendation]:
         """Return the items most similar to each of the item numbers int64; see `similar`."""
@@ -251,7 +259,8 @@ class Recommender:
 
         Raises InputError where it is no list of ids, or holds unknown ones and on_unknown="raise".
         """
-        history = list(history) if isinstance(history, Iterator) else history
+        if isinstance(history, Iterator | Set):
+            history = list(history)
         numbers = self.lookup.numbers(history, what)
         if numbers.all():
             return numbers

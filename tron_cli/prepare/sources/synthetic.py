@@ -105,6 +105,8 @@ def prepare_synthetic(
     sessions: their number; the last 2 of 30 days are the test split, the 2 before validation.
     Raises InputError where the sessions are too few to show every item in training.
     """
+    if sessions < 1:
+        raise InputError(f"sessions must be at least 1, got {sessions}")
     writer = DatasetWriter(dataset_path(data_dir, name), force=force)
     rng = np.random.default_rng(seed)
     shop = make_shop(rng)
