@@ -219,6 +219,7 @@ def test_trons_own_sessions_tell_its_numbers(
         ([lines[0], lines[1].replace('"aid": ', '"aid": 1')], "line 2"),
         (["{"], "line 1"),
         (['{"session": 3}'], "line 1"),
+        ([re.sub(r'"aid": \d+', f'"aid": {10**20}', lines[0])], "line 1"),
     ):
         sessions.write_text("\n".join(damage) + "\n")
         code, _, err = command(*words, tmp_path / "y.pt", "--item-ids", sessions)
@@ -426,6 +427,8 @@ def test_a_file_that_exists_is_kept_without_force(
     code, _, err = command(*words, "-o", file, "--force")
     assert code == 2
     assert torch.load(file)["epoch"] == 3
+    code, _, err = command("import", "tron", tmp_path / "none.ckpt", "-o", out, "--force")
+    assert (code, "no file at" in err) == (2, True)
     code, _, err = command("import", "tron", out, "-o", tmp_path / "b.pt", "--item-ids", ids)
     assert code == 2
     assert "is a tron checkpoint already" in err

@@ -46,7 +46,7 @@ def import_checkpoint(
     from the config and its overrides. Raises InputError where the file is damaged or holds anything
     but plain data, or settings, ids and tensors do not fit together.
     """
-    if output.exists() and (not force or output.samefile(path)):
+    if output.exists() and (not force or (path.exists() and output.samefile(path))):
         raise InputError(
             f"{output} exists already; name another file with --output"
             + ("" if force else ", or pass --force to replace it")
@@ -293,7 +293,7 @@ def _ids_by_sessions(file: Path, count: int, dataset: Dataset | None) -> np.ndar
                 number_of_row[rows] = items
     except OSError as error:
         raise InputError(f"cannot read {file}: {error}") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{file}, line {place} does not fit ({type(error).__name__}: {error!s:.100}); expected "
             "the training sessions that TRON prepared from the log of the dataset"
