@@ -170,6 +170,40 @@ def test_a_run_that_started_from_another_does_so_again(data_dir: Path, tmp_path:
     assert all(torch.equal(again.weights[name], v) for name, v in final.weights.items())
 
 
+def test_a_start_from_weights_that_know_the_validation_sessions_is_warned_of(
+    data_dir: Path, caplog: pytest.LogCaptureFixture, rng: np.random.Generator
+) -> None:
+    config = write_config(data_dir.parent, max_epochs=1)
+    plain = run(data_dir, "plain", config=config)
+    final = run(data_dir, "final", final=plain.run_dir)
+    run(data_dir, "warm", config=config, init_from=plain.run_dir)
+    parts = {name: random_sessions(rng, 20, ITEMS) for name in ("train", "val", "test")}
+    write_dataset(data_dir, name="newer", num_items=ITEMS, **parts)
+    run(data_dir, "newer", config=config, dataset_name="newer", init_from=final.run_dir)
+    assert "trained on the validation sessions" not in caplog.text
+    warm = run(data_dir, "leaky", config=config, init_from=final.run_dir)
+    assert "trained on the validation sessions" in caplog.text
+    assert str(final.checkpoint) in caplog.text
+    caplog.clear()
+    run(data_dir, "again", final=warm.run_dir)  # does not validate
+    assert "trained on the validation sessions" not in caplog.text
+
+
+@pytest.mark.parametrize("model", [{}, {"model": "gru4rec", "session_parallel": True}])
+def test_steps_that_end_before_validation_sessions_in_order_are_warned_of(
+    model: dict[str, Any], data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    style = {"shuffling_style": "no_shuffling", **model}
+    short = run(data_dir, "short", config=write_config(data_dir.parent, max_epochs=1, **style))
+    run(data_dir, "final", final=short.run_dir)
+    assert "no_shuffling" in caplog.text
+    caplog.clear()
+    style["shuffling_style"] = "shuffle_without_replacement"
+    shuffled = run(data_dir, "other", config=write_config(data_dir.parent, max_epochs=1, **style))
+    run(data_dir, "other-final", final=shuffled.run_dir)
+    assert "end before" not in caplog.text
+
+
 def test_what_validation_did_not_choose_is_refused(data_dir: Path, tmp_path: Path) -> None:
     best = validated(data_dir)
     final = run(data_dir, "final", final=best.run_dir)

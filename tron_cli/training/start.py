@@ -128,6 +128,8 @@ def start_training(
                 "optimizer=auto: %s, which is faster for a table of %s items with these settings",
                 config.optimizer, f"{dataset.num_items:,}",
             )  # fmt: skip
+        if "final" in origin and config.shuffling_style == "no_shuffling":
+            _warn_of_an_unfinished_pass(last_step, feed.steps_per_pass)
         _warn_of_a_long_warmup(config, total_steps)
         _warn_of_a_jump(config, progress.step, steps_per_epoch, max_epochs_before)
     return Training(
@@ -186,6 +188,16 @@ def scheduled_rate(config: ExperimentConfig, step: int, total_steps: int) -> flo
         warmup_steps=config.warmup_steps,
         total_steps=total_steps,
     )
+
+
+def _warn_of_an_unfinished_pass(last_step: int, steps_per_pass: int) -> None:
+    """Warn where a final model ends before the validation sessions, which come last, are over."""
+    if last_step < steps_per_pass:
+        log.warning(
+            "shuffling_style=no_shuffling: the %s steps end before the last of the %s steps that "
+            "all sessions take, so not every validation session is trained on",
+            f"{last_step:,}", f"{steps_per_pass:,}",
+        )  # fmt: skip
 
 
 def _warn_of_a_long_warmup(config: ExperimentConfig, total_steps: int) -> None:

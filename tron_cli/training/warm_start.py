@@ -65,6 +65,7 @@ def start_from(
                     f"{list(values.shape)} in the new run, and is no table of items of "
                     f"model={config.model}; leave out --init-from"
                 )
+    _warn_of_known_validation(earlier, dataset)
     dropped = len(old_ids) - kept
     log.info(
         "started from %s: %s items keep their embeddings, %s are new, %s of its items are dropped",
@@ -79,6 +80,18 @@ def start_from(
         "new_items": dataset.num_items - kept,
         "dropped_items": dropped,
     }
+
+
+def _warn_of_known_validation(earlier: Checkpoint, dataset: Dataset) -> None:
+    """Warn where a final model was trained on the sessions that are to validate."""
+    val = dataset.split_info("val")
+    if val["sessions"] and earlier.dataset.get("val_fingerprint") == val["fingerprint"]:
+        log.warning(
+            "%s was trained on the validation sessions of %s, so that validation figures will be "
+            "too high and choose too few steps; start from the run that it came from, or prepare "
+            "newer sessions",
+            earlier.path, dataset.path,
+        )  # fmt: skip
 
 
 def _check_settings(earlier: Checkpoint, model: Model, config: ExperimentConfig) -> None:
