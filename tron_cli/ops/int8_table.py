@@ -108,10 +108,10 @@ class _Chunk:
         self._packed = torch.ops.onednn.qlinear_prepack(point_CD.to(torch.int8), None)
         self._zero_C = torch.zeros(self.size, dtype=torch.int32)
 
-    def scores(self, queries: _Queries) -> torch.Tensor:
+    def scores(self, point_ED: torch.Tensor) -> torch.Tensor:
         """Return s (p.q), float32 [E, C]; -inf where the last group is filled up."""
         score_EC = torch.ops.onednn.qlinear_pointwise(
-            queries.point_ED,
+            point_ED,
             1.0,
             128,
             self._packed,
@@ -160,10 +160,10 @@ class _Scored:
     """Scores of a chunk and the best of each group. bound_E: float64, bounds of their errors."""
 
     def __init__(
-        self, chunk: _Chunk, first_place: int, queries: _Queries, bound_E: torch.Tensor
+        self, chunk: _Chunk, first_place: int, point_ED: torch.Tensor, bound_E: torch.Tensor
     ) -> None:
         self._first_place = first_place
-        self._score_EC = chunk.scores(queries)
+        self._score_EC = chunk.scores(point_ED)[: len(bound_E)]
         # Group g has items g, g + G, g + 2 G ..., so that maxima are taken over whole vectors.
         self.best_EG = self._score_EC.unflatten(1, (_GROUP, chunk.num_groups)).amax(dim=1)
         self.bound_E = bound_E
@@ -339,9 +339,12 @@ class Int8Table:
         # The last term is the rounding of s (p.q), and of a difference with a bound.
         share_n1 = self._error_n1 + 3 * _EPS * longest_n1
         bound_nE = (queries.norm_E * share_n1 + queries.error_E * self._norm_n1) * _SLACK
+        # oneDNN keeps a kernel for each number of rows.
+        missing = -len(queries) % (8 if len(queries) > 8 else 1)
+        point_ED = F.pad(queries.point_ED, (0, 0, 0, missing))
         for number in range(low, high):
             chunk = self._chunks[number]
-            yield number, _Scored(chunk, number * _CHUNK, queries, bound_nE[number])
+            yield number, _Scored(chunk, number * _CHUNK, point_ED, bound_nE[number])
 
     def _unfit(self, queries: _Queries) -> torch.Tensor:
         """Mark the queries that cannot be rounded: their products could underflow or overflow."""
