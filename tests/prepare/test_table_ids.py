@@ -122,7 +122,7 @@ def test_an_empty_id_is_none_whatever_the_null_tokens(tmp_path: Path, empty: str
     few(["a", "b", empty]).write_parquet(tmp_path / "a.parquet")
     columns = replace(SESSION, null_tokens=())
     with pytest.raises(
-        InputError, match="row 3: expected an id in one line in item, found nothing"
+        InputError, match="row 3: expected an id without line breaks in item, found nothing"
     ):
         prepare_table(tmp_path / "a.parquet", columns, tmp_path, "out")
 

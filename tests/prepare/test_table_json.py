@@ -44,7 +44,9 @@ def test_values_of_json_that_are_no_ids(
     lines = [json.dumps(row) for row in few([1, 2, 3]).to_dicts()]
     bad = f'{{"{column}": {value}, "{"item" if column == "user" else "user"}": 1, "time": {START}}}'
     file.write_text("\n".join([*lines[:4], bad, *lines[4:]]))
-    with pytest.raises(InputError, match=r"a\.jsonl, line 5: expected an id in one line") as error:
+    with pytest.raises(
+        InputError, match=r"a\.jsonl, line 5: expected an id without line breaks"
+    ) as error:
         prepare_table(file, SESSION, tmp_path, "out")
     assert found in str(error.value)
     dataset = prepare_table(file, SESSION, tmp_path, "out", skip_bad_lines=True)

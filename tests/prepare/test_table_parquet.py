@@ -39,8 +39,16 @@ def test_bad_rows_of_parquet(tmp_path: Path, rng: np.random.Generator) -> None:
     ("column", "values", "problem"),
     [
         ("time", pl.Series([0] * 20, dtype=pl.Time), "a number in time, found the type Time"),
-        ("user", pl.Series([{"id": 1}] * 20), r"an id in one line in user, found the type Struct"),
-        ("item", pl.Series([["i1"]] * 20), r"an id in one line in item, found the type List"),
+        (
+            "user",
+            pl.Series([{"id": 1}] * 20),
+            r"an id without line breaks in user, found the type Struct",
+        ),
+        (
+            "item",
+            pl.Series([["i1"]] * 20),
+            r"an id without line breaks in item, found the type List",
+        ),
     ],
 )
 def test_columns_of_parquet_that_hold_something_else(

@@ -46,11 +46,19 @@ def test_wrong_options(tmp_path: Path, columns: TableColumns, problem: str) -> N
     ("name", "line", "problem"),
     [
         ("a.csv", "u1,i1,2024-01-01", "expected 4 fields separated by ',', found 3"),
-        ("a.csv", "u1,,1700000000000,view", "expected an id in one line in item, found nothing"),
-        ("a.csv", ",i1,1700000000000,view", "expected an id in one line in user, found nothing"),
+        (
+            "a.csv",
+            "u1,,1700000000000,view",
+            "expected an id without line breaks in item, found nothing",
+        ),
+        (
+            "a.csv",
+            ",i1,1700000000000,view",
+            "expected an id without line breaks in user, found nothing",
+        ),
         ("a.csv", "u1,i1,yesterday,view", "in time, found 'yesterday'"),
         ("a.csv", '"u1"x,i1,1700000000000,view', "a quote opens a field and does not close it"),
-        ("a.csv", '"u1","i\n1",1700000000000,view', "expected an id in one line in item"),
+        ("a.csv", '"u1","i\n1",1700000000000,view', "expected an id without line breaks in item"),
         ("a.jsonl", '{"user": "u1", "item": "i1"', "cannot be parsed"),
         ("a.jsonl", '{"user": "u1", "item": "i1"}', "in time, found nothing"),
         ("a.jsonl", '["u1", "i1", 1700000000000]', ""),
@@ -67,7 +75,11 @@ def test_wrong_options(tmp_path: Path, columns: TableColumns, problem: str) -> N
         ("a.jsonl", "7", ""),
         ("a.jsonl", '"user"', ""),
         ("a.jsonl", '[["u1"], {}]', ""),
-        ("a.csv", "  ,i1,1700000000000,view", "expected an id in one line in user, found '  '"),
+        (
+            "a.csv",
+            "  ,i1,1700000000000,view",
+            "expected an id without line breaks in user, found '  '",
+        ),
     ],
 )
 def test_bad_lines_are_named_or_skipped(

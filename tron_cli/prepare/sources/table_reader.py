@@ -84,7 +84,7 @@ class TableReader:
         if len(set(self._wanted)) < len(self._wanted):
             raise InputError(f"expected different columns, got {', '.join(self._wanted)}")
         self._times = _time_parser(columns)
-        ids = Parser(ids_of, "an id in one line", columns.null_tokens)
+        ids = Parser(ids_of, "an id without line breaks", columns.null_tokens)
         self._parsers = {**dict.fromkeys(self._ids, ids), columns.time: self._times}
         self._kinds: set[str] = set()
         self._first: tuple[Path, dict[str, pl.DataType]] | None = None
