@@ -33,7 +33,7 @@ _LARGEST = 127
 _MOST_PAIRS = 1 << 14  # of one query, and _GROUP more for each item asked for
 _ROWS_AT_ONCE = 1 << 12
 _EPS = torch.finfo(torch.float32).eps
-_SLACK = 1 + 1e-5  # for the rounding of the bounds themselves, of norms of up to 100 dimensions
+_SLACK = 1 + 1e-5  # for the rounding of the bounds themselves, in float64
 
 
 def usable(device: torch.device) -> bool:
@@ -100,11 +100,10 @@ class _Chunk:
         self._step_C = torch.where(largest_C > 1e-30, largest_C / _LARGEST, 0.0)
         point_CD = (rows_CD / self._step_C[:, None]).nan_to_num_(0.0, 0.0, 0.0).round_()
         point_CD.clamp_(-_LARGEST, _LARGEST)
-        underflow = 1e-18 * rows_CD.shape[1] ** 0.5  # of squares
-        self.norm = float(rows_CD.norm(dim=1).max()) * _SLACK + underflow
+        self.norm = _largest_norm(rows_CD) * _SLACK
         error_CD = point_CD.mul(self._step_C[:, None]).sub_(rows_CD)
         # The last term is the rounding of s q and of the difference.
-        self.error = float(error_CD.norm(dim=1).max()) * _SLACK + _EPS * self.norm + underflow
+        self.error = _largest_norm(error_CD) * _SLACK + _EPS * self.norm
         self._packed = torch.ops.onednn.qlinear_prepack(point_CD.to(torch.int8), None)
         self._zero_C = torch.zeros(self.size, dtype=torch.int32)
 
@@ -357,6 +356,11 @@ class Int8Table:
         place_P = torch.cat([nothing, *(pairs.place_P for pairs in found)])
         keep_P = ~open_E[query_P]
         return Undecided(query_P[keep_P], self._item_I[place_P[keep_P]].long(), open_E)
+
+
+def _largest_norm(rows_CD: torch.Tensor) -> float:
+    norm_C = torch.linalg.vector_norm(rows_CD, dim=1, dtype=torch.float64)
+    return float(norm_C.max())
 
 
 def _count(query_P: torch.Tensor, num_queries: int) -> torch.Tensor:
