@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,22 @@ import pytest
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run slow tests first, so that no process waits for another's at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Remove what a test registered."""
+    from tron_cli import registry
+    from tron_cli.config import plugins
+
+    names = ("MODELS", "BASELINES", "LOSSES", "CATALOGUE_LOSSES", "SAMPLERS")
+    tables = [*(getattr(registry, name) for name in names), *registry.REGISTERED.values()]
+    before = [dict(table) for table in tables]
+    monkeypatch.setattr(plugins, "_named", {})
+    yield
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,11 @@ from tron_cli.training.loop import train
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 NEWCOMERS = re.findall(r"`tron_cli/[\w/]+\.py`:\n\n```python\n(.*?)^```", PAGE, re.M | re.S)
-TABLES = ("MODELS", "BASELINES", "LOSSES", "CATALOGUE_LOSSES", "SAMPLERS")
 
 
 @pytest.fixture(autouse=True)
-def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Remove what a test registered."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tables = [*(getattr(registry, name) for name in TABLES), *registry.REGISTERED.values()]
-    before = [dict(table) for table in tables]
-    monkeypatch.setattr(plugins, "_named", {})
-    yield
-    for table, content in zip(tables, before, strict=True):
-        table.clear()
-        table.update(content)
 
 
 @pytest.fixture
