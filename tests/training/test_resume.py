@@ -301,7 +301,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
     run = RunFolder(
         tmp_path / "run", config, dataset, encode_item_ids(dataset.item_ids),
-        torch.zeros(dataset.num_items + 1, dtype=torch.int64), model, optimizer,
+        lambda: torch.zeros(dataset.num_items + 1, dtype=torch.int64), model, optimizer,
         torch.amp.GradScaler("cpu", enabled=False), Progress(),
     )  # fmt: skip
     run.save_last(0)

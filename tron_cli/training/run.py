@@ -18,8 +18,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ class RunFolder(RunFiles):
         config: ExperimentConfig,
         dataset: Dataset,
         item_ids: torch.Tensor,
-        popularity: torch.Tensor,
+        count_popularity: Callable[[], torch.Tensor],
         model: Model,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
@@ -166,7 +167,7 @@ class RunFolder(RunFiles):
         self.progress = progress
         self.identity = dataset_identity(dataset)
         self.item_ids = item_ids
-        self.popularity = popularity
+        self._count_popularity = count_popularity
         self._saved_at = time.monotonic()
         self._drop_later_metrics()
 
@@ -270,6 +271,11 @@ class RunFolder(RunFiles):
                 training=training,
                 origin=self.origin,
             )
+
+    @cached_property
+    def popularity(self) -> torch.Tensor:
+        """Training events of each item, counted at the first save: a start need not wait for it."""
+        return self._count_popularity()
 
     def _drop_later_metrics(self) -> None:
         """Drop metrics that are newer than the last save, and lines that cannot be read."""

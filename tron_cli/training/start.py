@@ -97,11 +97,24 @@ def start_training(
     total_steps = config.max_epochs * steps_per_epoch
     last_step = origin["final"]["steps"] if "final" in origin else total_steps
     profiler.check_steps(last_step - progress.step)
-    if popularity is None:
-        popularity = torch.from_numpy(count_events(sessions, dataset.num_items))
     distribution = _distribution(config, sessions, dataset.num_items, device)
+
+    def count_popularity() -> torch.Tensor:
+        if popularity is not None:
+            return popularity
+        return torch.from_numpy(count_events(sessions, dataset.num_items))
+
     run = RunFolder(
-        run_dir, config, dataset, item_ids, popularity, model, optimizer, scaler, progress, origin
+        run_dir,
+        config,
+        dataset,
+        item_ids,
+        count_popularity,
+        model,
+        optimizer,
+        scaler,
+        progress,
+        origin,
     )
 
     def prepare(step: int) -> Batch:
