@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tron_cli.errors import InputError
 from tron_cli.prepare.reading import columns
-from tron_cli.prepare.reading.columns import BadLines, read_delimited
+from tron_cli.prepare.reading.bad_lines import BadLines
+from tron_cli.prepare.reading.columns import read_delimited
 from tron_cli.prepare.reading.quotes import quoted_bytes
 
 Row = tuple[str, ...]

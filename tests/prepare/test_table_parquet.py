@@ -16,7 +16,8 @@ from helpers.tables import START, USER, shop, write_csv
 from pyarrow.parquet import write_table as write_arrow
 
 from tron_cli.errors import InputError
-from tron_cli.prepare.reading.columns import INTEGER, BadLines
+from tron_cli.prepare.reading.bad_lines import BadLines
+from tron_cli.prepare.reading.columns import INTEGER
 from tron_cli.prepare.reading.parquet import read_parquet
 from tron_cli.prepare.sources.table import prepare_table
 

@@ -13,6 +13,7 @@ from helpers.tables import START, USER, shop, write_csv
 
 from tron_cli.errors import InputError
 from tron_cli.prepare.sources.table import TableColumns, prepare_table
+from tron_cli.prepare.summary import summary_text
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,51 @@ def test_bad_lines_are_named_or_skipped(
     skipped = prepare_table(file, USER, tmp_path, "skipped", skip_bad_lines=True)
     assert skipped.info["splits"] == clean.info["splits"]
     assert skipped.info["bad_lines"]["count"] == 2
+
+
+def test_bad_lines_are_counted_by_kind(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Each bad line has one kind: that of the first fault in the order of the checks."""
+    file = tmp_path / "a.csv"
+    FORMATS["events.csv"](file, shop(rng, users=150, days=4))
+    bad = [
+        *3 * ["u1,i1,yesterday,view"],
+        *2 * ["u1,i1"],
+        "u1,,1700000000000,view",
+        "NULL,i1,1700000000000,view",
+        "u1,i1,,view",
+        "  ,i1,yesterday,view",
+        '"u1"x,i1,1700000000000,view',
+    ]
+    expected = {
+        "unreadable time": 3,
+        "wrong number of fields": 2,
+        "missing user": 1,
+        "missing item": 1,
+        "missing time": 1,
+        "unreadable user": 1,
+        "unclosed quote": 1,
+    }
+    file.write_text("\n".join([file.read_text().rstrip(), *bad]))
+    with file.open("ab") as content:
+        content.write(b"\nu1,\xff,1700000000000,view\n")
+    dataset = prepare_table(file, USER, tmp_path, "out", skip_bad_lines=True)
+    found = dataset.info["bad_lines"]
+    assert found["kinds"] == {**expected, "not UTF-8": 1}
+    assert found["count"] == 11
+    assert list(found["kinds"])[:2] == ["unreadable time", "wrong number of fields"]
+    shown = "11 bad lines were skipped (unreadable time: 3, wrong number of fields: 2, "
+    assert shown in summary_text(dataset)
+
+
+def test_bad_json_lines_are_counted_by_kind(tmp_path: Path, rng: np.random.Generator) -> None:
+    file = tmp_path / "a.jsonl"
+    FORMATS["events.jsonl"](file, shop(rng, users=150, days=4))
+    bad = ["{broken", '{"user": "u1", "time": 1700000000000, "event": "view"}', "7"]
+    bad += ['{"user": "u1", "item": [1], "time": 1700000000000, "event": "view"}']
+    file.write_text("\n".join([file.read_text().rstrip(), *bad]))
+    dataset = prepare_table(file, USER, tmp_path, "out", skip_bad_lines=True)
+    expected = {"unreadable line": 2, "missing item": 1, "unreadable item": 1}
+    assert dataset.info["bad_lines"]["kinds"] == expected
 
 
 def test_one_column_is_not_two(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tron_cli.ops.device import chosen_device
 from tron_cli.text_table import format_table
 
 if TYPE_CHECKING:
-    from tron_cli.prepare.reading.columns import BadLines
+    from tron_cli.prepare.reading.bad_lines import BadLines
     from tron_cli.serving.recommender import Recommendation, Recommender, Scope
     from tron_cli.serving.session_files import Session, SessionColumns
 
@@ -143,7 +143,7 @@ def recommend(
 
     The items and their order are those of `tron evaluate --run`, in original ids.
     """
-    from tron_cli.prepare.reading.columns import BadLines
+    from tron_cli.prepare.reading.bad_lines import BadLines, skipped_lines
     from tron_cli.serving.bulk import RecommendOptions, recommend_sessions
     from tron_cli.serving.list_files import list_writer
     from tron_cli.serving.recommender import Recommender
@@ -195,7 +195,7 @@ def recommend(
         counts = recommend_sessions(recommender, batches, write, options)
     log.info("%s", counts)
     if bad.count:
-        log.info("%s bad lines were skipped; the first: %s", f"{bad.count:,}", bad.first)
+        log.info(skipped_lines(bad.info()))
 
 
 def _check_apart(output: Path, *inputs: Path | None) -> None:

@@ -12,7 +12,8 @@ import polars as pl
 
 from tron_cli.data.dataset import Sessions
 from tron_cli.errors import InputError
-from tron_cli.prepare.reading.columns import BadLines, Columns
+from tron_cli.prepare.reading.bad_lines import BadLines, skipped_lines
+from tron_cli.prepare.reading.columns import Columns
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def collect_events(
         items.append(index.positions(block.frame["item"]))
         times.append(block.frame["time"].to_numpy())
     if latest is None:
-        raise InputError(f"{file} holds no readable event ({bad.count:,} bad lines: {bad.first})")
+        raise InputError(f"{file} holds no readable event: {skipped_lines(bad.info())}")
     return Events(
         np.concatenate(sessions),
         np.concatenate(items),

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from tron_cli.data.dataset import SPLITS, Dataset
+from tron_cli.prepare.reading.bad_lines import skipped_lines
 from tron_cli.prepare.split import DAY, moment
 from tron_cli.text_table import format_table
 
@@ -125,7 +126,7 @@ def _notes(info: dict[str, Any]) -> list[str]:
     notes = []
     bad = info.get("bad_lines") or {"count": 0}
     if bad["count"]:
-        notes.append(f"{bad['count']:,} bad lines were skipped; the first: {bad['first']}.")
+        notes.append(f"{skipped_lines(bad)}.")
     share = _repeats(info["splits"]["train"])
     is_table = info["source"] == "table"
     if share is not None and share > MANY_REPEATS:

@@ -17,7 +17,7 @@ from tron_cli.errors import InputError, RunError
 from tron_cli.prepare.earlier import Earlier
 from tron_cli.prepare.fetching.raw import describe
 from tron_cli.prepare.filters import Steps, drop_short
-from tron_cli.prepare.reading.columns import BadLines
+from tron_cli.prepare.reading.bad_lines import BadLines
 from tron_cli.prepare.sessions import (
     IdKeys,
     by_first_event,
@@ -144,7 +144,7 @@ def write_splits(
         source=source,
         options=options,
         sources=[describe(file) for file in files],
-        bad_lines={"count": bad.count, "first": bad.first},
+        bad_lines=bad.info(),
         filters=steps.entries,
         training_period={
             "sessions": len(splits.period),

@@ -12,12 +12,8 @@ import polars as pl
 
 from tron_cli.errors import InputError
 from tron_cli.prepare.fetching.raw import open_raw
-from tron_cli.prepare.reading.columns import (
-    BadLines,
-    Columns,
-    Parser,
-    read_delimited,
-)
+from tron_cli.prepare.reading.bad_lines import BadLines
+from tron_cli.prepare.reading.columns import Columns, Parser, read_delimited
 from tron_cli.prepare.reading.header import find_separator, header_line
 from tron_cli.prepare.reading.ids import ids_of
 from tron_cli.prepare.reading.parquet import read_parquet

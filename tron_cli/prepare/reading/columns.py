@@ -22,53 +22,14 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, counted
 from tron_cli.prepare.fetching.raw import open_raw
+from tron_cli.prepare.reading.bad_lines import BadLines
 from tron_cli.prepare.reading.quotes import loose_quotes, quoted_bytes, requoted
 
 BLOCK_BYTES = 1 << 24
 MAX_LINE_BYTES = 1 << 26
 NOT_TEXT = "\0\0"  # marks a value of JSON that is not an id, and is not valid in one
-
-
-class BadLines:
-    """Policy for lines that cannot be read: raise InputError, or skip and count them.
-
-    max_share: the largest share of all lines that may be skipped; None sets no limit.
-    """
-
-    def __init__(self, *, skip: bool = False, max_share: float | None = None) -> None:
-        if max_share is not None and not skip:
-            raise InputError("--max-bad-share goes with --skip-bad-lines: give both or none")
-        self.skip = skip
-        self.max_share = max_share
-        self.count = 0
-        self.first: str | None = None
-
-    def reject(
-        self, file: Path, line: int, problem: str, *, unit: str = "line", advice: str | None = None
-    ) -> None:
-        """Refuse, or skip and count, one bad line (of a Parquet file: row), numbered from 1.
-
-        advice: what to do, where correcting or skipping the line does not help.
-        """
-        if not self.skip:
-            advice = advice or "correct it, or pass --skip-bad-lines"
-            raise InputError(f"{file}, {unit} {line}: {problem}; {advice}")
-        self.count += 1
-        if self.first is None:
-            self.first = f"{file.name}, {unit} {line}: {problem}" + (
-                f"; {advice}" if advice else ""
-            )
-
-    def check_share(self, good: int) -> None:
-        """Raise InputError if too large a share of lines was bad; good: number of other lines."""
-        lines = good + self.count
-        if self.max_share is not None and self.count > self.max_share * lines:
-            raise InputError(
-                f"{self.count:,} of {lines:,} lines ({self.count / lines:.2g} of them) are bad, "
-                f"more than --max-bad-share {self.max_share:g} allows; the first: {self.first}"
-            )
 
 
 @dataclass
@@ -109,8 +70,15 @@ class Columns:
             name = next(name for name in parsers if not valid[name][row])
             parser, value = parsers[name], self.frame[name][row]
             problem = f"expected {parser.expected} in {name}, found {_found(value, parser)}"
-            advice = None if bad.first else parser.advice(value)
-            bad.reject(self.file, int(self.lines[row]), problem, unit=self.unit, advice=advice)
+            is_missing = value is None or value == "" or value in parser.null_tokens
+            bad.reject(
+                self.file,
+                int(self.lines[row]),
+                problem,
+                kind=f"{'missing' if is_missing else 'unreadable'} {name}",
+                unit=self.unit,
+                advice=None if bad.first else parser.advice(value),
+            )
         return replace(self, frame=frame).where(keep)
 
     def where(self, keep: np.ndarray) -> Columns:
@@ -172,11 +140,12 @@ def read_delimited(
         columns = columns or find_columns(file, names, wanted)
         is_bad = (records.fields != len(names)) | records.unclosed
         for record in np.flatnonzero(is_bad & (records.fields > 0)).tolist():
-            problem = f"expected {len(names)} fields separated by {separator!r}"
+            problem = f"expected {counted(len(names), 'field')} separated by {separator!r}"
             problem += f", found {records.fields[record]}"
+            kind = "wrong number of fields"
             if records.unclosed[record]:
-                problem = "a quote opens a field and does not close it"
-            bad.reject(file, int(records.lines[record]), problem)
+                problem, kind = "a quote opens a field and does not close it", "unclosed quote"
+            bad.reject(file, int(records.lines[record]), problem, kind=kind)
         schema = {f"column_{index}": pl.String() for index in range(len(names))}
         parse = _CsvParser(schema, separator, quoted)
         for frame, lines in _parse(file, records.where(~is_bad).requoted(separator), parse, bad):
@@ -470,10 +439,10 @@ def _parse(
             return
         reason = f"{len(frame)} records in it"
     if len(lines) == 1:
-        problem = f"the line cannot be parsed ({reason})"
+        problem, kind = f"the line cannot be parsed ({reason})", "unreadable line"
         if not _is_utf_8(records.block):
-            problem = "the line is not UTF-8 (save the file as UTF-8)"
-        bad.reject(file, int(lines[0]), problem)
+            problem, kind = "the line is not UTF-8 (save the file as UTF-8)", "not UTF-8"
+        bad.reject(file, int(lines[0]), problem, kind=kind)
         return
     first = np.arange(len(lines)) < len(lines) // 2
     yield from _parse(file, records.where(first), parse, bad)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tron_cli.prepare.reading.columns import BadLines, text_blocks
+from tron_cli.prepare.reading.bad_lines import BadLines
+from tron_cli.prepare.reading.columns import text_blocks
 
 MAX_DIGITS = 19  # numbers of so many digits fit uint64
 LARGEST = 2**63 - 1

@@ -10,7 +10,8 @@ from tron_cli.data.dataset import Dataset, DatasetWriter
 from tron_cli.prepare.earlier import earlier_catalogue
 from tron_cli.prepare.fetching.raw import locate
 from tron_cli.prepare.filters import Steps, apply_filters
-from tron_cli.prepare.reading.columns import BadLines, Columns
+from tron_cli.prepare.reading.bad_lines import BadLines
+from tron_cli.prepare.reading.columns import Columns
 from tron_cli.prepare.sessions import collect_events, to_sessions
 from tron_cli.prepare.split import Rule, split_by_time
 from tron_cli.prepare.write import dataset_path, in_order_of_appearance, write_splits

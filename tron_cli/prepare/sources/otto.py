@@ -27,7 +27,8 @@ from tron_cli.errors import InputError
 from tron_cli.prepare.earlier import Earlier, earlier_catalogue
 from tron_cli.prepare.fetching.raw import SOURCES, describe, is_compressed, locate, open_raw
 from tron_cli.prepare.filters import Steps, drop_short
-from tron_cli.prepare.reading.columns import MAX_LINE_BYTES, BadLines, text_blocks
+from tron_cli.prepare.reading.bad_lines import BadLines
+from tron_cli.prepare.reading.columns import MAX_LINE_BYTES, text_blocks
 from tron_cli.prepare.reading.otto_lines import MAX_AID, Clicks, read_clicks
 from tron_cli.prepare.sessions import drop_events, take_where
 from tron_cli.prepare.sources.otto_spool import Spool, SpoolBlock
@@ -105,7 +106,7 @@ def prepare_otto(
                     "catalogue": catalogue,
                 },
                 sources=sources,
-                bad_lines={"count": bad.count, "first": bad.first},
+                bad_lines=bad.info(),
                 filters=steps.entries,
                 test_filters=test_steps.entries,
                 # TRON's published counts are of all sessions and clicks of the files.

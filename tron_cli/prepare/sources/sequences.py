@@ -15,7 +15,7 @@ from tron_cli.data.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
 from tron_cli.prepare.earlier import earlier_catalogue
 from tron_cli.prepare.filters import Steps, drop_short
-from tron_cli.prepare.reading.columns import BadLines
+from tron_cli.prepare.reading.bad_lines import BadLines
 from tron_cli.prepare.reading.integers import read_integer_lines
 from tron_cli.prepare.sessions import joined, take
 from tron_cli.prepare.split import Splits, sample

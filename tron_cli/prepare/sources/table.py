@@ -21,9 +21,7 @@ from tron_cli.data.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
 from tron_cli.prepare.earlier import Earlier, earlier_catalogue
 from tron_cli.prepare.filters import Cleaning, Steps, apply_filters, are_duplicates
-from tron_cli.prepare.reading.columns import (
-    BadLines,
-)
+from tron_cli.prepare.reading.bad_lines import BadLines
 from tron_cli.prepare.reading.inputs import check_distinct, input_files
 from tron_cli.prepare.reading.times import from_iso
 from tron_cli.prepare.sessions import (

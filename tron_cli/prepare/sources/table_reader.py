@@ -13,13 +13,8 @@ import polars as pl
 
 from tron_cli.errors import InputError
 from tron_cli.prepare.fetching.raw import PARQUET_MAGIC, first_bytes
-from tron_cli.prepare.reading.columns import (
-    BadLines,
-    Columns,
-    Parser,
-    read_delimited,
-    read_json_lines,
-)
+from tron_cli.prepare.reading.bad_lines import BadLines
+from tron_cli.prepare.reading.columns import Columns, Parser, read_delimited, read_json_lines
 from tron_cli.prepare.reading.header import find_separator, header_line
 from tron_cli.prepare.reading.ids import ids_of
 from tron_cli.prepare.reading.parquet import read_parquet

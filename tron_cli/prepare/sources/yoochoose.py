@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from tron_cli.prepare.reading.columns import INTEGER, BadLines, Columns, Parser, read_delimited
+from tron_cli.prepare.reading.bad_lines import BadLines
+from tron_cli.prepare.reading.columns import INTEGER, Columns, Parser, read_delimited
 from tron_cli.prepare.reading.times import CALENDAR, within
 from tron_cli.prepare.sources.clicks import ClickLog, prepare_clicks
 from tron_cli.prepare.split import by_last_event
