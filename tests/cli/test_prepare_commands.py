@@ -147,6 +147,7 @@ WORDS = {
     "seed": "--seed=5",
     "val_days": "--val-days=0.5",
     "val": "--val=v.txt",
+    "val_users": "--val-users=all",
     "max_bad_share": "--max-bad-share=0.25",
 }
 
@@ -157,7 +158,7 @@ WORDS = {
         ("otto", ["--raw=r"], [Path("r"), Path("d"), "n"], {**SAMPLED, "val_days": 0.5}),
         ("yoochoose", ["--raw=r"], [Path("r"), Path("d"), "n"], {**SAMPLED, "val_days": 0.5}),
         ("diginetica", ["--raw=r"], [Path("r"), Path("d"), "n"], {**SAMPLED, "val_days": 0.5}),
-        ("ml1m", ["--raw=r"], [Path("r"), Path("d"), "n"], COMMON),
+        ("ml1m", ["--raw=r"], [Path("r"), Path("d"), "n"], {**COMMON, "val_users": "all"}),
         (
             "sequences",
             ["--train=a", "--test=b"],
@@ -191,9 +192,10 @@ COLUMNS = {
     "null_tokens": ("-", "none"),
 }  # fmt: skip
 TABLE_OPTIONS = {
-    **SAMPLED, "max_bad_share": 0.25, "val_days": 3.5, "test_days": 4.0, "val_from": "2026-01-01",
-    "test_from": "2026-01-02", "min_session_length": 3, "max_session_length": 70,
-    "min_item_count": 6, "drop_duplicates": True, "collapse_repeats": True,
+    **SAMPLED, "max_bad_share": 0.25, "val_users": 7, "val_days": 3.5, "test_days": 4.0,
+    "val_from": "2026-01-01", "test_from": "2026-01-02", "min_session_length": 3,
+    "max_session_length": 70, "min_item_count": 6, "drop_duplicates": True,
+    "collapse_repeats": True,
 }  # fmt: skip
 
 

@@ -73,6 +73,30 @@ def test_ml1m_compares_the_drawn_numbers_with_user_ids(tmp_path: Path) -> None:
     assert rows(dataset, "train") == [[9, 2] if u in drawn else [9, 2, u % 3] for u in users]
 
 
+def test_all_users_of_ml1m_validate_on_their_second_last_event(tmp_path: Path) -> None:
+    raw = tmp_path / "ml-1m.txt"
+    histories = [[9, 2, user % 3, 7, user] for user in range(1, 201)]
+    raw.write_text("".join(f"{row[-1]} {item}\n" for row in histories for item in row))
+    dataset = prepare_ml1m(raw, tmp_path, val_users="all")
+    assert rows(dataset, "train") == [row[:-2] for row in histories]
+    assert rows(dataset, "val") == [row[:-1] for row in histories]
+    assert rows(dataset, "test") == [row for row in histories if row[-1] in (1, 2, 7, 9)]
+    assert dataset.info["options"]["val_users"] == "all"
+
+
+def test_a_number_of_users_of_ml1m_is_drawn_by_gsasrecs_rule(tmp_path: Path) -> None:
+    raw = tmp_path / "ml-1m.txt"
+    raw.write_text("".join(f"{user} {i}\n" for user in range(1, 201) for i in (1, 2, 3, 4, 1)))
+    drawn = set(np.random.RandomState(42).choice(6040, 3000, replace=False).tolist())
+    dataset = prepare_ml1m(raw, tmp_path, val_users=3000)
+    train = [[1, 2] if user in drawn else [1, 2, 3] for user in range(1, 201)]
+    assert rows(dataset, "train") == train
+    assert len(rows(dataset, "val")) == len(drawn & set(range(1, 201)))
+    for wrong in (0, 6041):
+        with pytest.raises(InputError, match=rf"--val-users {wrong}: expected all, or a number fr"):
+            prepare_ml1m(raw, tmp_path, val_users=wrong, force=True)
+
+
 def test_ml1m_short_histories_and_lost_targets_are_counted(tmp_path: Path) -> None:
     raw = tmp_path / "ml-1m.txt"
     raw.write_text("1 1\n2 1\n1 2\n2 2\n\n1 3\n2 77\n1 1\n1 2\n3 1\n3 2\n4 1\n4 2\n4 3\n4 1\n")

@@ -230,6 +230,9 @@ def test_a_fixed_test_date_goes_with_days_of_validation(tmp_path: Path, rows: li
         ({"val_from": "2023-11-17", "val_days": 0}, "--val-days has no effect with --val-from"),
         ({"test_from": "2023-11-18", "leave_one_out": True}, "--test-from has no effect with --sp"),
         ({"val_from": "2023-11-18", "leave_one_out": True}, "--val-from has no effect with --spl"),
+        ({"val_users": "all"}, "--val-users has no effect with --split time"),
+        ({"val_users": 5, "val_days": 0, "leave_one_out": True}, "--val-users has no effect with "),
+        ({"val_users": 0, "leave_one_out": True}, "--val-users 0: expected all, or a number of at"),
         ({"test_days": 1, "leave_one_out": True}, "--test-days has no effect with --split leave"),
     ],
 )

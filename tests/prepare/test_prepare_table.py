@@ -282,3 +282,20 @@ def test_test_items_that_training_lacks_are_named(tmp_path: Path) -> None:
     problem = "for the test split: of the 3 different items of its 10 sessions, training has 0;"
     with pytest.raises(InputError, match=problem):
         prepare_table(write_csv(tmp_path / "a.csv", rows), SESSION, tmp_path, "out")
+
+
+@pytest.mark.parametrize("val_users", ["all", 7])
+def test_the_users_that_validate_are_counted_or_all(tmp_path: Path, val_users: Any) -> None:
+    rows = shop(np.random.default_rng(0), users=60, days=4)
+    words: dict[str, Any] = {"leave_one_out": True, "max_val_sessions": 9}
+    file = write_csv(tmp_path / "events.csv", rows)
+    dataset = prepare_table(file, USER, tmp_path, "out", val_users=val_users, **words)
+    plain = prepare_table(file, USER, tmp_path, "plain", **words)
+    histories = {tuple(history) for history in unpack(dataset, "test")}
+    val = [tuple(history) for history in unpack(dataset, "val")]
+    whole = [tuple(history[:-1]) for history in unpack(dataset, "test")]
+    assert len(histories) == dataset.split_info("test")["sessions"]
+    assert len(unpack(plain, "val")) == 9
+    assert len(val) == (7 if val_users == 7 else len(whole))
+    assert set(val) <= set(whole)
+    assert unpack(dataset, "train") == unpack(plain, "train")

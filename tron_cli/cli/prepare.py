@@ -6,7 +6,7 @@ import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -35,6 +35,26 @@ Name = Annotated[str, typer.Option(help="Name of the dataset.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a dataset of that name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print dataset.json instead of the tables.")]
 Tables = list[Path] | None
+
+
+def _val_users(given: object) -> int | Literal["all"]:
+    """Parse a number of users, or all."""
+    if given == "all":
+        return "all"
+    if not str(given).isdecimal():
+        raise typer.BadParameter(f"expected all or a number of users, got {given}")
+    return int(str(given))
+
+
+LeaveOneOutUsers = Annotated[
+    Any,
+    typer.Option(
+        parser=_val_users,
+        metavar="all|N",
+        help="With leave-one-out: users that validate on their second last event; default: at most "
+        "--max-val-sessions, drawn with --seed.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -119,16 +139,26 @@ def ml1m(
     raw: Raw = None,
     name: Name = "ml1m",
     data_dir: DataDir = DATASETS,
+    val_users: Annotated[
+        Any,
+        typer.Option(
+            parser=_val_users,
+            metavar="all|N",
+            help="Users that validate: all on their second last event (as in Kang's split), or N "
+            "drawn by gSASRec's rule.",
+        ),
+    ] = 512,
     options: ReadingOptions,
     as_json: AsJson = False,
 ) -> None:
     """MovieLens-1M in Kang's version, leave-one-out.
 
-    The split is gSASRec's.
+    The split is gSASRec's, unless all users validate.
     """
     from tron_cli.prepare.sources.ml1m import prepare_ml1m
 
-    _report(prepare_ml1m(raw, data_dir, name, **vars(options)), as_json)
+    dataset = prepare_ml1m(raw, data_dir, name, val_users=val_users, **vars(options))
+    _report(dataset, as_json)
 
 
 @app.command()
@@ -222,6 +252,7 @@ class ColumnOptions:
 class TableOptions(OwnDataOptions):
     """Options of `tron prepare table` that say how its events are split and filtered."""
 
+    val_users: LeaveOneOutUsers = None
     val_days: Annotated[
         float | None,
         typer.Option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +18,10 @@ WHY_LATE = "in or after a held-out stretch, and sessions with fewer than 2 befor
 
 Rule = Callable[[Sessions, float], np.ndarray]
 """(sessions, days) -> bool [S]: the sessions of the last `days` days."""
+
+
+ValUsers = int | Literal["all"]
+"""How many users validate, each on the second last event of the history."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,13 @@ def split_last_items(
     in_others = train.lengths >= 2
     in_others[val_rows] = True
     return Splits(period, kept, take(period, val_rows), histories, in_others)
+
+
+def check_val_users(val_users: ValUsers, most: int | None = None) -> None:
+    """Raise InputError unless val_users is all, or a number from 1 to `most`."""
+    if val_users != "all" and not 1 <= val_users <= (most or val_users):
+        numbers = "of at least 1" if most is None else f"from 1 to {most:,}"
+        raise InputError(f"--val-users {val_users}: expected all, or a number {numbers}")
 
 
 def sample(sessions: Sessions, most: int, seed: int, steps: Steps) -> Sessions:

@@ -2,6 +2,8 @@
 
 gSASRec's split exactly: every user is tested on the last item, 512 drawn users validate on the
 second last one and train on all but their last three; the others train on all but the last two.
+With val_users "all", every user validates on the second last item and trains on those before it, as
+Kang and most later papers have it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.reading.bad_lines import BadLines
 from tron_cli.prepare.reading.integers import read_integer_lines
 from tron_cli.prepare.sessions import Events, to_sessions
-from tron_cli.prepare.split import split_last_items
+from tron_cli.prepare.split import Splits, ValUsers, check_val_users, split_last_items
 from tron_cli.prepare.write import dataset_path, write_splits
 
 USERS = 6040
@@ -34,10 +36,15 @@ def prepare_ml1m(
     name: str = "ml1m",
     *,
     force: bool = False,
+    val_users: ValUsers = VAL_USERS,
     skip_bad_lines: bool = False,
     catalogue: str | None = None,
 ) -> Dataset:
-    """Prepare MovieLens-1M; items are numbered in the order of their ids, so 1..3416 stay."""
+    """Prepare MovieLens-1M; items are numbered in the order of their ids, so 1..3416 stay.
+
+    val_users: how many users gSASRec's rule draws for validation, or all.
+    """
+    check_val_users(val_users, USERS)
     with DatasetWriter(dataset_path(data_dir, name, raw), force=force) as writer:
         earlier = earlier_catalogue(catalogue, data_dir)
         file = locate("ml1m", raw, data_dir)["ml-1m.txt"]
@@ -49,16 +56,7 @@ def prepare_ml1m(
             histories = earlier.known_histories(histories, item_ids, steps)
         histories = drop_short(histories, MIN_EVENTS)
         steps.record("short histories", [histories], f"fewer than {MIN_EVENTS} events")
-        # The numbers are drawn from 0..6039 and compared with user ids, which are 1..6040.
-        drawn = np.random.RandomState(SPLIT_SEED).choice(USERS, VAL_USERS, replace=False)
-        assert histories.user_ids is not None
-        validates = np.isin(histories.user_ids, drawn)
-        splits = split_last_items(
-            histories,
-            np.flatnonzero(validates),
-            steps,
-            train_without=np.where(validates, 3, 2),
-        )
+        splits = _split(histories, val_users, steps)
         return write_splits(
             writer,
             splits,
@@ -69,8 +67,8 @@ def prepare_ml1m(
             source="ml1m",
             options={
                 "raw": str(raw) if raw else None,
-                "val_users": VAL_USERS,
-                "split_seed": SPLIT_SEED,
+                "val_users": val_users,
+                "split_seed": None if val_users == "all" else SPLIT_SEED,
                 "skip_bad_lines": skip_bad_lines,
                 "catalogue": catalogue,
             },
@@ -79,6 +77,23 @@ def prepare_ml1m(
             bad=bad,
             earlier=earlier,
         )
+
+
+def _split(histories: Sessions, val_users: ValUsers, steps: Steps) -> Splits:
+    if val_users == "all":
+        return split_last_items(
+            histories,
+            np.arange(len(histories)),
+            steps,
+            train_without=np.full(len(histories), 2),
+        )
+    # The numbers are drawn from 0..6039 and compared with user ids, which are 1..6040.
+    drawn = np.random.RandomState(SPLIT_SEED).choice(USERS, val_users, replace=False)
+    assert histories.user_ids is not None
+    validates = np.isin(histories.user_ids, drawn)
+    return split_last_items(
+        histories, np.flatnonzero(validates), steps, train_without=np.where(validates, 3, 2)
+    )
 
 
 def _read(file: Path, bad: BadLines) -> tuple[Sessions, np.ndarray]:

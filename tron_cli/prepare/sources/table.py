@@ -35,7 +35,9 @@ from tron_cli.prepare.sessions import (
 from tron_cli.prepare.sources.table_reader import TableColumns, TableReader
 from tron_cli.prepare.split import (
     Splits,
+    ValUsers,
     by_start,
+    check_val_users,
     sample,
     sample_rows,
     split_by_time,
@@ -64,6 +66,7 @@ def prepare_table(
     val: Sequence[Path] = (),
     test: Sequence[Path] = (),
     leave_one_out: bool = False,
+    val_users: ValUsers | None = None,
     val_days: float | None = None,
     test_days: float | None = None,
     val_from: str | None = None,
@@ -85,6 +88,7 @@ def prepare_table(
     inputs, val, test: files, folders of parts or patterns. With `test` they are the splits: inputs
     trains, and validates in its last stretch where `val` is not given. val_days, test_days: 1
     unless a stretch begins at a date (val_from, test_from: ISO 8601, UTC where it names no zone).
+    val_users: with leave-one-out, how many users validate; default: at most max_val_sessions.
 
     The filters are those of the session-based literature: short sessions, rare items (fewer than
     min_item_count events: 5, or 1 where the splits, of which test does not count, or an earlier
@@ -96,6 +100,7 @@ def prepare_table(
         leave_one_out=leave_one_out,
         has_val=bool(val),
         has_test=bool(test),
+        val_users=val_users,
         val_days=val_days,
         test_days=test_days,
         val_from=val_from,
@@ -106,8 +111,7 @@ def prepare_table(
     cleaning = Cleaning(drop_duplicates, collapse_repeats, max_session_length)
     _check_lengths(max_session_length, min_session_length, leave_one_out)
     min_item_count = min_item_count or (1 if test or catalogue else 5)
-    inputs = [inputs] if isinstance(inputs, Path) else inputs
-    given = {"input": inputs, "val": val, "test": test}
+    given = {"input": [inputs] if isinstance(inputs, Path) else inputs, "val": val, "test": test}
     options = {
         **{option: [str(path) for path in paths] for option, paths in given.items()},
         **columns.options(gap),
@@ -237,6 +241,7 @@ class _SplitRule:
     leave_one_out: bool
     has_val: bool
     has_test: bool
+    val_users: ValUsers | None
     val_days: float | None
     test_days: float | None
     val_from: str | None
@@ -248,7 +253,11 @@ class _SplitRule:
         """Raise InputError for options that contradict each other."""
         if self.has_val and not self.has_test:
             raise InputError("--val goes with --train and --test: tables that are already split")
+        if self.val_users is not None:
+            check_val_users(self.val_users)
         for option, value, other, is_given in (
+            ("--val-users", self.val_users, "--split time", not self.leave_one_out),
+            ("--val-users", self.val_users, "--val-days 0", self.val_days == 0),
             ("--test", self.has_test or None, "--split leave-one-out", self.leave_one_out),
             ("--test-days", self.test_days, "--split leave-one-out", self.leave_one_out),
             ("--test-from", self.test_from, "--split leave-one-out", self.leave_one_out),
@@ -274,7 +283,9 @@ class _SplitRule:
         sessions, val_days = parts[0], _days(self.val_days)
         if self.leave_one_out:
             validate = val_days > 0
-            rows = sample_rows(len(sessions), self.max_val_sessions if validate else 0, self.seed)
+            users = len(sessions) if self.val_users == "all" else self.val_users
+            most = (users or self.max_val_sessions) if validate else 0
+            rows = sample_rows(len(sessions), most, self.seed)
             # All histories keep the second last item from training, whether or not they validate.
             held_back = np.full(len(sessions), 2 if validate else 1)
             return split_last_items(sessions, rows, steps, train_without=held_back)
@@ -304,6 +315,7 @@ class _SplitRule:
             "split": (
                 "leave-one-out" if self.leave_one_out else "given" if self.has_test else "time"
             ),
+            "val_users": self.val_users,
             "val_days": None if self.has_val or self.val_from else _days(self.val_days),
             "test_days": _days(self.test_days) if has_test_days else None,
             "val_from": self.val_from,
