@@ -148,6 +148,8 @@ WORDS = {
     "val_days": "--val-days=0.5",
     "val": "--val=v.txt",
     "val_users": "--val-users=all",
+    "input": "--input=i.txt",
+    "lines": "--lines=user-item",
     "max_bad_share": "--max-bad-share=0.25",
 }
 
@@ -163,7 +165,14 @@ WORDS = {
             "sequences",
             ["--train=a", "--test=b"],
             [Path("a"), Path("b"), Path("d"), "n"],
-            {**SAMPLED, "val": Path("v.txt"), "max_bad_share": 0.25},
+            {
+                **SAMPLED,
+                "input": Path("i.txt"),
+                "val": Path("v.txt"),
+                "lines": "user-item",
+                "val_users": "all",
+                "max_bad_share": 0.25,
+            },
         ),
         ("synthetic", [], [Path("d"), "n", reference_figures], {"force": True, "seed": 5}),
     ],

@@ -7,6 +7,7 @@ import hashlib
 import tempfile
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 
 from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
+from tron_cli.prepare.reading.session_lines import Layout
 from tron_cli.prepare.sources.ml1m import prepare_ml1m
 from tron_cli.prepare.sources.sequences import prepare_sequences
+from tron_cli.prepare.split import ValUsers
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
@@ -205,6 +208,104 @@ def test_sequences_equal_brute_force(
         assert info["lost_predictions"] == sum(len(s) - 1 for s in long_test) - sum(
             len(s) - 1 for s in expected_test
         )
+
+
+histories = st.dictionaries(
+    st.integers(1, 99), st.lists(st.integers(0, 12), min_size=1, max_size=7), min_size=1
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    histories=histories,
+    lines=st.sampled_from(["items", "user-items", "user-item"]),
+    val_users=st.just("all") | st.none() | st.integers(1, 9),
+)
+def test_histories_of_lines_are_split_leave_one_out(
+    histories: dict[int, list[int]], lines: Layout, val_users: ValUsers | None
+) -> None:
+    whole = {user: items for user, items in histories.items() if len(items) >= 3}
+    known = {item for items in whole.values() for item in items[:-1]}
+    test = [items for items in whole.values() if items[-1] in known]
+    train = [items[:-2] for items in whole.values() if len(items) >= 4]
+    written = [[user, *items] if lines == "user-items" else items
+               for user, items in histories.items()]  # fmt: skip
+    if lines == "user-item":  # the events of the users are mixed
+        longest = max(map(len, histories.values()))
+        written = [
+            [user, items[place]]
+            for place in range(longest)
+            for user, items in histories.items()
+            if place < len(items)
+        ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        file = write_lines(folder / "lines", written)
+        options: dict[str, Any] = {"input": file, "lines": lines, "val_users": val_users}
+        if not train or not test:
+            with pytest.raises(InputError, match="no session is left"):
+                prepare_sequences(None, None, folder, "out", **options)
+            return
+        dataset = prepare_sequences(None, None, folder, "out", **options)
+        assert dataset.protocol == "last-item"
+        assert rows(dataset, "train") == train
+        assert rows(dataset, "test") == test
+        val = rows(dataset, "val")
+        every = [items[:-1] for items in whole.values()]
+        if isinstance(val_users, int):
+            assert len(val) == min(val_users, len(every))
+            assert all(items in every for items in val)
+        else:
+            assert val == every
+        users = dataset.user_ids("test")
+        if lines != "items":
+            assert users is not None
+            kept = [user for user, items in whole.items() if items[-1] in known]
+            assert users[np.arange(len(test))].tolist() == kept
+
+
+@needs_shared
+def test_both_versions_of_beauty_have_the_published_counts(tmp_path: Path) -> None:
+    for name, layout, users, events, items in (
+        ("amazon_beauty_5core", "user-items", 22_363, 198_502, 12_101),
+        ("amazon_beauty_bert4rec", "user-item", 40_226, 353_962, 54_542),
+    ):
+        options: dict[str, Any] = {"lines": layout, "val_users": "all"}
+        file = SHARED / name / "beauty.txt.gz"
+        dataset = prepare_sequences(None, None, tmp_path, name, input=file, **options)
+        read = dataset.info["filters"][0]
+        assert (read["sessions"], read["events"], read["items"]) == (users, events, items)
+        assert dataset.split_info("val")["sessions"] == users
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({}, "expected --train and --test, or --input"),
+        ({"train": "a"}, "expected --train and --test, or --input"),
+        ({"train": "a", "test": "b", "input": "c"}, "expected --train and --test, or --input"),
+        ({"input": "a", "val": "b"}, "--val goes with --train and --test"),
+        ({"train": "a", "test": "b", "val_users": 5}, "--val-users has no effect with --train and"),
+        ({"input": "a", "val_users": 0}, "--val-users 0: expected all, or a number of at least 1"),
+        (
+            {"input": "a", "lines": "user-items"},
+            "a, line 3: user 1 has a history in line 1 already",
+        ),
+    ],
+)
+def test_files_of_sequences_that_make_no_sense(
+    tmp_path: Path, options: dict[str, Any], problem: str
+) -> None:
+    write_lines(tmp_path / "a", [[1, 2, 3, 4], [2, 3, 4], [1, 3, 4]])
+    given = {
+        key: tmp_path / value if key in ("train", "test", "val", "input") else value
+        for key, value in options.items()
+    }
+    with pytest.raises(InputError, match=problem):
+        prepare_sequences(
+            given.pop("train", None), given.pop("test", None), tmp_path, "out", **given
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_separators_gzip_crlf_and_a_missing_last_line_end(tmp_path: Path) -> None:

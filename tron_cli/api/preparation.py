@@ -134,14 +134,16 @@ def _sequences(
     data_dir: Path,
     name: str,
     *,
-    train: AnyPath,
-    test: AnyPath,
+    input: AnyPath | None = None,
+    train: AnyPath | None = None,
+    test: AnyPath | None = None,
     val: AnyPath | None = None,
     **options: Any,
 ) -> Dataset:
-    given = None if val is None else Path(val)
-    function = _prepare_function("sequences")
-    return function(Path(train), Path(test), data_dir, name, val=given, **_texts(options))
+    given = {"input": input, "train": train, "test": test, "val": val}
+    files = {option: None if path is None else Path(path) for option, path in given.items()}
+    places = files.pop("train"), files.pop("test")
+    return _prepare_function("sequences")(*places, data_dir, name, **files, **_texts(options))
 
 
 def _synthetic(data_dir: Path, name: str, **options: Any) -> Dataset:

@@ -166,17 +166,25 @@ def ml1m(
 def sequences(
     *,
     train: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             parser=given_path,
             metavar="PATH",
-            help="Training sessions, one per line, in time order.",
+            help="Training sessions, in time order.",
         ),
-    ],
+    ] = None,
     test: Annotated[
-        Path,
-        typer.Option(parser=given_path, metavar="PATH", help="Test sessions, one per line."),
-    ],
+        Path | None,
+        typer.Option(parser=given_path, metavar="PATH", help="Test sessions."),
+    ] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option(
+            parser=given_path,
+            metavar="PATH",
+            help="Instead of --train and --test: whole histories, to split leave-one-out.",
+        ),
+    ] = None,
     name: Name,
     val: Annotated[
         Path | None,
@@ -186,17 +194,25 @@ def sequences(
             help="Validation sessions; default: the last 5 % of the training lines.",
         ),
     ] = None,
+    lines: Annotated[
+        Literal["items", "user-items", "user-item"],
+        typer.Option(
+            help="What a line holds: a session, a user and a history, or a user and one event."
+        ),
+    ] = "items",
+    val_users: LeaveOneOutUsers = None,
     data_dir: DataDir = DATASETS,
     options: OwnDataOptions,
     as_json: AsJson = False,
 ) -> None:
     """Text files with one session per line.
 
-    A session is integer item ids, oldest first.
+    A session is integer item ids, oldest first. With --input, leave-one-out.
     """
     from tron_cli.prepare.sources.sequences import prepare_sequences
 
-    dataset = prepare_sequences(train, test, data_dir, name, val=val, **vars(options))
+    own = {"input": input, "val": val, "lines": lines, "val_users": val_users}
+    dataset = prepare_sequences(train, test, data_dir, name, **own, **vars(options))
     _report(dataset, as_json)
 
 

@@ -176,6 +176,18 @@ def split_last_items(
     return Splits(period, kept, take(period, val_rows), histories, in_others)
 
 
+def split_last_two(histories: Sessions, val_users: ValUsers, seed: int, steps: Steps) -> Splits:
+    """Split leave-one-out: the last items test, the second last ones of val_users validate.
+
+    Training keeps from every history both of them, or the last one alone with 0 val_users. Fewer
+    users than there are histories are drawn with the seed.
+    """
+    most = len(histories) if val_users == "all" else val_users
+    held_back = np.full(len(histories), 2 if most else 1)
+    rows = sample_rows(len(histories), most, seed)
+    return split_last_items(histories, rows, steps, train_without=held_back)
+
+
 def check_val_users(val_users: ValUsers, most: int | None = None) -> None:
     """Raise InputError unless val_users is all, or a number from 1 to `most`."""
     if val_users != "all" and not 1 <= val_users <= (most or val_users):

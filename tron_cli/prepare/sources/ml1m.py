@@ -14,14 +14,18 @@ from pathlib import Path
 import numpy as np
 
 from tron_cli.data.dataset import Dataset, DatasetWriter, Sessions
-from tron_cli.errors import InputError
 from tron_cli.prepare.earlier import earlier_catalogue
 from tron_cli.prepare.fetching.raw import locate
 from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.reading.bad_lines import BadLines
-from tron_cli.prepare.reading.integers import read_integer_lines
-from tron_cli.prepare.sessions import Events, to_sessions
-from tron_cli.prepare.split import Splits, ValUsers, check_val_users, split_last_items
+from tron_cli.prepare.reading.session_lines import read_session_lines
+from tron_cli.prepare.split import (
+    Splits,
+    ValUsers,
+    check_val_users,
+    split_last_items,
+    split_last_two,
+)
 from tron_cli.prepare.write import dataset_path, write_splits
 
 USERS = 6040
@@ -49,7 +53,9 @@ def prepare_ml1m(
         earlier = earlier_catalogue(catalogue, data_dir)
         file = locate("ml1m", raw, data_dir)["ml-1m.txt"]
         bad = BadLines(skip=skip_bad_lines)
-        histories, item_ids = _read(file, bad)
+        histories = read_session_lines(file, bad, "user-item")
+        item_ids, positions = np.unique(histories.items, return_inverse=True)
+        histories = replace(histories, items=positions.astype(np.int32))
         steps = Steps()
         steps.record("read", [histories], "")
         if earlier is not None:
@@ -81,12 +87,7 @@ def prepare_ml1m(
 
 def _split(histories: Sessions, val_users: ValUsers, steps: Steps) -> Splits:
     if val_users == "all":
-        return split_last_items(
-            histories,
-            np.arange(len(histories)),
-            steps,
-            train_without=np.full(len(histories), 2),
-        )
+        return split_last_two(histories, "all", SPLIT_SEED, steps)
     # The numbers are drawn from 0..6039 and compared with user ids, which are 1..6040.
     drawn = np.random.RandomState(SPLIT_SEED).choice(USERS, val_users, replace=False)
     assert histories.user_ids is not None
@@ -94,15 +95,3 @@ def _split(histories: Sessions, val_users: ValUsers, steps: Steps) -> Splits:
     return split_last_items(
         histories, np.flatnonzero(validates), steps, train_without=np.where(validates, 3, 2)
     )
-
-
-def _read(file: Path, bad: BadLines) -> tuple[Sessions, np.ndarray]:
-    """Read (histories in the order of the file with their users, original item ids ascending)."""
-    pairs = np.concatenate([block for block, *_ in read_integer_lines(file, bad, per_line=2)])
-    if not len(pairs):
-        raise InputError(f"{file} holds no event: expected `user item` per line")
-    users, items = pairs[::2], pairs[1::2]
-    item_ids, positions = np.unique(items, return_inverse=True)
-    lines = np.arange(len(users))  # in place of times
-    histories = to_sessions(Events(users, positions.astype(np.int32), lines, item_ids, users))
-    return replace(histories, times=None, session_ids=None), item_ids

@@ -39,9 +39,8 @@ from tron_cli.prepare.split import (
     by_start,
     check_val_users,
     sample,
-    sample_rows,
     split_by_time,
-    split_last_items,
+    split_last_two,
 )
 from tron_cli.prepare.write import (
     dataset_path,
@@ -282,13 +281,8 @@ class _SplitRule:
         """Split one table, or take the given ones; latest: as in `split_by_time`."""
         sessions, val_days = parts[0], _days(self.val_days)
         if self.leave_one_out:
-            validate = val_days > 0
-            users = len(sessions) if self.val_users == "all" else self.val_users
-            most = (users or self.max_val_sessions) if validate else 0
-            rows = sample_rows(len(sessions), most, self.seed)
-            # All histories keep the second last item from training, whether or not they validate.
-            held_back = np.full(len(sessions), 2 if validate else 1)
-            return split_last_items(sessions, rows, steps, train_without=held_back)
+            val_users = (self.val_users or self.max_val_sessions) if val_days > 0 else 0
+            return split_last_two(sessions, val_users, self.seed, steps)
         if self.has_val:
             sampled = sample(parts[1], self.max_val_sessions, self.seed, steps)
             return Splits(joined(parts[:2]), sessions, sampled, parts[2])
