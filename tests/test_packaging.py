@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -28,6 +29,16 @@ def test_the_package_says_that_it_is_typed() -> None:
     assert (Path(tron_cli.__file__).parent / "py.typed").is_file()
     assert 'tron_cli = ["py.typed"]' in PROJECT
     assert '"Typing :: Typed"' in PROJECT
+
+
+def test_the_installation_says_what_takes_so_long(tmp_path: Path) -> None:
+    """pip is quiet, so a line goes before it; an installed environment has none."""
+    words = ["make", "--dry-run", "--always-make", "demo", f"VENV={tmp_path / 'env'}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    said = next(place for place, line in enumerate(lines) if f"Installing into {tmp_path}" in line)
+    assert said < min(place for place, line in enumerate(lines) if " pip install " in line)
+    assert sum("Installing" in line for line in lines) == 1
 
 
 def test_the_version_is_written_alike() -> None:
