@@ -74,7 +74,7 @@ LOSSES = {
 
 # Losses over the whole catalogue: (hidden_ND, table_VD, targets_N) -> loss_N.
 CATALOGUE_LOSSES = {
-    "ce": Entry("tron_cli.losses.cross_entropy:ce"),
+    "ce": Entry("tron_cli.losses.cross_entropy:ce", owns=("label_smoothing",)),
     "sce": Entry(
         "tron_cli.losses.scalable_cross_entropy:sce",
         owns=("sce_buckets", "sce_bucket_positions", "sce_bucket_items", "sce_mix"),
@@ -91,8 +91,8 @@ SAMPLERS = {
 # Subclasses of torch.optim.Optimizer: (parameters, lr).
 OPTIMIZERS = {
     # Training replaces it by adam or row_adam before anything else sees it.
-    "auto": Entry("tron_cli.training.optim:Adam"),
-    "adam": Entry("tron_cli.training.optim:Adam"),
+    "auto": Entry("tron_cli.training.optim:Adam", owns=("weight_decay",)),
+    "adam": Entry("tron_cli.training.optim:Adam", owns=("weight_decay",)),
     "row_adam": Entry("tron_cli.training.optim:RowAdam", sparse_gradients=True),
     "adagrad": Entry("tron_cli.training.optim:Adagrad", sparse_gradients=True),
 }

@@ -41,6 +41,8 @@ OUT_OF_RANGE = [
     ("lr", float("inf")),
     ("warmup_steps", -1),
     ("clip_norm", -1.0),
+    ("weight_decay", -0.1),
+    ("label_smoothing", 1.0),
     ("overfit_batches", -1),
     ("seed", -1),
     ("early_stopping_patience", -1),
@@ -233,6 +235,8 @@ CURES = [
     ({"negative_sampler": "popularity", "mixed_share": 0.1}, "mixed_share=0.5"),
     ({"sce_bucket_items": 100}, "sce_bucket_items=256"),
     ({"ease_l2": 3.0}, "ease_l2=100.0"),
+    ({"label_smoothing": 0.1}, "label_smoothing=0.0"),
+    ({"weight_decay": 0.1, "optimizer": "adagrad"}, "weight_decay=0.0"),
     ({"model": "ease", "knn_neighbors": 3}, "knn_neighbors=200"),
 ]  # fmt: skip
 

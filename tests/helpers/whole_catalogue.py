@@ -23,10 +23,12 @@ def problem(events: int = 70, *, rows: int = ITEMS + 1, scale: float = 1.0, dtyp
     )
 
 
-def full(hidden_ND, table_VD, targets_N):
+def full(hidden_ND, table_VD, targets_N, *, label_smoothing=0.0):
     """The definition, in float64, on all logits at once."""
     logits_NI = hidden_ND.double() @ table_VD.double()[1 : ITEMS + 1].T
-    return F.cross_entropy(logits_NI, targets_N - 1, reduction="none")
+    return F.cross_entropy(
+        logits_NI, targets_N - 1, reduction="none", label_smoothing=label_smoothing
+    )
 
 
 def gradients(loss_N, *leaves, weight_N=None):

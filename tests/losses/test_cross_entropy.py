@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 
 import pytest
@@ -38,6 +39,45 @@ def test_value_and_gradients_are_those_of_all_logits(events, rows, narrow_blocks
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert not found[1][0].any()
     assert not found[1][ITEMS + 1 :].any()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.1, 0.75])
+def test_label_smoothing_is_a_mean_over_a_smoothed_distribution(
+    label_smoothing, narrow_blocks
+) -> None:
+    """Each of the 150 items has an equal part of the share that the target gives up."""
+    hidden_ND, table_VD, targets_N = problem(40, rows=ITEMS + 2)
+    loss_N = ce(hidden_ND, table_VD, targets_N, num_items=ITEMS, label_smoothing=label_smoothing)
+    with torch.no_grad():
+        for hidden_D, target, loss in zip(hidden_ND, targets_N.tolist(), loss_N, strict=True):
+            logits = [float(hidden_D @ table_VD[item]) for item in range(1, ITEMS + 1)]
+            log_sum = math.log(sum(map(math.exp, logits)))
+            shares = [label_smoothing / ITEMS] * ITEMS
+            shares[target - 1] += 1 - label_smoothing
+            expected = sum(
+                share * (log_sum - logit) for share, logit in zip(shares, logits, strict=True)
+            )
+            assert loss.item() == pytest.approx(expected, rel=1e-12)
+    expected_N = full(hidden_ND, table_VD, targets_N, label_smoothing=label_smoothing)
+    torch.testing.assert_close(loss_N, expected_N, rtol=1e-12, atol=1e-12)
+    weight_N = torch.linspace(-1, 2, 40)
+    found = gradients(loss_N, hidden_ND, table_VD, weight_N=weight_N)
+    expected = gradients(expected_N, hidden_ND, table_VD, weight_N=weight_N)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert not found[1][0].any()
+    assert not found[1][ITEMS + 1 :].any()
+
+
+def test_label_smoothing_under_autocast() -> None:
+    hidden_ND, table_VD, targets_N = problem(200, scale=0.5, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_N = ce(hidden_ND, table_VD, targets_N, num_items=ITEMS, label_smoothing=0.2)
+    assert loss_N.dtype == torch.float32
+    expected_N = full(hidden_ND, table_VD, targets_N, label_smoothing=0.2)
+    torch.testing.assert_close(loss_N.double(), expected_N, rtol=0, atol=0.05)
+    found = gradients(loss_N, hidden_ND, table_VD)
+    expected = gradients(expected_N, hidden_ND, table_VD)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("num_items", [1, 63, 64, 65, 128, 129, 1000])

@@ -182,6 +182,11 @@ class ExperimentConfig:
     logq_correction: bool = setting(
         False, help="ssm: correct for how often each negative is drawn, which estimates ce"
     )
+    label_smoothing: float = setting(
+        0.0,
+        help="share of the target's weight that is spread evenly over all items",
+        low=0, below=1,
+    )
     sce_buckets: int = setting(
         0,
         help="buckets per step; 0: twice the square root of the step's positions",
@@ -302,6 +307,12 @@ class ExperimentConfig:
     )
     warmup_steps: int = setting(
         0, help="linear warm-up of the learning rate", unit="steps", low=0
+    )
+    weight_decay: float = setting(
+        0.0,
+        help="decoupled weight decay (AdamW): each step multiplies matrices and embeddings, but "
+        "not biases and norms, with 1 - lr * weight_decay",
+        low=0,
     )
     clip_norm: float = setting(
         0.0,

@@ -33,9 +33,9 @@ tron config show config_diginetica --explain
 `tron config show` prints every setting and where its value came from, `--explain` also what it \
 means. Unknown names, wrong types and values out of range are errors, and so are settings that \
 have no effect on the chosen model, loss, sampler or optimizer. Names and a colon before \
-a meaning are those of the only models, losses or samplers that have the setting. [Models and \
-losses](models-and-losses.md) describes the models, losses, samplers and baselines, and \
-[extending](extending.md) how to use code of your own in their place.
+a meaning are those of the only models, losses, samplers or optimizers that have the setting. \
+[Models and losses](models-and-losses.md) describes the models, losses, samplers and baselines, \
+and [extending](extending.md) how to use code of your own in their place.
 """
 
 _NAMES = """\

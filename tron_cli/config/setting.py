@@ -85,7 +85,7 @@ class Setting:
 
     @property
     def owners(self) -> list[str]:
-        """Only models, losses and samplers that have the setting, by name; empty: all have it."""
+        """Names of the only models, losses, samplers, optimizers that have it; empty: all have."""
         entries = {name: each for table in REGISTERED.values() for name, each in table.items()}
         return [name for name, entry in entries.items() if self.name in entry.owns]
 

@@ -25,8 +25,12 @@ def ce(
     targets_N: torch.Tensor,
     *,
     num_items: int,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Return -log softmax of each position's target among all items: [N], float32 at least.
+
+    label_smoothing: this share of the target's weight 1 is spread evenly over all items, the target
+    included; the loss is then the weighted mean of their -log softmax.
 
     hidden_ND [N, D] and table_VD [V, D] are floating point, V > num_items; targets_N is int64 [N].
     Row 0 of the table and the rows after num_items are no items: they take no part and have a
@@ -42,7 +46,9 @@ def ce(
     hidden_ND = hidden_ND.to(table_VD.dtype)  # under autocast a layer may return a lower precision
     dtype = product_dtype(table_VD)
     with torch.autocast(table_VD.device.type, enabled=False):
-        return _CrossEntropy.apply(hidden_ND, table_VD, targets_N, num_items, dtype)
+        return _CrossEntropy.apply(
+            hidden_ND, table_VD, targets_N, num_items, label_smoothing, dtype
+        )
 
 
 def product_dtype(table_VD: torch.Tensor) -> torch.dtype:
@@ -72,24 +78,29 @@ class _CrossEntropy(torch.autograd.Function):
         table_VD: torch.Tensor,
         targets_N: torch.Tensor,
         num_items: int,
+        label_smoothing: float,
         dtype: torch.dtype,
     ) -> torch.Tensor:
         factors_ND = hidden_ND.to(dtype)
         log_sum_N = hidden_ND.new_full((len(hidden_ND),), -torch.inf)
         target_N1 = hidden_ND.new_zeros(len(hidden_ND), 1)
+        sum_N = hidden_ND.new_zeros(len(hidden_ND))  # of all logits
         for block in blocks_of_items(len(hidden_ND), num_items, hidden_ND.device):
             logits_NC = row_products(factors_ND, table_VD[block].to(dtype)).to(hidden_ND.dtype)
             column_N1, inside_N1 = _columns(targets_N, block)
             target_N1 = target_N1.where(~inside_N1, logits_NC.gather(1, column_N1))
             log_sum_N = torch.logaddexp(log_sum_N, logits_NC.logsumexp(dim=1))
+            if label_smoothing:
+                sum_N += logits_NC.sum(dim=1)
         ctx.save_for_backward(hidden_ND, table_VD, targets_N, log_sum_N)
-        ctx.num_items, ctx.dtype = num_items, dtype
-        return log_sum_N - target_N1[:, 0]
+        ctx.num_items, ctx.label_smoothing, ctx.dtype = num_items, label_smoothing, dtype
+        target_N = (1 - label_smoothing) * target_N1[:, 0] + label_smoothing / num_items * sum_N
+        return log_sum_N - target_N
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_ND, table_VD, targets_N, log_sum_N = ctx.saved_tensors
-        num_items, dtype = ctx.num_items, ctx.dtype
+        num_items, smoothing, dtype = ctx.num_items, ctx.label_smoothing, ctx.dtype
         grad_N1 = grads[0][:, None]
         factors_ND = hidden_ND.to(dtype)
         grad_hidden_ND = torch.zeros_like(hidden_ND)
@@ -99,14 +110,16 @@ class _CrossEntropy(torch.autograd.Function):
         for block in blocks_of_items(len(hidden_ND), num_items, hidden_ND.device):
             rows_CD = table_VD[block].to(dtype)
             grad_NC = row_products(factors_ND, rows_CD).to(hidden_ND.dtype)
-            # softmax minus one at the target, times the incoming gradient
+            # softmax minus the weight of each item, times the incoming gradient
             grad_NC.sub_(log_sum_N[:, None]).exp_()
+            if smoothing:
+                grad_NC.sub_(smoothing / num_items)
             column_N1, inside_N1 = _columns(targets_N, block)
-            grad_NC.scatter_add_(1, column_N1, -inside_N1.to(grad_NC.dtype))
+            grad_NC.scatter_add_(1, column_N1, inside_N1.to(grad_NC.dtype).mul_(smoothing - 1))
             factors_NC = grad_NC.mul_(grad_N1).to(dtype)
             grad_hidden_ND += row_products(factors_NC, rows_CD.T)
             grad_table_VD[block] = row_products(factors_NC.T, factors_ND.T)
-        return grad_hidden_ND, grad_table_VD, None, None, None
+        return grad_hidden_ND, grad_table_VD, None, None, None, None
 
 
 def _columns(targets_N: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,19 +16,50 @@ from typing import Any
 import torch
 from torch import nn
 
+from tron_cli.config import ExperimentConfig
 from tron_cli.errors import InputError
+from tron_cli.models.base import Model
 from tron_cli.ops import row_adam
-from tron_cli.registry import OPTIMIZERS, load
+from tron_cli.registry import OPTIMIZERS, load, settings_of
 
 
 class Adam(torch.optim.Adam):
-    """torch.optim.Adam, fused, for dense gradients."""
+    """torch.optim.Adam, fused, for dense gradients; with weight_decay, torch.optim.AdamW.
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+    weight_decay: decoupled, of matrices and tables; biases and norms, which are vectors, have none.
+    bias_table: a table whose last column holds biases, which have none either.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        *,
+        weight_decay: float = 0.0,
+        bias_table: torch.Tensor | None = None,
+    ) -> None:
         parameters = list(parameters)
         device = parameters[0].device
         on_gpu = device.type == "cuda"
-        super().__init__(parameters, lr=_on_device(lr, device), fused=True, capturable=on_gpu)
+        decayed = [
+            weights
+            for weights in parameters
+            if weight_decay and weights.dim() > 1 and weights is not bias_table
+        ]
+        others = [weights for weights in parameters if not any(weights is one for one in decayed)]
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": weight_decay, "decoupled_weight_decay": True},
+            {"params": others},
+        ]
+        super().__init__(
+            [group for group in groups if group["params"]],
+            lr=_on_device(lr, device),
+            fused=True,
+            capturable=on_gpu,
+        )
+        self._parameters = parameters
+        self._weight_decay = weight_decay
+        self._bias_table = bias_table if weight_decay else None
         # torch would warn, but some steps are not recorded on purpose: the first of each size, and
         # those of odd sizes.
         self._warned_capturable_if_run_uncaptured = True
@@ -39,9 +70,21 @@ class Adam(torch.optim.Adam):
                 "exp_avg_sq": torch.zeros_like(weights),
             }
 
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update the parameters that have a gradient."""
+        table = self._bias_table
+        if table is not None and table.grad is not None:
+            decay = 1 - self.param_groups[0]["lr"] * self._weight_decay
+            overflow = getattr(self, "found_inf", None)  # a GradScaler's, if it skips the step
+            if overflow is not None:
+                decay = decay.where(overflow == 0, 1.0)
+            table[:, :-1].mul_(decay.to(table.dtype))
+        return super().step(closure)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the steps of each parameter, and the tensors of each, which are no copies."""
-        states = [self.state[weights] for weights in self.param_groups[0]["params"]]
+        states = [self.state[weights] for weights in self._parameters]
         return {
             "steps": torch.stack([state["step"] for state in states]),
             "state": [
@@ -58,7 +101,7 @@ class Adam(torch.optim.Adam):
         if isinstance(saved, dict) and getattr(saved.get("steps"), "ndim", None) == 0:
             saved = {**saved, "steps": saved["steps"].expand(len(own["steps"]))}
         _copy_state(saved, own)
-        for weights, steps in zip(self.param_groups[0]["params"], own["steps"], strict=True):
+        for weights, steps in zip(self._parameters, own["steps"], strict=True):
             self.state[weights]["step"].copy_(steps)
 
 
@@ -327,10 +370,17 @@ def faster_adam(num_items: int, rows: float, *, topk: bool) -> str:
 
 
 def build_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], lr: float
+    name: str, parameters: Iterable[nn.Parameter], lr: float, **settings: Any
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that a config names; dense Adam for an unresolved `auto`."""
-    return load(OPTIMIZERS[name])(parameters, lr)
+    """Return the optimizer of a name, with its settings; dense Adam for an unresolved `auto`."""
+    return load(OPTIMIZERS[name])(parameters, lr, **settings)
+
+
+def optimizer_of(config: ExperimentConfig, model: Model) -> torch.optim.Optimizer:
+    """Return the optimizer that a config names, with its settings, for a model's parameters."""
+    bias_table = model.item_table if config.output_bias else None
+    settings = settings_of(OPTIMIZERS[config.optimizer], config, bias_table=bias_table)
+    return build_optimizer(config.optimizer, model.parameters(), config.lr, **settings)
 
 
 def gradients_are_sparse(optimizer: str) -> bool:

@@ -22,7 +22,7 @@ from tron_cli.registry import CATALOGUE_LOSSES, SAMPLERS, load, settings_of
 from tron_cli.sampling.negatives import Distribution
 from tron_cli.training.feed import build_feed, expected_in_batch
 from tron_cli.training.graphs import CUDARecorder, GraphedSteps
-from tron_cli.training.optim import build_optimizer, faster_adam, learning_rate
+from tron_cli.training.optim import faster_adam, learning_rate, optimizer_of
 from tron_cli.training.profile import StepProfiler
 from tron_cli.training.run import Progress, RunFolder
 from tron_cli.training.step import seed_generators, training_step
@@ -89,7 +89,7 @@ def start_training(
         if init_from is not None:
             origin["init_from"] = start_from(init_from, model, config, dataset)
         model = model.to(device)
-        optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
+        optimizer = optimizer_of(config, model)
         progress = Progress()
     on_gpu = device.type == "cuda"
     feed = build_feed(config, sessions, model, padded=on_gpu and model.fixed_shapes)
@@ -256,7 +256,7 @@ def _saved(
         )
     model = checkpoint.build_saved_model(device)
     before = checkpoint.config
-    optimizer = build_optimizer(before.optimizer, model.parameters(), before.lr)
+    optimizer = optimizer_of(before, model)
     try:
         optimizer.load_state_dict(checkpoint.training["optimizer"])
     except InputError as error:
@@ -277,7 +277,7 @@ def _optimizer(config: ExperimentConfig, sessions: Sessions, num_items: int) -> 
     """
     if config.optimizer != "auto":
         return config.optimizer
-    if config.loss in CATALOGUE_LOSSES:
+    if config.loss in CATALOGUE_LOSSES or config.weight_decay:
         return "adam"
     rows = min(config.train_batch_size, len(sessions))
     inputs = np.minimum(sessions.lengths - 1, config.sequence_length).mean()
