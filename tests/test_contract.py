@@ -79,6 +79,19 @@ def test_every_model_and_catalogue_loss(tmp_path, model, loss):
     assert found >= 0.95
 
 
+@pytest.mark.parametrize("loss", [*LOSSES, *CATALOGUE_LOSSES])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_and_loss_by_cosine(tmp_path, model, loss):
+    settings = {"model": model, "loss": loss, "score": "cosine", **OF_MODEL.get(model, {})}
+    if loss == "gbce":
+        settings |= {**PLAIN, "max_epochs": 40 if model == "bert4rec" else 8}
+    elif loss in CATALOGUE_LOSSES:
+        settings |= {"num_uniform_negatives": 0, "num_batch_negatives": 0}
+    else:
+        settings |= {"topk_sampling": True, "topk_sampling_k": 6, "optimizer": "row_adam"}
+    assert found_share(tmp_path, **settings) >= 0.95
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("style", STYLES)
 def test_session_parallel(tmp_path, loss, style):

@@ -37,7 +37,8 @@ class Entry:
     sparse_gradients: bool = False
 
 
-_TRANSFORMER = ("num_heads", "key_padding_mask", "initialization")
+_SCORES = ("score", "score_scale", "learn_score_scale", "normalize_inputs")
+_TRANSFORMER = (*_SCORES, "num_heads", "key_padding_mask", "initialization")
 _BLOCKS = ("block", "feed_forward_dim", "activation", "attention_dropout_rate")
 
 # Networks: modules with `forward(batch, rows_UD) -> hidden_ND`; see models/base.py.
@@ -47,7 +48,7 @@ MODELS = {
         owns=(*_TRANSFORMER, *_BLOCKS, "prediction_head", "mask_probability"),
         masks_inputs=True,
     ),
-    "gru4rec": Entry("tron_cli.models.gru4rec:GRU4Rec", owns=("session_parallel",)),
+    "gru4rec": Entry("tron_cli.models.gru4rec:GRU4Rec", owns=(*_SCORES, "session_parallel")),
     "gsasrec": Entry("tron_cli.models.gsasrec:GSASRec", owns=_TRANSFORMER, shares_table=False),
     "sasrec": Entry("tron_cli.models.sasrec:SASRec", owns=(*_TRANSFORMER, *_BLOCKS)),
 }

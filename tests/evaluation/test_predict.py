@@ -11,6 +11,7 @@ import torch
 from helpers.datasets import pack_sessions, random_sessions
 from helpers.int8 import use_int8
 from helpers.networks import random_model
+from torch.nn import functional as F
 
 from tron_cli.data.batches import pack
 from tron_cli.errors import RunError
@@ -40,7 +41,11 @@ def rank_of(model: SASRec, hidden_D: torch.Tensor, target: int, seen: Sequence[i
     """Return 1 + the number of other eligible items that score at least as high; 0 if filtered."""
     if target in seen:
         return 0
-    scores = (model.item_table.double() @ hidden_D.double()).tolist()
+    table = model.item_table.double()
+    if model.score == "cosine":
+        unit = F.normalize(table[:, : model.embedding_dim], dim=1).float().double()
+        table = torch.cat([unit, table[:, model.embedding_dim :]], dim=1)
+    scores = (table @ hidden_D.double()).tolist()
     others = set(range(1, len(scores))) - {target} - set(seen)
     return 1 + sum(scores[item] >= scores[target] for item in others)
 
@@ -128,13 +133,21 @@ def test_every_rank_is_that_of_serving_one_event_at_a_time(
     assert table(found) == list(expected)
 
 
-@pytest.mark.parametrize("changes", [{"reuse_item_embeddings": False}, {"output_bias": True}])
-def test_serving_with_an_output_table_or_a_bias(
-    changes: dict[str, bool], sessions: list[list[int]]
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reuse_item_embeddings": False},
+        {"output_bias": True},
+        {"score": "cosine", "output_bias": True},
+        {"score": "cosine", "normalize_inputs": True, "learn_score_scale": True},
+    ],
+)
+def test_serving_with_an_output_table_or_a_bias_or_by_cosine(
+    changes: dict[str, Any], sessions: list[list[int]]
 ) -> None:
     model = make_model("end", **changes)
     found = predict(model, pack_sessions(sessions), protocol="every-step")
-    if "output_bias" not in changes:
+    if "reuse_item_embeddings" in changes:
         assert model.item_table is not model.item_embedding.weight
     assert table(found) == list(one_event_at_a_time(model, sessions))
 
@@ -306,11 +319,12 @@ def test_predicting_leaves_the_model_in_its_mode() -> None:
     assert table(found) == list(one_event_at_a_time(model.eval(), [[1, 2, 3]]))
 
 
+@pytest.mark.parametrize("score", ["dot", "cosine"])
 @pytest.mark.parametrize("filter_rated", [False, True])
 def test_ranks_up_to_a_limit_and_lists_do_not_depend_on_int8_products(
-    filter_rated: bool, monkeypatch: pytest.MonkeyPatch
+    filter_rated: bool, score: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_model("end")
+    model = make_model("end", score=score)
     sessions = pack_sessions(random_sessions(np.random.default_rng(5), 60, NUM_ITEMS))
     settings: dict[str, Any] = {"protocol": "every-step", "filter_rated": filter_rated}
     expected = predict(model, sessions, top_items=4, **settings)

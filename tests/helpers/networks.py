@@ -95,6 +95,7 @@ class PaddedReference(nn.Module):
         self.items = copy.deepcopy(model.item_embedding)
         self.positions = copy.deepcopy(model.position_embedding)
         self.outputs = self.items if config.shares_table else copy.deepcopy(model.output_embedding)
+        self.log_score_scale = copy.deepcopy(model.log_score_scale)
         self.double()
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -124,17 +125,31 @@ class PaddedReference(nn.Module):
         for row, (items, start) in enumerate(zip(histories, before, strict=True)):
             inputs[row, start : start + len(items)] = torch.tensor(items)
         embedded = self.items(inputs)[..., : config.embedding_dim]
+        if config.normalize_inputs:
+            embedded = embedded / embedded.norm(dim=-1, keepdim=True)
         x = embedded * math.sqrt(config.embedding_dim) + self.positions.weight
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
         forbidden = future | (inputs == 0)[:, None, :]
         forbidden &= ~torch.eye(length, dtype=torch.bool)  # a padded place sees itself: no NaN
         hidden = self.encoder(x, mask=forbidden.repeat_interleave(config.num_heads, dim=0))
+        if config.score == "cosine":
+            learned = self.log_score_scale
+            scale = config.score_scale if learned is None else learned.exp()
+            hidden = scale * hidden / hidden.norm(dim=-1, keepdim=True)
         if config.output_bias:
             hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], dim=-1)
         return [
             hidden[row, start : start + len(items)]
             for row, (items, start) in enumerate(zip(histories, before, strict=True))
         ]
+
+    def output_rows(self) -> torch.Tensor:
+        """The rows [V, D] that hidden states are multiplied with."""
+        table, width = self.outputs.weight, self.config.embedding_dim
+        if self.config.score == "dot":
+            return table
+        length = table[:, :width].square().sum(dim=1, keepdim=True).sqrt()
+        return torch.cat([table[:, :width] / length, table[:, width:]], dim=1)
 
 
 def build_pair(config: ExperimentConfig, num_items: int):

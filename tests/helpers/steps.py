@@ -67,7 +67,7 @@ def position_loss(positive, negative, config: ExperimentConfig):
 def reference_loss(reference, batch, negatives, config: ExperimentConfig):
     histories = [row.tolist() for row in batch.inputs_N.split(batch.lengths_B.tolist())]
     hidden_ND = torch.cat(reference(histories))
-    table = reference.outputs.weight
+    table = reference.output_rows()
     total = hidden_ND.new_zeros(())
     for hidden, target, items in zip(
         hidden_ND, batch.targets_N, negatives_that_count(batch, negatives, config), strict=True

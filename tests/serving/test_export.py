@@ -21,6 +21,7 @@ from helpers.checkpoints import random_checkpoint
 from helpers.datasets import cyclic_sessions, random_sessions, write_dataset
 from helpers.runs import interrupt_at, start, write_config
 from safetensors import safe_open
+from torch.nn import functional as F
 
 from tron_cli.checkpoint import Checkpoint, load_checkpoint
 from tron_cli.config import config_from_dict
@@ -55,6 +56,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "output_bias": True,
         "num_heads": 2,
     },
+    "cosine": {"score": "cosine", "normalize_inputs": True, "output_bias": True},
+    "cosine-gru4rec": {"model": "gru4rec", "score": "cosine", "learn_score_scale": True},
 }
 
 # histories [B, L], k, filter_rated -> items [B, k], scores [B, k]
@@ -112,6 +115,9 @@ RUNTIMES = {"onnx": in_onnxruntime, "torch": in_torch}
 def all_scores(checkpoint: Checkpoint, histories: list[list[int]]) -> np.ndarray:
     """Return the scores of all items after each history, float64 [B, I + 1]; of item 0 -inf."""
     model = checkpoint.build_model(torch.device("cpu"))
+    table = model.item_table[1 : NUM_ITEMS + 1].double()
+    if checkpoint.config.score == "cosine":  # there may be a bias
+        table[:, :8] = F.normalize(table[:, :8], dim=1)
     scores = np.full((len(histories), NUM_ITEMS + 1), -np.inf)
     for row, history in enumerate(histories):
         if history:
@@ -124,7 +130,7 @@ def all_scores(checkpoint: Checkpoint, histories: list[list[int]]) -> np.ndarray
                 appended_item=model.mask_item,
             )
             hidden_D = model(batch)[-1].double()
-            scores[row, 1:] = (model.item_table[1 : NUM_ITEMS + 1].double() * hidden_D).sum(1)
+            scores[row, 1:] = (table * hidden_D).sum(1)
     return scores
 
 

@@ -31,6 +31,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("sasrec", {"reuse_item_embeddings": False, "output_bias": True}),
     ("sasrec", {"positions": "start"}),
     ("gru4rec", {"session_parallel": True}),
+    ("sasrec", {"score": "cosine", "normalize_inputs": True}),
+    ("bert4rec", {"score": "cosine", "learn_score_scale": True, "output_bias": True}),
 ]
 
 

@@ -127,9 +127,10 @@ def test_one_piece_of_memory_holds_the_whole_batch(padded: bool) -> None:
         {"model": "gsasrec", "loss": "gbce", "sampling_style": "eventwise", "topk_sampling": False,
          "num_batch_negatives": 0},
         {"key_padding_mask": False, "block": "post-norm", "loss": "bpr"},
+        {"score": "cosine", "learn_score_scale": True, "output_bias": True},
     ],
     ids=["tron", "bpr-max", "eventwise", "sessionwise", "many", "in-batch", "logq", "ce", "gsasrec",
-         "attended padding"],
+         "attended padding", "cosine"],
 )  # fmt: skip
 def test_a_padded_step_is_the_step(
     monkeypatch: pytest.MonkeyPatch, optimizer: str, changes: dict[str, Any]
@@ -219,6 +220,8 @@ def test_padding_is_no_negative_and_rejects_nothing(style: str) -> None:
 
 CHANGES_OF_SHAPES = [
     {"optimizer": "row_adam"},
+    {"optimizer": "row_adam", "score": "cosine", "learn_score_scale": True,
+     "normalize_inputs": True},
     {"optimizer": "adam", "clip_norm": 1.0},
     {"optimizer": "adagrad", "reuse_item_embeddings": False, "loss": "bpr-max"},
     {"optimizer": "row_adam", "sampling_style": "eventwise", "reject_uniform_session_items": True,

@@ -36,6 +36,7 @@ MODELS = [
     {"model": "gsasrec", "topk_sampling": False, "loss": "gbce", "reject_in_batch_items": False,
      "num_batch_negatives": 0, "sampling_style": "eventwise"},
     {"model": "bert4rec", "output_bias": True},
+    {"score": "cosine", "learn_score_scale": True, "normalize_inputs": True},
     {"model": "gru4rec", "session_parallel": True, "sampling_style": "batchwise"},
 ]  # fmt: skip
 

@@ -122,6 +122,25 @@ class ExperimentConfig:
     output_bias: bool = setting(
         False, help="learn a bias for each item, added to its score", tron="output_bias"
     )
+    score: str = setting(
+        "dot",
+        help="score an item by the product of its embedding and the hidden state (dot), or of both "
+        "scaled to a length of one, times score_scale (cosine), as in NISER",
+        choices=("dot", "cosine"),
+        rectools="distance",
+    )
+    score_scale: float = setting(
+        16.0,
+        help="factor of the scores with score=cosine; 12 to 16 in NISER",
+        above=0,
+    )
+    learn_score_scale: bool = setting(
+        False, help="learn this factor, which begins as score_scale"
+    )
+    normalize_inputs: bool = setting(
+        False,
+        help="scale the embeddings of the inputs to a length of one, as NISER does too",
+    )
     prediction_head: bool = setting(
         False,
         help="a linear layer, GELU and LayerNorm between the transformer and the scores, "
@@ -455,6 +474,11 @@ class ExperimentConfig:
             raise InputError(
                 f"embedding_dim={self.embedding_dim} is not a multiple of "
                 f"num_heads={self.num_heads}; change one of them"
+            )
+        if self.score == "dot":
+            self._need(
+                "score=dot has no scale",
+                {name: FIELDS[name].default for name in ("score_scale", "learn_score_scale")},
             )
         if self.session_parallel and self.sampling_style != "batchwise":
             self._need(

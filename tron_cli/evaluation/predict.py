@@ -98,7 +98,7 @@ def predict(
     model.eval()
     window = model.sequence_length
     with float32_arithmetic(model.item_table.device):
-        catalogue = Catalogue(model.item_table[: model.num_items + 1])
+        catalogue = Catalogue(model.scored_table())
 
         def ranked() -> Iterator[tuple[Histories, np.ndarray, np.ndarray | None]]:
             for low in range(0, len(sessions), _SESSIONS_AT_ONCE):

@@ -33,7 +33,7 @@ class Model(nn.Module):
     fixed_shapes: bool = False
 
     def forward(self, batch: Batch, rows_UD: torch.Tensor | None = None) -> torch.Tensor:
-        """Return hidden states [N, D] of the events, to be multiplied with rows of item_table.
+        """Return hidden states [N, D] of the events, to be multiplied with `scored_rows`.
 
         rows_UD: rows of item_embedding, to which the batch's inputs are indices; None: all rows.
         """
@@ -43,6 +43,14 @@ class Model(nn.Module):
     def item_table(self) -> torch.Tensor:
         """Table [num_items + 1 or more, D]: row i scores item i; others are no items."""
         raise NotImplementedError
+
+    def scored_rows(self, rows_UD: torch.Tensor) -> torch.Tensor:
+        """Return what hidden states are multiplied with instead of these rows of item_table."""
+        return rows_UD
+
+    def scored_table(self) -> torch.Tensor:
+        """Return the `scored_rows` of rows 0 to num_items, without gradients."""
+        return self.scored_rows(self.item_table.detach()[: self.num_items + 1])
 
 
 def build_model(config: ExperimentConfig, num_items: int) -> Model:

@@ -55,24 +55,16 @@ class GRU4Rec(ItemTables):
     def __init__(
         self,
         *,
-        num_items: int,
         sequence_length: int,
-        embedding_dim: int,
         num_blocks: int,
         dropout_rate: float,
-        reuse_item_embeddings: bool,
-        output_bias: bool,
         session_parallel: bool,
         train_batch_size: int,
+        **tables: Any,
     ) -> None:
-        super().__init__(
-            num_items=num_items,
-            embedding_dim=embedding_dim,
-            reuse_item_embeddings=reuse_item_embeddings,
-            output_bias=output_bias,
-            draw=_table,
-            draw_outputs=_table,
-        )
+        """Build the layers; `tables` are the settings of ItemTables."""
+        super().__init__(_table, _table, **tables)
+        embedding_dim = self.embedding_dim
         self.sequence_length = sequence_length
         # With whole sessions, the number of events at each place is read from the device.
         self.fixed_shapes = session_parallel
@@ -88,7 +80,7 @@ class GRU4Rec(ItemTables):
             self.register_buffer("carried_LBD", carried_LBD)
 
     def forward(self, batch: Batch, rows_UD: torch.Tensor | None = None) -> torch.Tensor:
-        """Return hidden states [N, D] (D + 1 with an output bias), to multiply with `item_table`.
+        """Return hidden states [N, D] (D + 1 with an output bias), to multiply with `scored_rows`.
 
         rows_UD: rows of the item embedding, to which the inputs are indices; None: all rows. A
         batch with lanes leaves its states for the next one.

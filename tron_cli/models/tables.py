@@ -5,6 +5,7 @@ Shapes: N packed events, D width of the hidden states, U rows of a table that a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tron_cli.models.base import Model
+from tron_cli.ops.unit_rows import plain_unit_rows, unit_rows
 
 # Draws a table: (rows, columns) -> [rows, columns].
 Draw = Callable[[int, int], torch.Tensor]
@@ -21,18 +23,26 @@ class ItemTables(Model):
     """Network with input embeddings and an output table, whose rows score hidden states.
 
     The bias of an item is one more column of the output table, multiplied with a constant 1.
+
+    score="cosine": rows of the output table and hidden states are scaled to a length of one before
+    they are multiplied, and the hidden states then by score_scale. With learn_score_scale this is
+    the initial value of a factor whose logarithm is learned, so that it stays positive.
     """
 
     def __init__(
         self,
+        draw: Draw,
+        draw_outputs: Draw,
+        with_mask: bool = False,
         *,
         num_items: int,
         embedding_dim: int,
         reuse_item_embeddings: bool,
         output_bias: bool,
-        draw: Draw,
-        draw_outputs: Draw,
-        with_mask: bool = False,
+        score: str = "dot",
+        score_scale: float = 16.0,
+        learn_score_scale: bool = False,
+        normalize_inputs: bool = False,
     ) -> None:
         """Draw rows 0 to num_items: by `draw`, a separate output table by `draw_outputs`.
 
@@ -52,6 +62,12 @@ class ItemTables(Model):
             if reuse_item_embeddings
             else embedding(draw_outputs(rows, output_dim))
         )
+        self.normalize_inputs = normalize_inputs
+        self.score = score
+        self.score_scale = score_scale
+        self.log_score_scale = (
+            nn.Parameter(torch.tensor([math.log(score_scale)])) if learn_score_scale else None
+        )
 
     @property
     def item_table(self) -> torch.Tensor:
@@ -60,10 +76,23 @@ class ItemTables(Model):
     def embedded(self, inputs_N: torch.Tensor, rows_UD: torch.Tensor | None) -> torch.Tensor:
         """Return the embeddings [N, D] of inputs, indices to `rows_UD` or, with None, item ids."""
         table = self.item_embedding.weight if rows_UD is None else rows_UD
-        return F.embedding(inputs_N, table)[:, : self.embedding_dim]
+        embedded_ND = F.embedding(inputs_N, table)[:, : self.embedding_dim]
+        return plain_unit_rows(embedded_ND) if self.normalize_inputs else embedded_ND
+
+    def scored_rows(self, rows_UD: torch.Tensor) -> torch.Tensor:
+        if self.score == "dot":
+            return rows_UD
+        unit_UD = unit_rows(rows_UD[:, : self.embedding_dim])
+        if not self.output_bias:
+            return unit_UD
+        return torch.cat([unit_UD, rows_UD[:, self.embedding_dim :]], dim=1)
 
     def comparable(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Return hidden states as wide as `item_table`."""
+        """Return the hidden states to multiply with `scored_rows`."""
+        if self.score == "cosine":
+            learned = self.log_score_scale
+            scale = self.score_scale if learned is None else learned.exp()
+            hidden_ND = plain_unit_rows(hidden_ND) * scale
         return F.pad(hidden_ND, (0, 1), value=1.0) if self.output_bias else hidden_ND
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -41,46 +41,36 @@ class Transformer(ItemTables):
         output_norm: nn.Module | None = None,
         causal: bool = True,
         *,
-        num_items: int,
         sequence_length: int,
-        embedding_dim: int,
         dropout_rate: float,
         positions: str,
-        reuse_item_embeddings: bool,
-        output_bias: bool,
         key_padding_mask: bool = True,
+        **tables: Any,
     ) -> None:
         """Build the tables, and the blocks by `blocks`, each (x_ND, groups, padding_B) -> x_ND.
 
-        The keyword-only parameters are settings, which networks pass on. scaled: item embeddings
-        are multiplied with sqrt(D). causal: no event sees later ones; otherwise the model fills in
-        masks, and its window has a place for one after the history.
+        The keyword-only parameters are settings, which networks pass on; `tables` are those of
+        ItemTables. scaled: item embeddings are multiplied with sqrt(D). causal: no event sees later
+        ones; otherwise the model fills in masks, and its window has a place for one after the
+        history.
         """
-        super().__init__(
-            num_items=num_items,
-            embedding_dim=embedding_dim,
-            reuse_item_embeddings=reuse_item_embeddings,
-            output_bias=output_bias,
-            draw=draw,
-            draw_outputs=draw_outputs,
-            with_mask=not causal,
-        )
+        super().__init__(draw, draw_outputs, with_mask=not causal, **tables)
         self.sequence_length = sequence_length
         self.window = sequence_length + int(not causal)
         self.positions = positions
         self.key_padding_mask = key_padding_mask
         self.one_row_serves_all = causal and positions in ("start", "none") and key_padding_mask
         self.position_embedding = (
-            None if positions == "none" else embedding(draw(self.window, embedding_dim))
+            None if positions == "none" else embedding(draw(self.window, self.embedding_dim))
         )
-        self.item_scale = math.sqrt(embedding_dim) if scaled else 1.0
+        self.item_scale = math.sqrt(self.embedding_dim) if scaled else 1.0
         self.input_norm = input_norm or nn.Identity()
         self.dropout = Dropout(dropout_rate)
         self.blocks = nn.ModuleList(blocks())
         self.norm = output_norm or nn.Identity()
 
     def forward(self, batch: Batch, rows_UD: torch.Tensor | None = None) -> torch.Tensor:
-        """Return hidden states [N, D] (D + 1 with an output bias), to multiply with `item_table`.
+        """Return hidden states [N, D] (D + 1 with an output bias), to multiply with `scored_rows`.
 
         rows_UD: rows of the item embedding, to which the inputs are indices; None: all rows.
         """

@@ -88,9 +88,13 @@ class Program(nn.Module):
         self.window = model.sequence_length
         self.mask_item = model.mask_item
         inputs, outputs = model.item_embedding, model.output_embedding
-        self.outputs = Table(outputs.weight, kind, with_bias=model.output_bias)
+        scored_VD = model.scored_rows(outputs.weight.detach())
+        self.outputs = Table(scored_VD, kind, with_bias=model.output_bias)
+        # The network cuts off a bias.
         self.inputs = (
-            self.outputs if inputs is outputs else Table(inputs.weight, kind, with_bias=False)
+            self.outputs
+            if scored_VD.data_ptr() == inputs.weight.data_ptr()
+            else Table(inputs.weight, kind, with_bias=False)
         )
         # The network gets the rows that it needs, and its states are scored here.
         del model.item_embedding, model.output_embedding

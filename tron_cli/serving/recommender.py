@@ -95,7 +95,7 @@ class Recommender:
         self._catalogue: Catalogue | None = None
         if not isinstance(self._model, Baseline):
             check_weights(self._model)
-            self._catalogue = Catalogue(self._model.item_table[: self.num_items + 1])
+            self._catalogue = Catalogue(self._model.scored_table())
 
     @classmethod
     def load(

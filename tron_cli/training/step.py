@@ -114,7 +114,7 @@ def _sampled_loss(
     with phase("logits"):
         positive_N, negative_NK, keep_NK = sampled_logits(
             hidden_ND,
-            looked.rows_UD,
+            model.scored_rows(looked.rows_UD),
             looked.batch,
             looked.negatives,
             topk=config.topk_sampling_k if config.topk_sampling else None,
@@ -143,7 +143,7 @@ def _catalogue_loss(
         hidden_ND = _with_target(model(inputs, rows_UD), batch)
     with phase("loss"):
         loss = build_loss(config, model.num_items)
-        return loss(hidden_ND, model.item_table, batch.targets_N)
+        return loss(hidden_ND, model.scored_rows(model.item_table), batch.targets_N)
 
 
 def _with_target(hidden_ND: torch.Tensor, batch: Batch) -> torch.Tensor:
