@@ -36,8 +36,9 @@ FORMAT_VERSION = 1
 class Checkpoint:
     """Content of a checkpoint file.
 
-    training: the state that resuming needs, empty in a best checkpoint. origin: records of what the
-    weights come from besides the training sessions, such as "init_from".
+    weights: those to evaluate; with ema_decay, the average. training: the state that resuming
+    needs, empty in a best checkpoint; with ema_decay, its "weights" are those to train on. origin:
+    records of what the weights come from besides the training sessions, such as "init_from".
     popularity: int64 [I + 1], training events of each item; None in files of earlier versions.
 
     The tensors are mapped: they are read when they are used, and as long as they exist the file
@@ -98,26 +99,29 @@ class Checkpoint:
             moves, steps = (saved[name].to(weights.device) for name in ("moves", "steps"))
             row_adam.catch_up(weights, rows, **state, moves=moves, steps=steps)
 
-    def build_saved_model(self, device: torch.device, *, mapped: bool = False) -> Model:
+    def build_saved_model(
+        self, device: torch.device, *, mapped: bool = False, to_resume: bool = False
+    ) -> Model:
         """Return the model with its weights just as they were when the file was written.
 
-        mapped: they are `weights`, not copies.
+        mapped: they are `weights`, not copies. to_resume: they are those to train on.
         """
+        weights = self.training.get("weights", self.weights) if to_resume else self.weights
         with torch.device("meta"):  # no random weights, only to be replaced
             model = build_model(self.config, self.dataset["num_items"])
-        self._check_shapes(model.state_dict())
+        self._check_shapes(weights, model.state_dict())
         if not mapped:
             model.to_empty(device=device)
-        model.load_state_dict(self.weights, assign=mapped)
+        model.load_state_dict(weights, assign=mapped)
         return model
 
-    def _check_shapes(self, expected: Mapping[str, torch.Tensor]) -> None:
-        """Raise an InputError where the weights are not those of the configuration's network."""
-        if expected.keys() != self.weights.keys():
-            raise self._misfit(
-                f"{min(expected.keys() ^ self.weights.keys())} is missing or unknown"
-            )
-        for name, values in self.weights.items():
+    def _check_shapes(
+        self, weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Raise an InputError where weights are not those of the configuration's network."""
+        if expected.keys() != weights.keys():
+            raise self._misfit(f"{min(expected.keys() ^ weights.keys())} is missing or unknown")
+        for name, values in weights.items():
             if values.shape != expected[name].shape or values.dtype != expected[name].dtype:
                 shapes = [f"{v.dtype} {list(v.shape)}" for v in (values, expected[name])]
                 raise self._misfit(f"{name} is {shapes[0]}, not {shapes[1]}".replace("torch.", ""))
@@ -320,8 +324,14 @@ def _flaw(content: dict[str, Any]) -> str | None:
     if not all(isinstance(values, torch.Tensor) for values in content["weights"].values()):
         return "its weights are not all tensors"
     training = content["training"]
-    if training and training.keys() != {"optimizer", "scaler", "progress"}:
+    needed = {"optimizer", "scaler", "progress"}
+    if content["config"].get("ema_decay"):
+        needed.add("weights")
+    if training and training.keys() != needed:
         return "its state for resuming is incomplete"
+    weights = training.get("weights", {})
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        return "its weights to train on are not all tensors"
     dataset, ids = content["dataset"], content["item_ids"]
     if not isinstance(dataset.get("name"), str) or not isinstance(dataset.get("num_items"), int):
         return "its dataset has no name or no number of items"

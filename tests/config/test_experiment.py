@@ -43,6 +43,7 @@ OUT_OF_RANGE = [
     ("clip_norm", -1.0),
     ("weight_decay", -0.1),
     ("label_smoothing", 1.0),
+    ("ema_decay", 1.0),
     ("overfit_batches", -1),
     ("seed", -1),
     ("early_stopping_patience", -1),

@@ -14,7 +14,7 @@ from tron_cli.config.plugins import GROUPS, label, registered_name
 from tron_cli.config.setting import Setting, setting, settings_of_class
 from tron_cli.data.dataset import DATASET_NAME
 from tron_cli.errors import InputError
-from tron_cli.registry import BASELINES, CATALOGUE_LOSSES, MODELS, REGISTERED
+from tron_cli.registry import BASELINES, CATALOGUE_LOSSES, MODELS, OPTIMIZERS, REGISTERED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +339,12 @@ class ExperimentConfig:
         low=0,
         recbole="clip_grad_norm",
     )
+    ema_decay: float = setting(
+        0.0,
+        help="evaluate and keep an average of the weights: after each step, ema_decay times the "
+        "average so far plus 1 - ema_decay times the weights; 0: no average",
+        low=0, below=1,
+    )
     shuffling_style: str = setting(
         "shuffle_without_replacement",
         help="order of the training sessions",
@@ -444,6 +450,7 @@ class ExperimentConfig:
         self._check_effects()
         if not self.is_baseline:
             self._check_model()
+            self._check_optimizer()
             self._check_loss()
         for measure in (*self.metrics, self.val_metric):
             if not re.fullmatch(r"[A-Za-z_]+(\(.*\))?@[1-9][0-9]*", measure):
@@ -485,6 +492,15 @@ class ExperimentConfig:
                 "session_parallel=True shows one event of a session a step, so that its others "
                 "cannot be rejected",
                 {"reject_uniform_session_items": False},
+            )
+
+    def _check_optimizer(self) -> None:
+        """Refuse an optimizer that leaves rows alone, with settings that change all of them."""
+        if self.ema_decay and OPTIMIZERS[self.optimizer].sparse_gradients:
+            self._need(
+                "ema_decay averages all rows of a table in each step, and sparse optimizers update "
+                "only those looked up",
+                {"optimizer": "adam"},
             )
 
     def _check_loss(self) -> None:

@@ -112,7 +112,7 @@ def train(
             # Validate, keep the best and save; or only save, so that little is lost.
             if epoch_ends:
                 catch_up_all(run.optimizer)
-                values = validate(run.model, start.validation, dataset, config, start.measures)
+                values = validate(run.kept_model, start.validation, dataset, config, start.measures)
                 run.finish_epoch(epoch, values)
             elif saves or stops:
                 run.save_last(epoch)

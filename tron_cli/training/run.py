@@ -157,11 +157,14 @@ class RunFolder(RunFiles):
         scaler: torch.amp.GradScaler,
         progress: Progress,
         origin: dict[str, Any] | None = None,
+        average: Model | None = None,
     ) -> None:
+        """Write the settings. average: the averaged model, which is then the one to keep."""
         super().__init__(run_dir, config, origin or {})
         self.origin = origin or {}
         self.config = config
         self.model = model
+        self.kept_model = model if average is None else average
         self.optimizer = optimizer
         self.scaler = scaler
         self.progress = progress
@@ -222,11 +225,13 @@ class RunFolder(RunFiles):
                 path.unlink()
 
     def save_last(self, epoch: int) -> None:
-        training = {
+        training: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": dataclasses.asdict(self.progress),
         }
+        if self.kept_model is not self.model:
+            training["weights"] = dict(self.model.state_dict())
         self._save(self.run_dir / LAST, epoch, {}, training)
         self._saved_at = time.monotonic()
 
@@ -261,7 +266,7 @@ class RunFolder(RunFiles):
             save_checkpoint(
                 path,
                 config=self.config,
-                model=self.model,
+                model=self.kept_model,
                 step=self.progress.step,
                 epoch=epoch,
                 metrics=metrics,

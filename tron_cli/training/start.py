@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
@@ -20,6 +21,7 @@ from tron_cli.errors import InputError
 from tron_cli.models.base import Model, build_model
 from tron_cli.registry import CATALOGUE_LOSSES, SAMPLERS, load, settings_of
 from tron_cli.sampling.negatives import Distribution
+from tron_cli.training.averaging import add_to_average
 from tron_cli.training.feed import build_feed, expected_in_batch
 from tron_cli.training.graphs import CUDARecorder, GraphedSteps
 from tron_cli.training.optim import faster_adam, learning_rate, optimizer_of
@@ -74,12 +76,15 @@ def start_training(
     dtype = _training_dtype(config.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     popularity: torch.Tensor | None = None
+    average: Model | None = None
     max_epochs_before, is_auto = config.max_epochs, config.optimizer == "auto"
     if resume:
         model, optimizer, progress, saved = _saved(run_dir / LAST, device, scaler)
         max_epochs_before, origin = saved.config.max_epochs, saved.origin
         if saved.popularity is not None:
             popularity = saved.popularity.clone()  # not mapped from a file that is replaced
+        if config.ema_decay:
+            average = saved.build_saved_model(device)
     else:
         chosen = _optimizer(config, sessions, dataset.num_items)
         config = dataclasses.replace(config, optimizer=chosen)
@@ -91,6 +96,8 @@ def start_training(
         model = model.to(device)
         optimizer = optimizer_of(config, model)
         progress = Progress()
+        if config.ema_decay:
+            average = copy.deepcopy(model)
     on_gpu = device.type == "cuda"
     feed = build_feed(config, sessions, model, padded=on_gpu and model.fixed_shapes)
     steps_per_epoch = min(feed.steps_per_pass, config.max_batches_per_epoch or feed.steps_per_pass)
@@ -115,6 +122,7 @@ def start_training(
         scaler,
         progress,
         origin,
+        average,
     )
 
     def prepare(step: int) -> Batch:
@@ -122,12 +130,20 @@ def start_training(
         return batch.in_one_piece(pinned=True) if on_gpu else batch
 
     records = model.fixed_shapes and not profiler.steps
-    take_step = GraphedSteps(
+    steps = GraphedSteps(
         lambda batch: training_step(model, optimizer, scaler, batch, config, distribution, dtype),
         device,
         batch_size=config.train_batch_size,
         recorder=_recorder(config, device, dtype, records=records),
     )
+
+    def take_step(batch: Batch) -> torch.Tensor:
+        loss = steps(batch)
+        if average is not None:
+            step = progress.step + 1
+            add_to_average(average, model, decay=config.ema_decay, step=step)
+        return loss
+
     model.train()
     with run.logged():
         log.info(
@@ -254,7 +270,7 @@ def _saved(
             f"{file} holds only weights, as the best checkpoint of a run does, and no state to "
             f"resume from; take the {LAST} of its run, or start a new one"
         )
-    model = checkpoint.build_saved_model(device)
+    model = checkpoint.build_saved_model(device, to_resume=True)
     before = checkpoint.config
     optimizer = optimizer_of(before, model)
     try:
@@ -273,11 +289,12 @@ def _saved(
 def _optimizer(config: ExperimentConfig, sessions: Sessions, num_items: int) -> str:
     """Resolve the configuration's optimizer, in the same way on every machine.
 
-    Losses over the whole catalogue have a gradient for every row of the table.
+    Losses over the whole catalogue have a gradient for every row of the table, and averages
+    change every row.
     """
     if config.optimizer != "auto":
         return config.optimizer
-    if config.loss in CATALOGUE_LOSSES or config.weight_decay:
+    if config.loss in CATALOGUE_LOSSES or config.weight_decay or config.ema_decay:
         return "adam"
     rows = min(config.train_batch_size, len(sessions))
     inputs = np.minimum(sessions.lengths - 1, config.sequence_length).mean()
