@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -154,9 +155,63 @@ def test_wrong_input_is_one_sentence(
     assert not any(tmp_path.iterdir())
 
 
-def test_a_data_frame_that_cannot_be_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"time": pl.lit("soon")},
+            "the data frame input, row 1: expected .* in time, found 'soon'",
+        ),
+        ({"item": pl.lit(None)}, "the data frame input, row 1: .* in item, found nothing"),
+        ({"session": pl.lit([1])}, "the data frame input: expected .* in session, found the type"),
+        ({"Item": pl.lit("a")}, "the data frame input has 2 columns named 'ITEM'"),
+    ],
+)
+def test_an_error_names_the_data_frame_its_row_and_its_column(
+    events: pl.DataFrame, tmp_path: Path, changes: dict[str, pl.Expr], message: str
+) -> None:
+    frame = events.with_columns(**changes)
+    columns = {**COLUMNS, "item_col": "ITEM" if "Item" in changes else "item"}
+    with pytest.raises(InputError, match=f"^{message}") as error:
+        prepare("table", name="x", data_dir=tmp_path, input=frame, **columns)
+    assert tempfile.gettempdir() not in str(error.value).replace(str(tmp_path), "")
+
+
+def test_each_of_several_data_frames_has_a_name(events: pl.DataFrame, tmp_path: Path) -> None:
+    late = events.with_columns(time=pl.when(pl.col.session == "v7").then(None).otherwise("time"))
+    row = late["time"].is_null().arg_max()
+    assert row is not None
+    frames = [events, late]
+    with pytest.raises(InputError, match=f"^the data frame input 2, row {row + 1}: .* in time"):
+        prepare("table", name="x", data_dir=tmp_path, input=frames, **COLUMNS)
+    with pytest.raises(InputError, match=r"^the data frame test has no column 'item': its columns"):
+        prepare("table", name="x", data_dir=tmp_path, train=events, test=events.drop("item"),
+                **COLUMNS)  # fmt: skip
+    found = prepare(
+        "table", name="x", data_dir=tmp_path, input=frames, skip_bad_lines=True, **COLUMNS
+    )
+    assert found.info["bad_lines"]["first"].startswith(f"the data frame input 2, row {row + 1}: ")
+    names = ["the data frame input 1", "the data frame input 2"]
+    assert [source["file"] for source in found.info["sources"]] == names
+    assert found.info["options"]["input"] == names
+
+
+def test_a_column_of_pandas_that_cannot_be_read_is_named(
+    events: pl.DataFrame, tmp_path: Path
+) -> None:
+    """Columns that are not used may hold anything."""
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(events.to_dict(as_series=False))
+    frame["note"] = [object(), *[1] * (len(frame) - 1)]
+    prepare("table", name="shop", data_dir=tmp_path, input=frame, **COLUMNS)
+    frame["item"] = [5, *frame["item"][1:]]
+    with pytest.raises(InputError, match=r"^the data frame input, column item: .*; convert it"):
+        prepare("table", name="x", data_dir=tmp_path, input=frame, **COLUMNS)
+
+
+def test_a_column_of_objects_is_named(tmp_path: Path) -> None:
     frame = pl.DataFrame({"item": [object()], "time": [1], "session": [1]})
-    with pytest.raises(InputError, match="data frame"):
+    with pytest.raises(InputError, match=r"^the data frame input, column item: .*; convert it"):
         prepare("table", name="x", data_dir=tmp_path, input=frame, **COLUMNS)
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from tron_cli.api.preparation import SOURCES, options_of
 from tron_cli.cli.prepare import app
 from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
 from tron_cli.evaluation.reference import reference_figures
+from tron_cli.prepare.sources import table
 from tron_cli.prepare.sources.table import TableColumns
 from tron_cli.prepare.summary import agrees, summary_text
 
@@ -154,6 +157,36 @@ WORDS = {
 }
 
 
+def recorder(function: Any, calls: list[Any]) -> Any:
+    """Return a function with the options of another, which records its calls."""
+    plain = function.func if isinstance(function, functools.partial) else function
+
+    def record(*places: Any, **options: Any) -> None:
+        calls.append((list(places), options))
+
+    record.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    record.__annotations__ = typing.get_type_hints(plain, localns={"Dataset": Any})
+    return record
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_commands_call_the_python_function(
+    monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    calls: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(
+        "tron_cli.api.preparation.prepare",
+        lambda source, **options: calls.append((source, options)),
+    )
+    monkeypatch.setattr("tron_cli.cli.prepare._report", lambda dataset, as_json: None)
+    words = {"table": ["--input=a", "--item-col=i", "--time-col=t"],
+             "sequences": ["--train=a", "--test=b"]}.get(source, [])  # fmt: skip
+    assert prepare(source, *words, "--name=n", "--data-dir=d").exit_code == 0
+    ((called, options),) = calls
+    assert (called, options["name"], options["data_dir"]) == (source, "n", Path("d"))
+    assert options.keys() - {"name", "data_dir"} <= options_of(source).keys()
+
+
 @pytest.mark.parametrize(
     ("source", "words", "places", "options"),
     [
@@ -185,10 +218,9 @@ def test_every_option_reaches_its_source(
     options: dict[str, Any],
 ) -> None:
     calls: list[tuple[list[Any], dict[str, Any]]] = []
-    monkeypatch.setattr(
-        f"tron_cli.prepare.sources.{source}.prepare_{source}",
-        lambda *places, **options: calls.append((list(places), options)),
-    )
+    module = importlib.import_module(f"tron_cli.prepare.sources.{source}")
+    function = f"prepare_{source}"
+    monkeypatch.setattr(module, function, recorder(getattr(module, function), calls))
     monkeypatch.setattr("tron_cli.cli.prepare._report", lambda dataset, as_json: None)
     given = [WORDS[option] for option in options]
     assert prepare(source, *words, "--data-dir=d", "--name=n", *given).exit_code == 0
@@ -216,10 +248,7 @@ def option(name: str, value: Any) -> str:
 
 def test_every_option_of_table_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[list[Any], dict[str, Any]]] = []
-    monkeypatch.setattr(
-        "tron_cli.prepare.sources.table.prepare_table",
-        lambda *places, **options: calls.append((list(places), options)),
-    )
+    monkeypatch.setattr(table, "prepare_table", recorder(table.prepare_table, calls))
     monkeypatch.setattr("tron_cli.cli.prepare._report", lambda dataset, as_json: None)
     named = {"item", "time", "session", "user", "event"}
     words = [option(f"{key}_col" if key in named else key, COLUMNS[key]) for key in COLUMNS]
@@ -229,6 +258,7 @@ def test_every_option_of_table_reaches_it(monkeypatch: pytest.MonkeyPatch) -> No
     assert prepare("table", *places, *split, *words).exit_code == 0
     inputs = [Path("a"), Path("b")]
     expected = {"leave_one_out": True, "val": [Path("v")], "test": [Path("w")], **TABLE_OPTIONS}
+    calls[0][1].pop("frames")  # a temporary folder
     assert calls == [([inputs, TableColumns(**COLUMNS), Path("d"), "n"], expected)]
 
 
@@ -254,15 +284,13 @@ def test_the_defaults_of_a_command_are_those_of_its_function(
     if isinstance(function, functools.partial):  # the log has the defaults that are None
         (log,) = function.args
         defaults |= {"name": log.source, "val_days": log.val_days}
-    calls: list[inspect.BoundArguments] = []
-    monkeypatch.setattr(
-        module,
-        f"prepare_{source}",
-        lambda *places, **named: calls.append(signature.bind(*places, **named)),
-    )
+    calls: list[tuple[list[Any], dict[str, Any]]] = []
+    monkeypatch.setattr(module, f"prepare_{source}", recorder(function, calls))
     monkeypatch.setattr("tron_cli.cli.prepare._report", lambda dataset, as_json: None)
     assert prepare(source, *words).exit_code == 0
-    given = calls[0].arguments
+    ((places, named),) = calls
+    given = signature.bind(*places, **named).arguments
+    given.pop("frames", None)  # a temporary folder
     assert given.get("columns") in (None, TableColumns(item="i", time="t"))
     for name, value in given.items():
         default = defaults[name]

@@ -8,7 +8,8 @@ import inspect
 import os
 import tempfile
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,7 +48,8 @@ def prepare(
     source: table, sequences, otto, yoochoose, diginetica, ml1m or synthetic. options: those of
     `tron prepare SOURCE`, with underscores: `--session-col` is session_col. name: that of the
     dataset; table and sequences need one, the others are called as their source. Of a table, input,
-    train, val and test are files, lists of them, or data frames of polars or pandas.
+    train, val and test are files, lists of them, or data frames of polars or pandas, whose rows
+    errors number from 1.
 
     Returns the opened dataset; `dataset.info` is its dataset.json. Raises InputError where an
     option is unknown or wrong, or a file cannot be read.
@@ -104,7 +106,7 @@ def options_of(source: str) -> dict[str, tuple[Any, Any]]:
     name = own.args[0] if isinstance(own, partial) else source
     below = _prepare_function(name)
     found = {}
-    hidden = {"leave_one_out"} if source == "table" else set()
+    hidden = {"leave_one_out", "frames"} if source == "table" else set()
     for function in (below, own):
         plain = function
         while isinstance(plain, partial):
@@ -188,9 +190,10 @@ def _table(
         keep_events=_words(keep_events or ()),
         null_tokens=NULL_TOKENS if null_tokens is None else _words(null_tokens),
     )
-    with tempfile.TemporaryDirectory() as folder:
+    wanted = [name for name in (item_col, time_col, session_col, user_col, event_col) if name]
+    with _frames_folder() as folder:
         given = {"input": input, "train": train, "val": val, "test": test}
-        files = {each: _files(each, tables, Path(folder)) for each, tables in given.items()}
+        files = {each: _files(each, tables, folder, wanted) for each, tables in given.items()}
         if bool(files["input"]) == bool(files["train"]) or (
             bool(files["train"]) != bool(files["test"])
         ):
@@ -203,6 +206,7 @@ def _table(
             leave_one_out=split == "leave-one-out",
             val=files["val"],
             test=files["test"],
+            frames=folder,
             **_texts(options),
         )
 
@@ -228,19 +232,30 @@ def _texts(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _files(name: str, tables: Any, folder: Path) -> list[Path]:
-    """Return the files of a table; data frames are written to the folder first."""
+@contextmanager
+def _frames_folder() -> Iterator[Path]:
+    """Yield a temporary folder for data frames, which errors then name without it."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield Path(folder)
+        except InputError as error:
+            if folder not in str(error):
+                raise
+            raise InputError(str(error).replace(folder + os.sep, "")) from error
+
+
+def _files(name: str, tables: Any, folder: Path, wanted: list[str]) -> list[Path]:
+    """Return the files of a table; the wanted columns of data frames are written first."""
     if tables is None:
         return []
-    if isinstance(tables, str | os.PathLike) or _is_frame(tables):
-        tables = [tables]
-    if not isinstance(tables, Iterable):
+    is_one = isinstance(tables, str | os.PathLike) or _is_frame(tables)
+    if not is_one and not isinstance(tables, Iterable):
         raise InputError(f"{name} must be a path, a list of them or a data frame, got {tables!r}")
     files = []
-    for number, table in enumerate(tables):
+    for number, table in enumerate([tables] if is_one else tables, start=1):
         if _is_frame(table):
-            files.append(folder / f"{name}-{number}.parquet")
-            _write_frame(table, files[-1])
+            files.append(folder / f"the data frame {name}{'' if is_one else f' {number}'}")
+            _write_frame(table, files[-1], wanted)
         else:
             check(name, table, AnyPath)
             files.append(Path(table))
@@ -252,12 +267,23 @@ def _is_frame(table: Any) -> bool:
     return package in ("polars", "pandas") and type(table).__name__ == "DataFrame"
 
 
-def _write_frame(frame: Any, file: Path) -> None:
-    """Write a data frame of polars, or of pandas without its index, as Parquet."""
+def _write_frame(frame: Any, file: Path, wanted: list[str]) -> None:
+    """Write columns of a data frame of polars, or of pandas without its index, as Parquet."""
     import polars as pl
 
-    try:
-        (frame if isinstance(frame, pl.DataFrame) else pl.from_pandas(frame)).write_parquet(file)
-    except (TypeError, ValueError, pl.exceptions.PolarsError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"the data frame cannot be written as Parquet: {reason}") from error
+    from tron_cli.prepare.reading.columns import find_columns, first_line
+
+    names = [str(name) for name in frame.columns]
+    columns = {}
+    for at in find_columns(file, names, wanted):
+        try:
+            is_polars = isinstance(frame, pl.DataFrame)
+            column: Any = frame.to_series(at) if is_polars else pl.from_pandas(frame.iloc[:, at])
+            if column.dtype == pl.Object:
+                raise TypeError("its values are Python objects")
+        except (TypeError, ValueError, pl.exceptions.PolarsError) as error:
+            raise InputError(
+                f"{file}, column {names[at]}: {first_line(error)}; convert it to one type"
+            ) from error
+        columns[names[at]] = column
+    pl.DataFrame(columns).write_parquet(file)

@@ -35,12 +35,11 @@ def demo(
     the best possible R@20, because then something is wrong with the installation.
     """
     from tron_cli.api.evaluation import evaluate
+    from tron_cli.api.preparation import prepare
     from tron_cli.api.training import train
     from tron_cli.config import load_config, parse_overrides
     from tron_cli.data.folder import made_with
-    from tron_cli.evaluation.reference import reference_figures
     from tron_cli.prepare import summary
-    from tron_cli.prepare.sources.synthetic import prepare_synthetic
 
     def say(command: str) -> None:
         print(f"\n$ {command}", flush=True)
@@ -56,7 +55,7 @@ def demo(
             f"{path} is a dataset of your own, which the demo would replace; rename its folder, or "
             "pass another --data-dir"
         )
-    dataset = prepare_synthetic(data_dir, "demo", reference_figures, force=True, **options)
+    dataset = prepare("synthetic", data_dir=data_dir, name="demo", force=True, **options)
     summary.print_summary(dataset)
     say(f"tron train --config {CONFIG} {' '.join(settings)}")
     trained = train(CONFIG, data_dir=data_dir, output_dir=output_dir, **changes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tron_cli.cli.options import DATASETS, DataDir, given_path, with_groups
-from tron_cli.errors import InputError
 
 if TYPE_CHECKING:
     from tron_cli.data.dataset import Dataset
@@ -119,10 +117,8 @@ def _add_click_log(source: str, description: str, default_val_days: float) -> No
         options: SplitOptions,
         as_json: AsJson = False,
     ) -> None:
-        module = importlib.import_module(f"tron_cli.prepare.sources.{source}")
-        prepare_source = getattr(module, f"prepare_{source}")
-        dataset = prepare_source(raw, data_dir, name, val_days=val_days, **vars(options))
-        _report(dataset, as_json)
+        given = {"raw": raw, "name": name, "data_dir": data_dir, "val_days": val_days}
+        _prepare(source, as_json, **given, **vars(options))
 
     app.command(source, help=description)(with_groups(prepare))
 
@@ -155,10 +151,8 @@ def ml1m(
 
     The split is gSASRec's, unless all users validate.
     """
-    from tron_cli.prepare.sources.ml1m import prepare_ml1m
-
-    dataset = prepare_ml1m(raw, data_dir, name, val_users=val_users, **vars(options))
-    _report(dataset, as_json)
+    given = {"raw": raw, "name": name, "data_dir": data_dir, "val_users": val_users}
+    _prepare("ml1m", as_json, **given, **vars(options))
 
 
 @app.command()
@@ -209,19 +203,17 @@ def sequences(
 
     A session is integer item ids, oldest first. With --input, leave-one-out.
     """
-    from tron_cli.prepare.sources.sequences import prepare_sequences
-
-    own = {"input": input, "val": val, "lines": lines, "val_users": val_users}
-    dataset = prepare_sequences(train, test, data_dir, name, **own, **vars(options))
-    _report(dataset, as_json)
+    files = {"train": train, "test": test, "input": input, "val": val}
+    given = {"name": name, "data_dir": data_dir, "lines": lines, "val_users": val_users}
+    _prepare("sequences", as_json, **files, **given, **vars(options))
 
 
 @dataclass(frozen=True)
 class ColumnOptions:
     """Options of `tron prepare table` that say where columns are and how they are read."""
 
-    item: Annotated[str, typer.Option("--item-col", help="Column of the item ids.")]
-    time: Annotated[str, typer.Option("--time-col", help="Column of the times.")]
+    item_col: Annotated[str, typer.Option(help="Column of the item ids.")]
+    time_col: Annotated[str, typer.Option(help="Column of the times.")]
     time_unit: Annotated[
         Literal["auto", "s", "ms", "us", "ns"],
         typer.Option(help="Unit of numeric times; auto: ISO 8601, or numbers of a guessed unit."),
@@ -234,13 +226,10 @@ class ColumnOptions:
             "of a second; UTC without %z.",
         ),
     ] = None
-    session: Annotated[
-        str | None, typer.Option("--session-col", help="Column of the session ids.")
-    ] = None
-    user: Annotated[
+    session_col: Annotated[str | None, typer.Option(help="Column of the session ids.")] = None
+    user_col: Annotated[
         str | None,
         typer.Option(
-            "--user-col",
             help="Column of the user ids: instead of --session-col, or with it if session ids are "
             "unique only for each user.",
         ),
@@ -249,9 +238,7 @@ class ColumnOptions:
         str | None,
         typer.Option(help="A pause longer than this ends a user's session; default: 30m."),
     ] = None
-    event: Annotated[str | None, typer.Option("--event-col", help="Column of the event types.")] = (
-        None
-    )
+    event_col: Annotated[str | None, typer.Option(help="Column of the event types.")] = None
     keep_events: Annotated[
         str | None, typer.Option(help="Event types to keep, such as view,click.")
     ] = None
@@ -323,10 +310,9 @@ class TableOptions(OwnDataOptions):
 @with_groups
 def table(
     *,
-    inputs: Annotated[
+    input: Annotated[
         Tables,
         typer.Option(
-            "--input",
             parser=given_path,
             metavar="PATH",
             help="CSV, TSV, RecBole's .inter, JSON lines (also .gz, .zst) or Parquet: a file, a "
@@ -363,25 +349,9 @@ def table(
     as_json: AsJson = False,
 ) -> None:
     """Your own data: a table with a row per event."""
-    from tron_cli.prepare.sources.table import prepare_table
-    from tron_cli.prepare.sources.table_reader import NULL_TOKENS, TableColumns
-
-    if bool(inputs) == bool(train) or bool(train) != bool(test):
-        raise InputError("expected --input, or --train and --test for tables already split")
-    words = {"keep_events": _words(columns.keep_events or ""), "null_tokens": NULL_TOKENS}
-    if columns.null_tokens is not None:
-        words["null_tokens"] = _words(columns.null_tokens)
-    dataset = prepare_table(
-        inputs or train or [],
-        TableColumns(**{**vars(columns), **words}),
-        data_dir,
-        name,
-        leave_one_out=split == "leave-one-out",
-        val=val or [],
-        test=test or [],
-        **vars(options),
-    )
-    _report(dataset, as_json)
+    tables = {"input": input, "train": train, "val": val, "test": test}
+    given = {"name": name, "data_dir": data_dir, "split": split}
+    _prepare("table", as_json, **tables, **given, **vars(columns), **vars(options))
 
 
 @app.command()
@@ -393,14 +363,14 @@ def synthetic(
     as_json: AsJson = False,
 ) -> None:
     """A generated shop whose best possible figures are known."""
-    from tron_cli.evaluation.reference import reference_figures
-    from tron_cli.prepare.sources.synthetic import prepare_synthetic
-
-    _report(prepare_synthetic(data_dir, name, reference_figures, force=force, seed=seed), as_json)
+    _prepare("synthetic", as_json, name=name, data_dir=data_dir, force=force, seed=seed)
 
 
-def _words(listing: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in listing.split(",") if word.strip())
+def _prepare(source: str, as_json: bool, **options: Any) -> None:
+    """Prepare as from Python, with the same checks, and print the result."""
+    from tron_cli.api import preparation
+
+    _report(preparation.prepare(source, **options), as_json)
 
 
 def _report(dataset: Dataset, as_json: bool) -> None:

@@ -81,6 +81,7 @@ def prepare_table(
     collapse_repeats: bool = False,
     max_session_length: int | None = None,
     catalogue: str | None = None,
+    frames: Path | None = None,
 ) -> Dataset:
     """Prepare a table of events, split by time, or leave-one-out (then val_days 0: no validation).
 
@@ -88,6 +89,7 @@ def prepare_table(
     trains, and validates in its last stretch where `val` is not given. val_days, test_days: 1
     unless a stretch begins at a date (val_from, test_from: ISO 8601, UTC where it names no zone).
     val_users: with leave-one-out, how many users validate; default: at most max_val_sessions.
+    frames: a folder of files that hold data frames, which dataset.json names without it.
 
     The filters are those of the session-based literature: short sessions, rare items (fewer than
     min_item_count events: 5, or 1 where the splits, of which test does not count, or an earlier
@@ -112,7 +114,7 @@ def prepare_table(
     min_item_count = min_item_count or (1 if test or catalogue else 5)
     given = {"input": [inputs] if isinstance(inputs, Path) else inputs, "val": val, "test": test}
     options = {
-        **{option: [str(path) for path in paths] for option, paths in given.items()},
+        **_recorded(given, frames),
         **columns.options(gap),
         **rule.options(),
         "min_session_length": min_session_length,
@@ -154,6 +156,14 @@ def prepare_table(
             session_keys=log.reader.sessions,
             user_keys=log.reader.users,
         )
+
+
+def _recorded(given: dict[str, Sequence[Path]], frames: Path | None) -> dict[str, list[str]]:
+    """Return the record of the given paths in dataset.json."""
+    return {
+        option: [path.name if path.parent == frames else str(path) for path in paths]
+        for option, paths in given.items()
+    }
 
 
 def _files_of_tables(given: dict[str, Sequence[Path]]) -> list[list[Path]]:
