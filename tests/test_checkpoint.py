@@ -209,6 +209,20 @@ def test_a_setting_of_a_later_version_is_one_sentence(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "a.pt")
 
 
+def test_a_setting_that_an_older_file_lacks_has_its_default(tmp_path: Path) -> None:
+    """Before `score` was a setting, every score was a dot product."""
+    model, config = save(tmp_path / "a.pt")
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    for name in ("score", "score_scale", "learn_score_scale", "normalize_inputs"):
+        del content["config"][name]
+    torch.save(content, tmp_path / "a.pt")
+    found = load_checkpoint(tmp_path / "a.pt")
+    assert found.config == config
+    served = found.build_model(torch.device("cpu"), mapped=True).scored_table()
+    assert torch.equal(served, model.item_table[:6])
+    assert served.data_ptr() == found.weights["item_embedding.weight"].data_ptr()
+
+
 def test_a_missing_file_or_an_unfinished_run_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "no.pt")

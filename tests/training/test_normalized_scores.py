@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.datasets import random_sessions, write_dataset
 from helpers.networks import build_pair, make_config, make_sessions
+from helpers.runs import check_same_run, interrupt_at, resume, start, write_config
 from helpers.steps import LENGTHS, step_of_both
 from torch.nn import functional as F
 
+from tron_cli.checkpoint import load_checkpoint
 from tron_cli.data.batches import training_batch
 from tron_cli.errors import InputError
 from tron_cli.models.base import build_model
 from tron_cli.registry import LOSSES, MODELS
 from tron_cli.sampling.negatives import Distribution
+from tron_cli.training.loop import InterruptedRunError
 from tron_cli.training.step import training_loss
 
 TABLES = ("item_embedding.weight", "output_embedding.weight")
@@ -139,3 +145,34 @@ def test_a_scale_without_effect_is_refused(changes: dict[str, Any]) -> None:
     (name,) = changes
     with pytest.raises(InputError, match=rf"score=dot has no scale, but got {name}="):
         make_config(**changes)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "row_adam", "adagrad"])
+def test_an_interrupted_run_goes_on_with_the_learned_scale(
+    optimizer: str, tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_dir, runs = tmp_path / "data", tmp_path / "runs"
+    write_dataset(data_dir, train=random_sessions(rng, 45, 30), val=random_sessions(rng, 9, 30))
+    config = write_config(
+        tmp_path, score="cosine", score_scale=9.0, learn_score_scale=True, optimizer=optimizer
+    )
+    start(config, data_dir, runs, "whole")
+    interrupt_at(monkeypatch, 8, signal.SIGINT)
+    with pytest.raises(InterruptedRunError):
+        start(config, data_dir, runs, "stopped")
+    monkeypatch.undo()
+    resume(data_dir, runs / "stopped")
+    check_same_run(runs / "stopped", runs / "whole", same_log=False)
+    (scale,) = load_checkpoint(runs / "stopped" / "last.pt").weights["log_score_scale"].exp()
+    assert scale > 0
+    assert abs(scale - 9.0) > 1e-2
+
+
+def test_weights_of_dot_products_start_no_training_by_cosine(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    write_dataset(tmp_path, train=random_sessions(rng, 20, 30), val=[[1, 2]])
+    old = start(write_config(tmp_path, max_epochs=1), tmp_path, tmp_path / "runs", "old")
+    config = write_config(tmp_path, max_epochs=1, score="cosine")
+    with pytest.raises(InputError, match="was trained with score=dot, but the new run has score="):
+        start(config, tmp_path, tmp_path / "runs", "new", init_from=old)
