@@ -232,6 +232,11 @@ CURES = [
      "topk_sampling=False reject_in_batch_items=False mask_collisions=True"),
     ({"model": "gru4rec", "session_parallel": True, "sampling_style": "eventwise",
       "reject_uniform_session_items": True}, "reject_uniform_session_items=False"),
+    ({"model": "gru4rec", "session_parallel": True, "sampling_style": "batchwise",
+      "training_windows": "random"}, "training_windows=last"),
+    ({"logq_correction": True, "topk_sampling": False, "reject_in_batch_items": False,
+      "training_windows": "random"}, "num_batch_negatives=0"),
+    ({"window_stride": 3}, "training_windows=all"),
     ({"popularity_alpha": 0.5}, "popularity_alpha=0.75"),
     ({"negative_sampler": "popularity", "mixed_share": 0.1}, "mixed_share=0.5"),
     ({"sce_bucket_items": 100}, "sce_bucket_items=256"),
@@ -249,6 +254,18 @@ def test_what_does_not_fit_together_is_cured_by_what_the_sentence_says(values, c
         config(**values)
     assert str(error.value).endswith(f" add {cure}")
     config(**{**values, **parse_overrides(cure.split())})
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"training_windows": "all", "window_stride": 51}, "window_stride=51 exceeds sequence_le"),
+        ({"training_windows": "prefixes", "model": "bert4rec"}, "training_windows=prefixes predic"),
+    ],
+)
+def test_windows_that_make_no_sense(values, sentence):
+    with pytest.raises(InputError, match=sentence):
+        config(**values)
 
 
 def test_baselines_do_not_mind_what_only_networks_have():

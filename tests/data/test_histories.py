@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from helpers.datasets import pack_sessions
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tron_cli.data.batches import Batch
+from tron_cli.data.dataset import Sessions
 from tron_cli.data.histories import (
+    TrainingWindows,
     count_predicted,
     distinct_pairs,
     predicted_events,
@@ -195,3 +198,77 @@ def test_a_training_window_is_the_history_of_the_last_event(
         for start, length in zip(start_S, length_S, strict=True)
     ]
     assert windows == [rows[number][:-1][-window:] for number in chosen]
+
+
+def windows_by_loops(row: list[int], window: int, kind: str, stride: int) -> list[tuple[int, ...]]:
+    """Inputs of each window and its last target, by going back from the end of a session."""
+    if kind == "prefixes":
+        return [tuple(row[max(0, end - window) : end + 1]) for end in range(1, len(row))]
+    found, end = [], len(row) - 1
+    while True:
+        start = max(0, end - window)
+        found.append(tuple(row[start : end + 1]))
+        if kind == "last" or start == 0:
+            return found[::-1]
+        end -= stride
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=14), min_size=1, max_size=6),
+    kind=st.sampled_from(["last", "all", "prefixes"]),
+    window=st.integers(1, 6),
+    data=st.data(),
+)
+def test_all_training_windows_are_those_of_a_loop(
+    rows: list[list[int]], kind: str, window: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(1, window)) if kind == "all" else window
+    sessions = pack_sessions(rows)
+    windows = TrainingWindows(sessions, window, kind, stride)
+    expected = [each for row in rows for each in windows_by_loops(row, window, kind, stride)]
+    chosen = np.array(data.draw(st.permutations(range(len(expected)))))
+    start_B, length_B = windows.at(chosen)
+    found = [
+        tuple(sessions.items[start : start + length + 1].tolist())
+        for start, length in zip(start_B, length_B, strict=True)
+    ]
+    assert found == [expected[number] for number in chosen]
+    assert len(windows) == len(expected)
+    assert windows.mean_length() == np.mean([len(each) - 1 for each in expected])
+    if kind == "all" and stride == window:  # each event but the first is a target once
+        place, lengths = [], length_B.tolist()
+        for start, length in zip(start_B.tolist(), lengths, strict=True):
+            place += range(start + 1, start + length + 1)
+        begins = sessions.offsets[:-1].tolist()
+        assert sorted(place) == [at for at in range(len(sessions.items)) if at not in begins]
+
+
+@pytest.mark.parametrize(("length", "window"), [(11, 4), (5, 4), (4, 4), (2, 4), (3, 1)])
+def test_random_windows_are_equally_likely_and_reach_every_event(length: int, window: int) -> None:
+    """All full windows of a session, and the whole of one that is shorter."""
+    rows = [list(range(1, length + 1)), [9, 8]]
+    windows = TrainingWindows(pack_sessions(rows), window, "random")
+    random = np.random.default_rng(0)
+    assert len(windows) == 2
+    draws = 20_000
+    start_B, length_B = windows.at(np.zeros(draws, dtype=np.int64), random)
+    places = max(1, length - window)
+    assert (length_B == min(window, length - 1)).all()
+    share_P = np.bincount(start_B, minlength=places) / draws
+    assert len(share_P) == places
+    assert np.abs(share_P - 1 / places).max() <= 5 / np.sqrt(draws) / 2
+    short_B, of_short_B = windows.at(np.ones(5, dtype=np.int64), random)
+    assert short_B.tolist() == [length] * 5
+    assert of_short_B.tolist() == [1] * 5
+
+
+def test_windows_read_nothing_of_the_items() -> None:
+    """Items as a file of ten terabytes would have them: only offsets say what a window is."""
+    offsets = np.array([0, 5, 10**12, 10**12 + 2])
+    sessions = Sessions(np.broadcast_to(np.int32(1), (10**12 + 2,)), offsets)
+    windows = TrainingWindows(sessions, 50, "prefixes")
+    assert len(windows) == 10**12 + 2 - 3
+    start_B, length_B = windows.at(np.array([0, 4, 10**12 - 2]))
+    assert start_B.tolist() == [0, 5, 10**12]
+    assert length_B.tolist() == [1, 1, 1]
+    assert len(TrainingWindows(sessions, 50, "all")) == 1 + (10**12 - 6 + 49) // 50 + 1

@@ -23,6 +23,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "cloze": {"model": "bert4rec", "mask_probability": 0.4},
     "lanes": {"model": "gru4rec", "session_parallel": True},
 }
+WINDOWS: dict[str, dict[str, Any]] = {
+    "random": {"training_windows": "random"},
+    "all": {"training_windows": "all", "window_stride": 4},
+    "prefixes": {"training_windows": "prefixes"},
+    "random cloze": {**KINDS["cloze"], "training_windows": "random"},
+    "all cloze": {**KINDS["cloze"], "training_windows": "all"},
+}
 STYLES = ("no_shuffling", "shuffle_without_replacement", "shuffle_with_replacement")
 
 
@@ -51,9 +58,17 @@ def values(batch: Batch) -> list[Any]:
     return [groups, keeps, *(None if each is None else each.tolist() for each in tensors)]
 
 
-def real_rows(batch: Batch) -> list[list[int]]:
+def real_rows(batch: Batch, *, is_cloze: bool = False) -> list[list[int]]:
     """The items of each row, with the targets of a cloze batch in their places, else behind."""
     inputs_N = batch.inputs_N.clone()
+    if batch.predicting_P is not None and not is_cloze:
+        rows = inputs_N.split(batch.lengths_B.tolist())
+        last = batch.lengths_B.cumsum(0) - 1
+        assert torch.equal(batch.predicting_P, last)
+        return [
+            [*row.tolist(), target]
+            for row, target in zip(rows, batch.targets_N.tolist(), strict=True)
+        ]
     if batch.predicting_P is not None:
         inputs_N[batch.predicting_P] = batch.targets_N
         return [row.tolist() for row in inputs_N.split(batch.lengths_B.tolist())]
@@ -67,13 +82,13 @@ def test_each_kind_has_its_feed(sessions: Sessions) -> None:
     assert [type(feed_of(sessions, **changes)) for changes in KINDS.values()] == kinds
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *WINDOWS])
 @pytest.mark.parametrize("style", STYLES)
 def test_a_batch_is_a_function_of_configuration_and_step(
     kind: str, style: str, sessions: Sessions
 ) -> None:
     """From whatever step on they are asked for, and whatever else is random in the process."""
-    settings = {**KINDS[kind], "shuffling_style": style}
+    settings = {**(KINDS | WINDOWS)[kind], "shuffling_style": style}
     feed = feed_of(sessions, **settings)
     expected = [values(feed.batch(step)) for step in range(20)]
     for first in (0, 1, 5, 6, 13, 19):
@@ -83,8 +98,10 @@ def test_a_batch_is_a_function_of_configuration_and_step(
         assert [values(late.batch(step)) for step in range(first, 20)] == expected[first:]
     seeded = feed_of(sessions, seed=1, **settings)
     same = [values(seeded.batch(step)) == expected[step] for step in range(20)]
-    # Without shuffling and masks nothing is random.
-    assert same == [style == "no_shuffling" and kind != "cloze"] * 20
+    # Without shuffling, masks and drawn windows nothing is random.
+    is_drawn = "cloze" in kind or kind == "random"
+    assert all(same) == (style == "no_shuffling" and not is_drawn)
+    assert any(same) == (style == "no_shuffling" and "cloze" not in kind)  # some fit the window
 
 
 @pytest.mark.parametrize("kind", ["whole sessions", "cloze"])
@@ -108,8 +125,60 @@ def test_passes_go_on_one_after_the_other(
             batch = feed.batch(step)
             chosen = order[place * 8 : place * 8 + size]
             expected = sorted((rows[row][-(LENGTH + 1) :] for row in chosen), key=len)
-            assert real_rows(batch) == expected
+            assert real_rows(batch, is_cloze=kind == "cloze") == expected
             assert values(short.batch(step)) == values(batch)
+
+
+def windows_of_loops(rows: list[list[int]], kind: str) -> list[list[int]]:
+    """The windows of the sessions in order, each with its last target."""
+    if kind == "prefixes":
+        return [row[max(0, end - LENGTH) : end + 1] for row in rows for end in range(1, len(row))]
+    stride = LENGTH if "cloze" in kind else 4
+    found = []
+    for row in rows:
+        ends = [len(row) - 1]
+        while ends[-1] > LENGTH:
+            ends.append(ends[-1] - stride)
+        found += [row[max(0, end - LENGTH) : end + 1] for end in reversed(ends)]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["all", "prefixes", "all cloze"])
+@pytest.mark.parametrize("style", STYLES)
+def test_a_pass_has_every_window(
+    kind: str, style: str, rows: list[list[int]], sessions: Sessions
+) -> None:
+    """In the order of the pass, the last batch with what is left, then the next pass."""
+    feed = feed_of(sessions, shuffling_style=style, **WINDOWS[kind])
+    expected = windows_of_loops(rows, kind)
+    assert feed.steps_per_pass == -(-len(expected) // 8)
+    for data_pass in range(2):
+        order = session_order(len(expected), style, seed=42, epoch=data_pass)
+        for place in range(feed.steps_per_pass):
+            batch = feed.batch(data_pass * feed.steps_per_pass + place)
+            chosen = order[place * 8 : (place + 1) * 8]
+            found = real_rows(batch, is_cloze="cloze" in kind)
+            assert found == sorted((expected[number] for number in chosen), key=len)
+
+
+@pytest.mark.parametrize("kind", ["random", "random cloze"])
+def test_random_windows_differ_from_pass_to_pass(
+    kind: str, rows: list[list[int]], sessions: Sessions
+) -> None:
+    """Each session once per pass, in the end with all of its windows."""
+    feed = feed_of(sessions, shuffling_style="no_shuffling", **WINDOWS[kind])
+    assert feed.steps_per_pass == 6
+    found: list[set[tuple[int, ...]]] = [set() for _ in range(6)]
+    for step in range(6 * 60):
+        batch = real_rows(feed.batch(step), is_cloze="cloze" in kind)
+        found[step % 6] |= {tuple(row) for row in batch}
+    for place in range(6):
+        expected = {
+            tuple(row[start : start + LENGTH + 1])
+            for row in rows[place * 8 : place * 8 + 8]
+            for start in range(max(1, len(row) - LENGTH))
+        }
+        assert found[place] == expected
 
 
 @pytest.mark.parametrize(
@@ -152,6 +221,18 @@ def test_two_feeds_do_not_disturb_each_other(rng: np.random.Generator) -> None:
     alone = [list(steps(feed_of(sessions, seed=seed))) for sessions, seed in kinds]
     in_turn = zip(*(steps(feed_of(sessions, seed=seed)) for sessions, seed in kinds), strict=True)
     assert [list(each) for each in zip(*in_turn, strict=True)] == alone
+
+
+def test_padded_prefixes_predict_the_same_events(sessions: Sessions) -> None:
+    plain, padded = (
+        feed_of(sessions, padded=each, **WINDOWS["prefixes"]) for each in (False, True)
+    )
+    for step in range(3):
+        batch, wide = plain.batch(step), padded.batch(step)
+        assert (batch.padded, wide.padded) == (False, True)
+        assert torch.equal(batch.predicting_P, wide.predicting_P)
+        assert torch.equal(batch.targets_N, wide.targets_N)
+        assert torch.equal(wide.inputs_N[: len(batch.inputs_N)], batch.inputs_N)
 
 
 def test_padding_changes_no_session(rows: list[list[int]], sessions: Sessions) -> None:

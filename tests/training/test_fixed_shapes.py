@@ -165,6 +165,23 @@ def test_a_padded_step_is_the_step(
             torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("loss", ["ssm", "ce"])
+def test_a_padded_step_of_prefixes_is_the_step(monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
+    config = settings(**(CATALOGUE if loss == "ce" else {}), loss=loss)
+    plain, padded = build(config), build(config)
+    batch, other = (
+        training_batch(some_sessions(), np.arange(8), 6, padded=each, last_only=True)
+        for each in (False, True)
+    )
+    torch.manual_seed(0)
+    if loss == "ssm":
+        negatives = draw(batch, config)
+        monkeypatch.setattr(training_steps, "sample_negatives", lambda *a, **k: negatives)
+    assert len(batch.targets_N) == len(other.targets_N) == 8
+    expected = take(*plain, batch, config)
+    torch.testing.assert_close(take(*padded, other, config), expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("optimizer", ["row_adam", "adagrad"])
 def test_rows_that_sleep_are_written_back_as_they_were(optimizer: str) -> None:
     """Row 0 several times and row 5 once, all without a gradient."""
@@ -186,13 +203,14 @@ def test_rows_that_sleep_are_written_back_as_they_were(optimizer: str) -> None:
     assert weights[2, 1] < before[0][2, 1]
 
 
+@pytest.mark.parametrize("last_only", [False, True])
 @pytest.mark.parametrize("style", ["batchwise", "sessionwise", "eventwise"])
-def test_padding_is_no_negative_and_rejects_nothing(style: str) -> None:
+def test_padding_is_no_negative_and_rejects_nothing(style: str, last_only: bool) -> None:
     config = settings(sampling_style=style, reject_uniform_session_items=True,
                       num_uniform_negatives=2000, num_batch_negatives=60)  # fmt: skip
     num_items = 12
     sessions = pack_sessions([[1, 2, 3, 4], [5, 6, 7], [8, 9, 8, 9, 10]])
-    batch = training_batch(sessions, np.arange(3), 6, padded=True)
+    batch = training_batch(sessions, np.arange(3), 6, padded=True, last_only=last_only)
     torch.manual_seed(0)
     negatives = draw(batch, config, num_items)
     rows = {0: {5, 6}, 1: {1, 2, 3}, 2: {8, 9}}
@@ -204,7 +222,7 @@ def test_padding_is_no_negative_and_rejects_nothing(style: str) -> None:
         for row, rejected in rows.items():
             assert set(negatives.uniform[row].tolist()) == every - rejected
     else:
-        for event, row in enumerate(batch.rows_N.tolist()[:9]):
+        for event, row in enumerate(batch.target_rows_P.tolist()[:9]):
             assert set(negatives.uniform[event].tolist()) == every - rows[row]
     # All occurrences of the other sessions, each once, and nothing else is kept.
     assert negatives.in_batch_keep_BM is not None

@@ -76,6 +76,38 @@ def test_one_seed_gives_identical_weights(
     assert not same_values(a, c)
 
 
+@pytest.mark.parametrize(
+    ("windows", "model"),
+    [("random", "sasrec"), ("prefixes", "sasrec"), ("random", "bert4rec"), ("all", "bert4rec")],
+)
+def test_windows_of_a_stopped_and_resumed_run_are_those_of_a_whole_one(
+    windows: str, model: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(
+        tmp_path, model=model, sequence_length=3, training_windows=windows, max_epochs=2
+    )
+    start(config, data_dir, tmp_path / "runs", "whole")
+    interrupt_at(monkeypatch, 5, signal.SIGINT)
+    with pytest.raises(InterruptedRunError):
+        start(config, data_dir, tmp_path / "runs", "stopped")
+    resume(data_dir, tmp_path / "runs" / "stopped")
+    check_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "stopped", same_log=False)
+
+
+def test_an_epoch_is_a_pass_over_all_windows_and_the_log_counts_them(
+    data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lengths = Dataset.open(data_dir / "tiny").split("train").lengths
+    prefixes = int((lengths - 1).sum())
+    config = write_config(tmp_path, training_windows="prefixes", max_epochs=1)
+    with caplog.at_level(logging.INFO, "tron"):
+        start(config, data_dir, tmp_path / "runs", "run")
+    steps = -(-prefixes // 8)
+    assert load_checkpoint(tmp_path / "runs" / "run" / "last.pt").step == steps
+    assert f"45 sessions ({prefixes} prefixes), 30 items" in caplog.text
+    assert f"{steps} steps per epoch" in caplog.text
+
+
 # ---- kill -9 --------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from tron_cli.checkpoint import LAST, load_checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.batches import training_batch
 from tron_cli.data.dataset import Sessions
+from tron_cli.data.histories import TrainingWindows
 from tron_cli.errors import InputError, RunError
 from tron_cli.evaluation.predict import predict
 from tron_cli.ops import products
@@ -147,6 +148,32 @@ def test_step_where_a_position_has_no_negative_at_all(loss, topk):
     expected = reference_loss(reference, batch, negatives, config)
     torch.testing.assert_close(loss_value, expected, rtol=0, atol=1e-9)
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("loss", ["ce", "ssm"])
+def test_the_losses_of_all_prefixes_are_those_of_all_events(loss):
+    """A causal model with positions from the start sees the same before an event either way."""
+    catalogue = {
+        "num_uniform_negatives": 0, "num_batch_negatives": 0, "topk_sampling": False,
+        "reject_in_batch_items": True,
+    }  # fmt: skip
+    # All other items are negatives, in any order.
+    whole = {**catalogue, "num_uniform_negatives": 44, "sampling_style": "batchwise"}
+    config = make_config(
+        loss=loss, positions="start", dropout_rate=0.0, **(catalogue if loss == "ce" else whole)
+    )
+    model, _ = build_pair(config, 45)
+    sessions = make_sessions([2, 5, 7, 3], 45)
+    windows = TrainingWindows(sessions, 6, "prefixes")
+    rows = np.arange(len(windows))
+    prefixes = training_batch(sessions, rows, 6, windows=windows, last_only=True)
+    events = training_batch(sessions, np.arange(4), 6)
+    assert len(prefixes.targets_N) == len(events.targets_N) == 13
+    losses = []
+    for batch in (prefixes, events):
+        torch.manual_seed(0)
+        losses.append(training_loss(model, batch, config, Distribution(45)))
+    torch.testing.assert_close(*losses, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("mask", [False, True])

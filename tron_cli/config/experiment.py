@@ -285,10 +285,26 @@ class ExperimentConfig:
         True, help="a position's own target is never its negative (TRON: False)"
     )
 
+    training_windows: str = setting(
+        "last",
+        section="Training windows",
+        help="rows of training: the last sequence_length + 1 events of each session (last), as "
+        "many at a place drawn anew each time (random), windows that cover the session (all), or "
+        "each event but the first as the only target after up to sequence_length events "
+        "(prefixes)",
+        choices=("last", "random", "all", "prefixes"),
+    )
+    window_stride: int = setting(
+        0,
+        help="training_windows=all: events from the end of a window to the end of the next; 0: "
+        "sequence_length, with which each event is a target once",
+        unit="events", low=0,
+    )
+
     train_batch_size: int = setting(
         128,
         section="Optimization",
-        help="sessions per step",
+        help="sessions per step, or windows of them (training_windows)",
         unit="sessions", low=1,
         tron="batch_size", gsasrec="train_batch_size", recbole="train_batch_size",
         rectools="batch_size",
@@ -451,6 +467,7 @@ class ExperimentConfig:
         if not self.is_baseline:
             self._check_model()
             self._check_optimizer()
+            self._check_windows()
             self._check_loss()
         for measure in (*self.metrics, self.val_metric):
             if not re.fullmatch(r"[A-Za-z_]+(\(.*\))?@[1-9][0-9]*", measure):
@@ -503,6 +520,31 @@ class ExperimentConfig:
                 {"optimizer": "adam"},
             )
 
+    def _check_windows(self) -> None:
+        """Refuse windows that make no sense with each other or with the model."""
+        kind = self.training_windows
+        if self.window_stride and kind != "all":
+            raise InputError(
+                f"window_stride={self.window_stride} is a setting of training_windows=all and has "
+                f"no effect on training_windows={kind}; leave it out, or add training_windows=all"
+            )
+        if self.window_stride > self.sequence_length:
+            raise InputError(
+                f"window_stride={self.window_stride} exceeds sequence_length="
+                f"{self.sequence_length}, so that events between the windows would never be "
+                "targets; lower it"
+            )
+        if self.session_parallel:
+            self._need(
+                "session_parallel=True goes through sessions event by event",
+                {"training_windows": "last"},
+            )
+        if kind == "prefixes" and MODELS[self.model].masks_inputs:
+            raise InputError(
+                f"training_windows=prefixes predicts the last event of a row alone, but model="
+                f"{self.model} hides events anywhere; use training_windows=all or random"
+            )
+
     def _check_loss(self) -> None:
         """Refuse a loss and negatives that make no sense together."""
         negatives = self.num_uniform_negatives + self.num_batch_negatives
@@ -550,6 +592,11 @@ class ExperimentConfig:
                 "logq_correction needs all negatives as they were drawn, but for the target",
                 {**all_as_drawn, "mask_collisions": True},
             )
+            if self.training_windows == "random":
+                self._need(
+                    "logq_correction cannot expect in-batch negatives of windows drawn at random",
+                    {"num_batch_negatives": 0},
+                )
             if MODELS[self.model].masks_inputs:
                 self._need(
                     f"logq_correction cannot expect in-batch negatives that model={self.model} "

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tron_cli.data.dataset import Sessions
-from tron_cli.data.histories import training_windows
+from tron_cli.data.histories import TrainingWindows
 
 # The events of a padded batch are a multiple of this.
 _EVENTS = 128
@@ -202,21 +202,36 @@ def _attention_groups(lengths_B: np.ndarray, first_B: np.ndarray) -> Iterator[At
 
 
 def training_batch(
-    sessions: Sessions, chosen: np.ndarray, sequence_length: int, *, padded: bool = False
+    sessions: Sessions,
+    chosen: np.ndarray,
+    sequence_length: int,
+    *,
+    padded: bool = False,
+    windows: TrainingWindows | None = None,
+    random: np.random.Generator | None = None,
+    last_only: bool = False,
 ) -> Batch:
-    """Pack the last sequence_length + 1 events of each chosen session: inputs and their targets.
+    """Pack windows of up to sequence_length events of sessions: inputs and their targets.
 
-    chosen: int64 [B], sessions of at least two events. padded: see `Batch`.
+    windows: of which `chosen` are taken, int64 [B]; without them, the last one of each chosen
+    session of at least two events. random: see `TrainingWindows.at`. last_only: only the last event
+    of each window has a target. padded: see `Batch`.
     """
-    starts, lengths = training_windows(sessions, chosen, sequence_length)
+    windows = windows or TrainingWindows(sessions, sequence_length)
+    starts, lengths = windows.at(chosen, random)
     order = np.argsort(lengths, kind="stable")
-    return pack(
+    batch = pack(
         sessions.items,
         starts[order],
         lengths[order],
         with_targets=True,
         padded_width=sequence_length if padded else None,
     )
+    if not last_only:
+        return batch
+    assert batch.targets_N is not None
+    predicting_P = batch.lengths_B.cumsum(0) - 1
+    return replace(batch, predicting_P=predicting_P, targets_N=batch.targets_N[predicting_P])
 
 
 def cloze_batch(
@@ -227,15 +242,21 @@ def cloze_batch(
     num_items: int,
     mask_probability: float,
     random: np.random.Generator,
+    windows: TrainingWindows | None = None,
+    random_windows: np.random.Generator | None = None,
 ) -> Batch:
-    """Pack the last sequence_length + 1 events of each chosen session, some of them masked.
+    """Pack windows of up to sequence_length + 1 events of sessions, some of the events masked.
+
+    sessions, chosen, windows, random_windows: as in `training_batch`; a window and the target of
+    its last event count here as one.
 
     BERT4Rec's cloze task (Sun et al., CIKM 2019), as RecTools trains it: each event is a target
     with mask_probability, and is then shown as a mask (item num_items + 1) in 80 % of the cases, as
     a random item in 10 %, and as it is in 10 %. A session without any target gets its last event
     masked, as in prediction.
     """
-    starts, lengths = training_windows(sessions, chosen, sequence_length)
+    windows = windows or TrainingWindows(sessions, sequence_length)
+    starts, lengths = windows.at(chosen, random_windows)
     lengths = lengths + 1  # with the last event
     order = np.argsort(lengths, kind="stable")
     lengths = lengths[order]
@@ -270,10 +291,15 @@ def prepared_ahead(
 
 
 def session_order(num_sessions: int, style: str, *, seed: int, epoch: int) -> np.ndarray:
-    """Return the order in which an epoch visits the sessions, by seed and epoch: int64 [S]."""
+    """Return the order in which an epoch visits sessions or windows, by seed and epoch: int64 [S].
+
+    uint32 [S] if it is a permutation.
+    """
     if style == "no_shuffling":
         return np.arange(num_sessions)
     random = np.random.default_rng([seed, epoch])
     if style == "shuffle_with_replacement":
         return random.integers(num_sessions, size=num_sessions)
-    return random.permutation(num_sessions)
+    order = np.arange(num_sessions, dtype=np.uint32)
+    random.shuffle(order)
+    return order

@@ -153,6 +153,74 @@ def training_windows(
     return start_S, last_S - start_S
 
 
+class TrainingWindows:
+    """Rows of training: windows of the sessions, each the history of its last target.
+
+    A window is up to `window` events that lie next to each other in a session and are followed by
+    another one. kind says which windows a pass has:
+
+    - last: the last one of each session.
+    - random: one of each session, drawn anew each time, all full ones equally likely.
+    - all: as many as it takes. The last one ends before the session's last event, and each of the
+      others `stride` events earlier, until one begins with the session. With a stride of `window`,
+      each event but the first of a session is the target of one event of one window.
+    - prefixes: one before each event but the first of a session.
+
+    Windows of one session are numbered one after the other, by time. Nothing of the items is read,
+    and no array has an entry for each event or window.
+    """
+
+    def __init__(
+        self, sessions: Sessions, window: int, kind: str = "last", stride: int | None = None
+    ) -> None:
+        """Number the windows of sessions of at least two events. stride: default: window."""
+        self._sessions = sessions
+        self._window = window
+        self._is_drawn = kind == "random"
+        self._stride = 1 if kind == "prefixes" else stride or window
+        self._first_S: np.ndarray | None = None  # number of the first window of each session
+        if kind in ("all", "prefixes"):
+            shortest = window if kind == "all" else 1
+            before_S = (sessions.lengths - 1 - shortest).clip(min=0)
+            self._first_S = np.append(0, np.cumsum(1 - (-before_S // self._stride)))
+
+    def __len__(self) -> int:
+        return len(self._sessions) if self._first_S is None else int(self._first_S[-1])
+
+    def at(
+        self, chosen: np.ndarray, random: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return begin (place in `items`) and length of the windows of these numbers.
+
+        chosen: int64 [B]; both results: int64 [B]. random: draws the windows of kind random.
+        """
+        session_B, later_B = chosen, np.zeros_like(chosen)
+        if self._first_S is not None:
+            session_B = np.searchsorted(self._first_S, chosen, side="right") - 1
+            later_B = self._first_S[session_B + 1] - 1 - chosen
+        begin_B = self._sessions.offsets[:-1][session_B]
+        target_B = self._sessions.offsets[1:][session_B] - 1 - later_B * self._stride
+        if self._is_drawn:
+            assert random is not None
+            spare_B = (target_B - begin_B - self._window).clip(min=0)
+            target_B = target_B - random.integers(spare_B + 1)
+        start_B = _history_start(begin_B, target_B, self._window)
+        return start_B, target_B - start_B
+
+    def mean_length(self) -> float:
+        """Return the mean number of events of a window."""
+        length_S = self._sessions.lengths - 1
+        if self._first_S is None:
+            return float(np.minimum(length_S, self._window).mean())
+        count_S = np.diff(self._first_S)
+        # In order of time, all but the first few windows of a session are full.
+        first_S = length_S - (count_S - 1) * self._stride  # length of the first one
+        growing_S = np.minimum(count_S, (self._window - first_S) // self._stride + 1)
+        grown_S = first_S * growing_S + self._stride * growing_S * (growing_S - 1) // 2
+        total = (grown_S + (count_S - growing_S) * self._window).sum()
+        return float(total / len(self))
+
+
 def _history_start(begin_E: np.ndarray, target_E: np.ndarray, window: int) -> np.ndarray:
     """Return where histories begin, given the places of their sessions and of their targets."""
     return np.maximum(begin_E, target_E - window)

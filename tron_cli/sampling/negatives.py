@@ -228,8 +228,8 @@ def _draw_in_batch(
     # The candidates in packed order, and the number of them in each session, whose own are
     # contiguous; the padding of a batch comes after all of them.
     order_N, own_B = None, batch.lengths_B
-    if batch.predicting_P is not None:  # masked events are no candidates
-        shown_N = batch.inputs_N <= num_items
+    if batch.predicting_P is not None:  # masked events are no candidates, nor is padding
+        shown_N = (batch.inputs_N > 0) & (batch.inputs_N <= num_items)
         order_N = (~shown_N).sort(stable=True).indices
         own_B = torch.zeros_like(own_B).index_add_(0, rows_N, shown_N.long())
     end_B = own_B.cumsum(0)

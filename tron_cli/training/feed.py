@@ -11,17 +11,17 @@ import numpy as np
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.batches import Batch, cloze_batch, session_order, training_batch
 from tron_cli.data.dataset import Sessions
-from tron_cli.data.histories import ranges, training_windows
+from tron_cli.data.histories import TrainingWindows, ranges
 from tron_cli.data.lanes import Lanes
 from tron_cli.models.base import Model
 
-_SESSIONS_AT_ONCE = 1 << 16  # counted together
+_WINDOWS_AT_ONCE = 1 << 16  # counted together
 
 
 class Feed(Protocol):
     """Batches on the CPU, requested in ascending order of steps, from any first one.
 
-    steps_per_pass: steps in which the training sessions are seen once.
+    steps_per_pass: steps in which the training sessions, or all their windows, are seen once.
     """
 
     steps_per_pass: int
@@ -45,33 +45,54 @@ def build_feed(config: ExperimentConfig, sessions: Sessions, model: Model, *, pa
     return WholeSessions(config, sessions, padded=padded)
 
 
+def windows_of(config: ExperimentConfig, sessions: Sessions) -> TrainingWindows:
+    """Return the windows of the training sessions that a configuration asks for."""
+    kind, stride = config.training_windows, config.window_stride or config.sequence_length
+    return TrainingWindows(sessions, config.sequence_length, kind, stride)
+
+
 class WholeSessions:
-    """train_batch_size sessions per step, each with its last sequence_length + 1 events."""
+    """train_batch_size rows per step: sessions, each with one of its windows, or all windows."""
 
     def __init__(self, config: ExperimentConfig, sessions: Sessions, *, padded: bool) -> None:
         self._config = config
         self._sessions = sessions
         self._padded = padded
-        self.steps_per_pass = math.ceil(len(sessions) / config.train_batch_size)
+        self._windows = windows_of(config, sessions)
+        self.steps_per_pass = math.ceil(len(self._windows) / config.train_batch_size)
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, where the target of an event is the one that follows it."""
-        length = self._config.sequence_length
-        return training_batch(self._sessions, self.chosen(step), length, padded=self._padded)
+        config = self._config
+        return training_batch(
+            self._sessions,
+            self.chosen(step),
+            config.sequence_length,
+            padded=self._padded,
+            windows=self._windows,
+            random=self.random_windows(step),
+            last_only=config.training_windows == "prefixes",
+        )
 
     def chosen(self, step: int) -> np.ndarray:
-        """Return the sessions of a step: int64 [B].
+        """Return the numbers of the windows of a step, int64 or uint32 [B].
 
-        Passes continue across epochs, so that short epochs skip no session.
+        Passes continue across epochs, so that short epochs skip nothing.
         """
         config = self._config
         data_pass, place = divmod(step, self.steps_per_pass)
-        order = _order_of_pass(len(self._sessions), config.shuffling_style, config.seed, data_pass)
+        order = _order_of_pass(len(self._windows), config.shuffling_style, config.seed, data_pass)
         return order[place * config.train_batch_size : (place + 1) * config.train_batch_size]
+
+    def random_windows(self, step: int) -> np.random.Generator | None:
+        """Return the generator of a step's windows where they are drawn."""
+        if self._config.training_windows != "random":
+            return None
+        return np.random.default_rng([self._config.seed, step, 1])
 
 
 class Cloze(WholeSessions):
-    """Whole sessions with masked events, which are the targets; masks differ in every step."""
+    """Windows of sessions with masked events, which are the targets; masks differ in every step."""
 
     def __init__(self, config: ExperimentConfig, sessions: Sessions, num_items: int) -> None:
         super().__init__(config, sessions, padded=False)
@@ -85,28 +106,33 @@ class Cloze(WholeSessions):
             num_items=self._num_items,
             mask_probability=self._config.mask_probability,
             random=np.random.default_rng([self._config.seed, step]),
+            windows=self._windows,
+            random_windows=self.random_windows(step),
         )
 
 
 def expected_in_batch(config: ExperimentConfig, sessions: Sessions, num_items: int) -> np.ndarray:
     """Return the expected count of each item among a position's in-batch negatives: float64 [I].
 
-    They are occurrences among the unmasked inputs of a batch of randomly chosen sessions; the
-    influence of the position's own session is ignored.
+    They are occurrences among the unmasked inputs of a batch of randomly chosen windows; the
+    influence of the position's own window is ignored.
     """
     count_V = np.zeros(num_items + 1)
-    for low in range(0, len(sessions), _SESSIONS_AT_ONCE):
-        some = slice(low, low + _SESSIONS_AT_ONCE)
-        start_S, length_S = training_windows(sessions, some, config.sequence_length)
+    if not config.num_batch_negatives:
+        return count_V[1:]
+    windows = windows_of(config, sessions)
+    for low in range(0, len(windows), _WINDOWS_AT_ONCE):
+        some = np.arange(low, min(low + _WINDOWS_AT_ONCE, len(windows)))
+        start_S, length_S = windows.at(some)
         _, place = ranges(start_S, start_S + length_S)
         count_V += np.bincount(sessions.items[place], minlength=len(count_V))
     count_I = count_V[1:]
-    rows = min(config.train_batch_size, len(sessions)) - int(config.reject_in_batch_items)
-    inputs_per_row = 1 if config.session_parallel else count_I.sum() / len(sessions)
+    rows = min(config.train_batch_size, len(windows)) - int(config.reject_in_batch_items)
+    inputs_per_row = 1 if config.session_parallel else count_I.sum() / len(windows)
     expected = min(config.num_batch_negatives, rows * inputs_per_row)
     return count_I * (expected / count_I.sum())
 
 
 @functools.lru_cache(maxsize=1)
-def _order_of_pass(num_sessions: int, style: str, seed: int, data_pass: int) -> np.ndarray:
-    return session_order(num_sessions, style, seed=seed, epoch=data_pass)
+def _order_of_pass(num_rows: int, style: str, seed: int, data_pass: int) -> np.ndarray:
+    return session_order(num_rows, style, seed=seed, epoch=data_pass)

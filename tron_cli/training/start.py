@@ -22,7 +22,7 @@ from tron_cli.models.base import Model, build_model
 from tron_cli.registry import CATALOGUE_LOSSES, SAMPLERS, load, settings_of
 from tron_cli.sampling.negatives import Distribution
 from tron_cli.training.averaging import add_to_average
-from tron_cli.training.feed import build_feed, expected_in_batch
+from tron_cli.training.feed import build_feed, expected_in_batch, windows_of
 from tron_cli.training.graphs import CUDARecorder, GraphedSteps
 from tron_cli.training.optim import faster_adam, learning_rate, optimizer_of
 from tron_cli.training.profile import StepProfiler
@@ -147,8 +147,8 @@ def start_training(
     model.train()
     with run.logged():
         log.info(
-            "%s on %s: %s sessions, %s items, %s parameters, %s steps per epoch, %s in %s",
-            config.method, dataset.name, f"{len(sessions):,}", f"{dataset.num_items:,}",
+            "%s on %s: %s, %s items, %s parameters, %s steps per epoch, %s in %s",
+            config.method, dataset.name, _rows(config, sessions), f"{dataset.num_items:,}",
             f"{sum(weights.numel() for weights in model.parameters()):,}", f"{steps_per_epoch:,}",
             device, str(dtype).removeprefix("torch."),
         )  # fmt: skip
@@ -193,6 +193,17 @@ def training_splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Session
     limit = config.limit_val_batches
     whole = len(validation) if limit <= 1 else config.train_batch_size
     return sessions, _spread(validation, math.ceil(min(limit * whole, len(validation))))
+
+
+def _rows(config: ExperimentConfig, sessions: Sessions) -> str:
+    """Describe the rows of a pass: sessions, and their windows where they are other than these."""
+    count = f"{len(sessions):,} sessions"
+    if config.training_windows == "last":
+        return count
+    if config.training_windows == "random":
+        return f"{count} (a random window of each)"
+    rows = "prefixes" if config.training_windows == "prefixes" else "windows"
+    return f"{count} ({len(windows_of(config, sessions)):,} {rows})"
 
 
 def _first(sessions: Sessions, count: int) -> Sessions:
@@ -296,9 +307,9 @@ def _optimizer(config: ExperimentConfig, sessions: Sessions, num_items: int) -> 
         return config.optimizer
     if config.loss in CATALOGUE_LOSSES or config.weight_decay or config.ema_decay:
         return "adam"
-    rows = min(config.train_batch_size, len(sessions))
-    inputs = np.minimum(sessions.lengths - 1, config.sequence_length).mean()
-    events = rows if config.session_parallel else rows * inputs
+    windows = windows_of(config, sessions)
+    rows = min(config.train_batch_size, len(windows))
+    events = rows if config.session_parallel else rows * windows.mean_length()
     sets = {"batchwise": 1, "sessionwise": rows, "eventwise": events}[config.sampling_style]
     looked_up = events + rows + config.num_uniform_negatives * sets
     return faster_adam(num_items, looked_up, topk=config.topk_sampling)

@@ -76,7 +76,7 @@ def training_loss(
             f"loss={config.loss} must give a number for each of {len(batch.targets_N):,} "
             f"positions, but gave a tensor of the shape {list(loss_N.shape)}; correct it"
         )
-    if not batch.padded:
+    if not batch.padded or batch.predicting_P is not None:
         return loss_N.mean()
     padding_N = batch.inputs_N == 0
     return loss_N.masked_fill(padding_N, 0.0).sum() / (~padding_N).sum()
