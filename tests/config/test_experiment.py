@@ -236,6 +236,10 @@ CURES = [
       "training_windows": "random"}, "training_windows=last"),
     ({"logq_correction": True, "topk_sampling": False, "reject_in_batch_items": False,
       "training_windows": "random"}, "num_batch_negatives=0"),
+    ({"logq_correction": True, "topk_sampling": False, "reject_in_batch_items": False,
+      "recency_half_life_days": 3, "shuffling_style": "shuffle_with_replacement"},
+     "num_batch_negatives=0"),
+    ({"recency_half_life_sessions": 900}, "shuffling_style=shuffle_with_replacement"),
     ({"window_stride": 3}, "training_windows=all"),
     ({"popularity_alpha": 0.5}, "popularity_alpha=0.75"),
     ({"negative_sampler": "popularity", "mixed_share": 0.1}, "mixed_share=0.5"),
@@ -261,6 +265,7 @@ def test_what_does_not_fit_together_is_cured_by_what_the_sentence_says(values, c
     [
         ({"training_windows": "all", "window_stride": 51}, "window_stride=51 exceeds sequence_le"),
         ({"training_windows": "prefixes", "model": "bert4rec"}, "training_windows=prefixes predic"),
+        ({"recency_half_life_days": 1, "recency_half_life_sessions": 9}, "two measures of one age"),
     ],
 )
 def test_windows_that_make_no_sense(values, sentence):

@@ -30,6 +30,9 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "random cloze": {**KINDS["cloze"], "training_windows": "random"},
     "all cloze": {**KINDS["cloze"], "training_windows": "all"},
 }
+RECENT: dict[str, Any] = {
+    "recency_half_life_sessions": 9, "shuffling_style": "shuffle_with_replacement"
+}  # fmt: skip
 STYLES = ("no_shuffling", "shuffle_without_replacement", "shuffle_with_replacement")
 
 
@@ -193,6 +196,60 @@ def test_steps_of_a_pass(
     if kind == "lanes":  # as many events as a pass has, one a lane and step
         steps = -(-sum(min(len(row) - 1, LENGTH) for row in rows) // size)
     assert feed.steps_per_pass == steps
+
+
+@pytest.mark.parametrize("windows", ["last", "all", "prefixes"])
+@pytest.mark.parametrize("has_times", [False, True])
+def test_later_sessions_are_drawn_more_often(
+    windows: str, has_times: bool, rng: np.random.Generator
+) -> None:
+    """Half as often for each half-life, each window of a session as often as its others."""
+    rows = [[number] * int(rng.integers(2, 14)) for number in range(1, 31)]  # item: its session
+    sessions = pack_sessions(rows)
+    settings: dict[str, Any] = {**RECENT, "training_windows": windows}
+    age_S = np.arange(30)[::-1] / 9
+    if has_times:  # in hours, in no order
+        last_S = rng.permutation(30) * 3_600_000
+        times = np.repeat(last_S, list(map(len, rows))) - rng.integers(9, size=len(sessions.items))
+        times[sessions.offsets[1:] - 1] = last_S
+        sessions = Sessions(sessions.items, sessions.offsets, times)
+        settings |= {"recency_half_life_sessions": 0, "recency_half_life_days": 9 / 24}
+        age_S = (29 - last_S // 3_600_000) / 9
+    feed = feed_of(sessions, **settings)
+    kinds = {"last": [1] * 30, "prefixes": [len(row) - 1 for row in rows],
+             "all": [-(-(len(row) - 1) // LENGTH) for row in rows]}  # fmt: skip
+    expected = np.array(kinds[windows]) * 0.5**age_S
+    found = np.zeros(31)
+    steps = 100 * feed.steps_per_pass
+    for step in range(steps):
+        found += np.bincount([row[0] for row in real_rows(feed.batch(step))], minlength=31)
+    share = expected / expected.sum()
+    deviation = 5 * np.sqrt(share * (1 - share) / found.sum())
+    assert (np.abs(found[1:] / found.sum() - share) <= deviation).all()
+
+
+def test_lanes_begin_later_sessions_more_often() -> None:
+    sessions = pack_sessions([[number, number] for number in range(1, 31)])
+    feed = feed_of(sessions, **KINDS["lanes"], **RECENT)
+    found = np.zeros(31)
+    for step in range(2_000):  # one input per session
+        found += np.bincount(feed.batch(step).inputs_N, minlength=31)
+    share = 0.5 ** (np.arange(30)[::-1] / 9)
+    share /= share.sum()
+    deviation = 5 * np.sqrt(share * (1 - share) / found.sum())
+    assert (np.abs(found[1:] / found.sum() - share) <= deviation).all()
+
+
+def test_all_windows_of_a_session_are_drawn_as_often() -> None:
+    sessions = pack_sessions([[1] * 3, list(range(1, 14))])
+    settings = {**RECENT, **WINDOWS["prefixes"], "recency_half_life_sessions": 2}
+    feed = feed_of(sessions, **settings)
+    targets = np.concatenate(
+        [feed.batch(step).targets_N for step in range(1_000 * feed.steps_per_pass)]
+    )
+    counts = np.bincount(targets[targets > 1], minlength=14)[2:]
+    assert counts.sum() > 10_000
+    assert np.abs(counts / counts.sum() - 1 / 12).max() < 5 * np.sqrt(1 / 12 / counts.sum())
 
 
 def test_masks_differ_from_step_to_step(rows: list[list[int]], sessions: Sessions) -> None:

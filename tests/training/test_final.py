@@ -7,6 +7,7 @@ import multiprocessing
 import re
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,15 @@ def test_a_validated_history_takes_the_place_of_its_beginning(kind: type, tmp_pa
     assert rows == [[1, 2, 3], [1, 2, 3], [6, 7], [4, 5, 1, 2]]
     assert len(found.split("val")) == 0
     assert found.split("test").items.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_events_keep_their_times(tmp_path: Path) -> None:
+    """Recency asks for them; those of user 9 belong to the longer history."""
+    train, val = named([[1, 2, 3], [4, 5]], [7, 9]), named([[4, 5, 1, 2]], [9])
+    train, val = (replace(part, times=10 * part.items.astype(np.int64)) for part in (train, val))
+    found = TrainAndValidation(write_histories(tmp_path, train, val)).split("train")
+    assert found.times is not None
+    assert found.times.tolist() == [10, 20, 30, 40, 50, 10, 20]
 
 
 def test_histories_without_names_are_refused(tmp_path: Path) -> None:

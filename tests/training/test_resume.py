@@ -94,6 +94,42 @@ def test_windows_of_a_stopped_and_resumed_run_are_those_of_a_whole_one(
     check_same_run(tmp_path / "runs" / "whole", tmp_path / "runs" / "stopped", same_log=False)
 
 
+RECENT = {"shuffling_style": "shuffle_with_replacement"}
+
+
+@pytest.mark.parametrize(
+    ("protocol", "has_times", "setting", "problem"),
+    [
+        ("every-step", False, "recency_half_life_days", "which .* lacks; use recency_half_life_se"),
+        ("last-item", False, "recency_half_life_days", "needs the times of .*; leave it out"),
+        ("last-item", False, "recency_half_life_sessions", "histories of users; leave it out"),
+        ("last-item", True, "recency_half_life_sessions", "users; use recency_half_life_days"),
+        ("every-step", False, "recency_half_life_sessions", ""),
+        ("every-step", True, "recency_half_life_sessions", ""),
+        ("every-step", True, "recency_half_life_days", ""),
+        ("last-item", True, "recency_half_life_days", ""),
+    ],
+)
+def test_recency_needs_sessions_that_have_an_age(
+    protocol: str, has_times: bool, setting: str, problem: str, data_dir: Path, tmp_path: Path
+) -> None:
+    folder = data_dir / "tiny"
+    info = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**info, "protocol": protocol}))
+    if has_times:
+        for split in ("train", "val", "test"):
+            events = np.load(folder / split / "items.npy")
+            np.save(folder / split / "times.npy", np.arange(len(events)) * 3_600_000)
+    options = {**RECENT, setting: 3, "max_epochs": 1}
+    config = write_config(tmp_path, **options)
+    if not problem:
+        start(config, data_dir, tmp_path / "runs", "run")
+        return
+    with pytest.raises(InputError, match=problem):
+        start(config, data_dir, tmp_path / "runs", "run")
+    assert not (tmp_path / "runs" / "run").exists()
+
+
 def test_an_epoch_is_a_pass_over_all_windows_and_the_log_counts_them(
     data_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -367,6 +367,18 @@ class ExperimentConfig:
         choices=("no_shuffling", "shuffle_without_replacement", "shuffle_with_replacement"),
         tron="shuffling_style", recbole="shuffle",
     )
+    recency_half_life_days: float = setting(
+        0.0,
+        help="draw a session whose last event is this much older than the latest one half as "
+        "often; 0: all as often",
+        unit="days", low=0,
+    )
+    recency_half_life_sessions: int = setting(
+        0,
+        help="the same by order, for training sessions without times: draw a session with this "
+        "many after it half as often; 0: all as often",
+        unit="sessions", low=0,
+    )
     overfit_batches: int = setting(
         0,
         help="train and validate on the first batches only; 0: off",
@@ -539,6 +551,17 @@ class ExperimentConfig:
                 "session_parallel=True goes through sessions event by event",
                 {"training_windows": "last"},
             )
+        if self.recency_half_life_days and self.recency_half_life_sessions:
+            raise InputError(
+                "recency_half_life_days and recency_half_life_sessions are two measures of one "
+                "age; leave one of them out"
+            )
+        if self.has_recency:
+            self._need(
+                "recency_half_life_days and recency_half_life_sessions draw sessions with "
+                "replacement",
+                {"shuffling_style": "shuffle_with_replacement"},
+            )
         if kind == "prefixes" and MODELS[self.model].masks_inputs:
             raise InputError(
                 f"training_windows=prefixes predicts the last event of a row alone, but model="
@@ -592,9 +615,10 @@ class ExperimentConfig:
                 "logq_correction needs all negatives as they were drawn, but for the target",
                 {**all_as_drawn, "mask_collisions": True},
             )
-            if self.training_windows == "random":
+            if self.training_windows == "random" or self.has_recency:
                 self._need(
-                    "logq_correction cannot expect in-batch negatives of windows drawn at random",
+                    "logq_correction cannot expect in-batch negatives of windows drawn at random "
+                    "or by recency",
                     {"num_batch_negatives": 0},
                 )
             if MODELS[self.model].masks_inputs:
@@ -617,6 +641,11 @@ class ExperimentConfig:
     def is_baseline(self) -> bool:
         """True if the model is fitted at once, without gradients."""
         return self.model in BASELINES
+
+    @property
+    def has_recency(self) -> bool:
+        """True if later sessions are drawn more often."""
+        return bool(self.recency_half_life_days or self.recency_half_life_sessions)
 
     @property
     def shares_table(self) -> bool:

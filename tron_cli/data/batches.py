@@ -290,6 +290,24 @@ def prepared_ahead(
         yield batch
 
 
+def order_of_pass(
+    windows: TrainingWindows,
+    style: str,
+    *,
+    seed: int,
+    data_pass: int,
+    weight_S: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the numbers of the windows of a pass in their order, by seed and pass: integers [W].
+
+    weight_S: draw windows with the weights of their sessions, see `TrainingWindows.drawn`; style is
+    then shuffle_with_replacement.
+    """
+    if weight_S is None:
+        return session_order(len(windows), style, seed=seed, epoch=data_pass)
+    return windows.drawn(weight_S, np.random.default_rng([seed, data_pass]))
+
+
 def session_order(num_sessions: int, style: str, *, seed: int, epoch: int) -> np.ndarray:
     """Return the order in which an epoch visits sessions or windows, by seed and epoch: int64 [S].
 

@@ -28,7 +28,10 @@ class TrainAndValidation(Dataset):
         if original.protocol == "last-item":
             train = _without(train, _also_validate(original))
         offsets = np.concatenate([train.offsets, val.offsets[1:] + train.offsets[-1]])
-        self._sessions = Sessions(np.concatenate([train.items, val.items]), offsets)
+        times = None
+        if train.times is not None and val.times is not None:
+            times = np.concatenate([train.times, val.times])
+        self._sessions = Sessions(np.concatenate([train.items, val.items]), offsets, times)
         self._val = Sessions(val.items[:0], val.offsets[:1])
         self.val_fingerprint: str = original.split_info("val")["fingerprint"]
         self._original = original
@@ -75,4 +78,6 @@ def _without(sessions: Sessions, is_left_out: np.ndarray) -> Sessions:
     """Return the sessions that are not marked."""
     begin_S, end_S = sessions.offsets[:-1][~is_left_out], sessions.offsets[1:][~is_left_out]
     _, place_E = ranges(begin_S, end_S)
-    return Sessions(sessions.items[place_E], np.concatenate([[0], np.cumsum(end_S - begin_S)]))
+    times = None if sessions.times is None else sessions.times[place_E]
+    offsets = np.concatenate([[0], np.cumsum(end_S - begin_S)])
+    return Sessions(sessions.items[place_E], offsets, times)

@@ -207,6 +207,23 @@ class TrainingWindows:
         start_B = _history_start(begin_B, target_B, self._window)
         return start_B, target_B - start_B
 
+    def drawn(self, weight_S: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Draw as many windows as there are, with replacement: int64, their numbers.
+
+        weight_S: float64, at least 0 and not all 0. Each window of a session has its weight.
+        """
+        count_S = 1 if self._first_S is None else np.diff(self._first_S)
+        end_S = np.cumsum(weight_S * count_S)
+        # Rounding may give the end itself, where there is no session.
+        last_place = np.nextafter(end_S[-1], 0)
+        place_B = np.minimum(random.random(len(self)) * end_S[-1], last_place)
+        session_B = np.searchsorted(end_S, place_B, side="right")
+        if self._first_S is None:
+            return session_B
+        before_end_B = ((end_S[session_B] - place_B) / weight_S[session_B]).astype(np.int64)
+        last_B = self._first_S[session_B + 1] - 1
+        return np.maximum(last_B - before_end_B, self._first_S[session_B])
+
     def mean_length(self) -> float:
         """Return the mean number of events of a window."""
         length_S = self._sessions.lengths - 1

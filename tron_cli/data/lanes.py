@@ -17,9 +17,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from tron_cli.data.batches import Batch, pack, session_order
+from tron_cli.data.batches import Batch, order_of_pass, pack
 from tron_cli.data.dataset import Sessions
-from tron_cli.data.histories import training_windows
+from tron_cli.data.histories import TrainingWindows, training_windows
 
 _SESSIONS_AT_ONCE = 1 << 13
 
@@ -41,17 +41,19 @@ class Lanes:
         style: str,
         seed: int,
         padded: bool = False,
+        weight_S: np.ndarray | None = None,
     ) -> None:
         """Prepare for step 0.
 
-        sessions: of at least two events each. style, seed: see `session_order`. padded: mark the
-        batches as `Batch.padded`; the shapes of lanes are fixed in any case.
+        sessions: of at least two events each. style, seed, weight_S: see `order_of_pass`. padded:
+        mark the batches as `Batch.padded`; the shapes of lanes are fixed in any case.
         """
         self._sessions = sessions
         self._lanes = lanes
         self._style = style
         self._seed = seed
         self._padded = padded
+        self._weight_S = weight_S
         self._sequence_length = sequence_length
         _, self._inputs_S = training_windows(sessions, slice(None), sequence_length)
         self.steps_per_pass = -(-int(self._inputs_S.sum()) // lanes)
@@ -103,9 +105,14 @@ class Lanes:
         """Yield first step, lane and number of the sessions, in order of their first step."""
         # A heap of step * lanes + lane: when each lane becomes free.
         free = list(range(self._lanes))
+        windows = TrainingWindows(self._sessions, self._sequence_length)
         for data_pass in itertools.count():
-            order = session_order(
-                len(self._inputs_S), self._style, seed=self._seed, epoch=data_pass
+            order = order_of_pass(
+                windows,
+                self._style,
+                seed=self._seed,
+                data_pass=data_pass,
+                weight_S=self._weight_S,
             )
             for first in range(0, len(order), _SESSIONS_AT_ONCE):
                 session_C = order[first : first + _SESSIONS_AT_ONCE]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Protocol
 
 import numpy as np
 
 from tron_cli.config import ExperimentConfig
-from tron_cli.data.batches import Batch, cloze_batch, session_order, training_batch
+from tron_cli.data.batches import Batch, cloze_batch, order_of_pass, training_batch
 from tron_cli.data.dataset import Sessions
 from tron_cli.data.histories import TrainingWindows, ranges
 from tron_cli.data.lanes import Lanes
 from tron_cli.models.base import Model
 
 _WINDOWS_AT_ONCE = 1 << 16  # counted together
+_DAY = 86_400_000  # ms
 
 
 class Feed(Protocol):
@@ -41,6 +41,7 @@ def build_feed(config: ExperimentConfig, sessions: Sessions, model: Model, *, pa
             style=config.shuffling_style,
             seed=config.seed,
             padded=padded,
+            weight_S=recency_weights(config, sessions),
         )
     return WholeSessions(config, sessions, padded=padded)
 
@@ -51,6 +52,24 @@ def windows_of(config: ExperimentConfig, sessions: Sessions) -> TrainingWindows:
     return TrainingWindows(sessions, config.sequence_length, kind, stride)
 
 
+def recency_weights(config: ExperimentConfig, sessions: Sessions) -> np.ndarray | None:
+    """Return the weight of each session in the draws of training, 1 for the latest: float64 [S].
+
+    None where all weigh the same. The age of a session is that of its last event, or the number of
+    sessions after it.
+    """
+    if config.recency_half_life_sessions:
+        age_S = np.arange(len(sessions))[::-1] / config.recency_half_life_sessions
+    elif config.recency_half_life_days:
+        assert sessions.times is not None
+        last_S = sessions.times[sessions.offsets[1:] - 1]
+        age_S = (last_S.max() - last_S) / (_DAY * config.recency_half_life_days)
+    else:
+        return None
+    weights: np.ndarray = np.exp2(-age_S)
+    return weights
+
+
 class WholeSessions:
     """train_batch_size rows per step: sessions, each with one of its windows, or all windows."""
 
@@ -59,6 +78,8 @@ class WholeSessions:
         self._sessions = sessions
         self._padded = padded
         self._windows = windows_of(config, sessions)
+        self._weight_S = recency_weights(config, sessions)
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))  # a pass and its order
         self.steps_per_pass = math.ceil(len(self._windows) / config.train_batch_size)
 
     def batch(self, step: int) -> Batch:
@@ -81,8 +102,18 @@ class WholeSessions:
         """
         config = self._config
         data_pass, place = divmod(step, self.steps_per_pass)
-        order = _order_of_pass(len(self._windows), config.shuffling_style, config.seed, data_pass)
-        return order[place * config.train_batch_size : (place + 1) * config.train_batch_size]
+        if self._order[0] != data_pass:
+            order = order_of_pass(
+                self._windows,
+                config.shuffling_style,
+                seed=config.seed,
+                data_pass=data_pass,
+                weight_S=self._weight_S,
+            )
+            self._order = data_pass, order
+        return self._order[1][
+            place * config.train_batch_size : (place + 1) * config.train_batch_size
+        ]
 
     def random_windows(self, step: int) -> np.random.Generator | None:
         """Return the generator of a step's windows where they are drawn."""
@@ -131,8 +162,3 @@ def expected_in_batch(config: ExperimentConfig, sessions: Sessions, num_items: i
     inputs_per_row = 1 if config.session_parallel else count_I.sum() / len(windows)
     expected = min(config.num_batch_negatives, rows * inputs_per_row)
     return count_I * (expected / count_I.sum())
-
-
-@functools.lru_cache(maxsize=1)
-def _order_of_pass(num_rows: int, style: str, seed: int, data_pass: int) -> np.ndarray:
-    return session_order(num_rows, style, seed=seed, epoch=data_pass)

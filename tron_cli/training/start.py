@@ -71,6 +71,7 @@ def start_training(
     Raises InputError, before it writes anything, where config and dataset do not fit.
     """
     sessions, validation = training_splits(config, dataset)
+    _check_recency(config, dataset, sessions)
     item_ids = encode_item_ids(dataset.item_ids)
     config, measures = with_measures(config)
     dtype = _training_dtype(config.precision, device)
@@ -195,6 +196,24 @@ def training_splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Session
     return sessions, _spread(validation, math.ceil(min(limit * whole, len(validation))))
 
 
+def _check_recency(config: ExperimentConfig, dataset: Dataset, sessions: Sessions) -> None:
+    """Raise InputError where the training sessions have no age of the kind that is asked for."""
+    if config.recency_half_life_days and sessions.times is None:
+        by_order = dataset.protocol != "last-item"
+        raise InputError(
+            f"recency_half_life_days={config.recency_half_life_days:g} needs the times of events, "
+            f"which {dataset.path} lacks; "
+            + ("use recency_half_life_sessions" if by_order else "leave it out")
+        )
+    if config.recency_half_life_sessions and dataset.protocol == "last-item":
+        with_times = sessions.times is not None
+        raise InputError(
+            f"recency_half_life_sessions={config.recency_half_life_sessions} needs sessions in "
+            f"time order, but those of {dataset.path} are the histories of users; "
+            + ("use recency_half_life_days" if with_times else "leave it out")
+        )
+
+
 def _rows(config: ExperimentConfig, sessions: Sessions) -> str:
     """Describe the rows of a pass: sessions, and their windows where they are other than these."""
     count = f"{len(sessions):,} sessions"
@@ -207,7 +226,7 @@ def _rows(config: ExperimentConfig, sessions: Sessions) -> str:
 
 
 def _first(sessions: Sessions, count: int) -> Sessions:
-    return Sessions(sessions.items, sessions.offsets[: count + 1])
+    return Sessions(sessions.items, sessions.offsets[: count + 1], sessions.times)
 
 
 def _spread(sessions: Sessions, count: int) -> Sessions:
