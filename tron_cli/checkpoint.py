@@ -85,7 +85,10 @@ class Checkpoint:
     def _apply_pending_updates(self, model: Model) -> None:
         """Apply the updates that were pending in a last.pt, and leave its saved state as it is."""
         saved = self.training["optimizer"]
-        expected = row_adam.fresh_state(weights.to("meta") for weights in model.parameters())
+        expected = row_adam.fresh_state(
+            (weights.to("meta") for weights in model.parameters()),
+            decays=self.config.weight_decay > 0,
+        )
         if not row_adam.same_shapes(saved, expected):
             raise InputError(
                 f"{self.path}: the saved state of the optimizer is that of another optimizer or of "
@@ -94,10 +97,12 @@ class Checkpoint:
         for weights, tensors in zip(model.parameters(), saved["state"], strict=True):
             state = {name: values.to(weights.device) for name, values in tensors.items()}
             # Older files store these as floats.
-            state |= {"touched": state["touched"].long(), "moved": state["moved"].clone()}
+            state["touched"] = state["touched"].long()
+            # These are changed, but the saved state is not.
+            state |= {name: state[name].clone() for name in ("moved", "decayed") if name in state}
+            shared = {name: saved[name].to(weights.device) for name in saved.keys() - {"state"}}
             rows = torch.arange(len(weights), device=weights.device)
-            moves, steps = (saved[name].to(weights.device) for name in ("moves", "steps"))
-            row_adam.catch_up(weights, rows, **state, moves=moves, steps=steps)
+            row_adam.catch_up(weights, rows, **state, **shared)
 
     def build_saved_model(
         self, device: torch.device, *, mapped: bool = False, to_resume: bool = False

@@ -94,7 +94,9 @@ OPTIMIZERS = {
     # Training replaces it by adam or row_adam before anything else sees it.
     "auto": Entry("tron_cli.training.optim:Adam", owns=("weight_decay",)),
     "adam": Entry("tron_cli.training.optim:Adam", owns=("weight_decay",)),
-    "row_adam": Entry("tron_cli.training.optim:RowAdam", sparse_gradients=True),
+    "row_adam": Entry(
+        "tron_cli.training.optim:RowAdam", owns=("weight_decay",), sparse_gradients=True
+    ),
     "adagrad": Entry("tron_cli.training.optim:Adagrad", sparse_gradients=True),
 }
 

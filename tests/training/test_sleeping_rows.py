@@ -51,15 +51,22 @@ def difference_from_dense_adam(
     warmup_steps: int,
     catch_up_every: int = 0,
     leaves_out_rows: bool = True,
+    first: float = 0.0,
+    weight_decay: float = 0.0,
 ) -> float:
-    """Largest difference from float64, by how far the row has ever been from zero, its start."""
+    """Largest difference from float64, by how far the row has ever been from zero.
+
+    Weights start as `first`.
+    """
     shape = (24, 2)
     met = rare_gradients(np.random.default_rng(30), shape, steps)
-    weights = nn.Parameter(torch.zeros(shape))
-    optimizer = build_optimizer("row_adam", [weights], lr=lr)
+    weights = nn.Parameter(torch.full(shape, first))
+    optimizer = build_optimizer("row_adam", [weights], lr=lr, weight_decay=weight_decay)
     optimizer.leaves_out_rows = leaves_out_rows
     none = sparse_gradient([0], np.zeros(2), weights.shape)
     expected, mean, square, farthest = np.zeros((4, *shape))
+    expected += first
+    farthest += abs(first)
     for step in range(1, steps + 1):
         rate = learning_rate(
             step - 1, lr=lr, schedule=schedule, warmup_steps=warmup_steps, total_steps=steps
@@ -75,14 +82,16 @@ def difference_from_dense_adam(
             square[rows] += 0.001 * values.astype(np.float64) ** 2
         optimizer.step()
         root = np.sqrt(square / (1 - 0.999**step)) + 1e-8
-        expected -= rate / (1 - 0.9**step) * mean / root
+        expected = expected * (1 - rate * weight_decay) - rate / (1 - 0.9**step) * mean / root
         np.maximum(farthest, np.abs(expected), out=farthest)
         if catch_up_every and step % catch_up_every == 0:
             optimizer.catch_up(weights)
     optimizer.catch_up(weights)
     error = np.abs(weights.detach().numpy() - expected).max(axis=1)
-    assert (error[-1], expected[-1].any()) == (0, False)
-    return float((error[:-1] / farthest[:-1].max(axis=1)).max())
+    if not first:
+        assert (error[-1], expected[-1].any()) == (0, False)
+        farthest[-1] = 1.0
+    return float((error / farthest.max(axis=1)).max())
 
 
 @pytest.mark.parametrize("catch_up_every", [0, 100])
@@ -93,6 +102,25 @@ def test_a_sleep_may_be_longer_than_it_is_kept(
     monkeypatch.setattr(row_adam, "SLEEPS", 700)
     options = {**SCHEDULES[schedule], "catch_up_every": catch_up_every}
     assert difference_from_dense_adam(5_000, 0.01, **options) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("weight_decay", "catch_up_every"), [(0.1, 0), (0.001, 100), (5.0, 0), (5.0, 100)]
+)
+@pytest.mark.parametrize("schedule", ["constant, warm-up of 0", "cosine, warm-up of 250"])
+def test_rows_that_sleep_decay_as_in_dense_adamw(
+    schedule: str, weight_decay: float, catch_up_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most sleep for longer than their start is kept; the last row is never looked up."""
+    monkeypatch.setattr(row_adam, "SLEEPS", 700)
+    options = {**SCHEDULES[schedule], "catch_up_every": catch_up_every}
+    found = difference_from_dense_adam(2_000, 0.01, first=0.5, weight_decay=weight_decay, **options)
+    assert found < 1e-5
+
+
+def test_a_whole_sleep_within_what_is_kept_decays_as_in_dense_adamw() -> None:
+    options = {**SCHEDULES["cosine, warm-up of 0"], "first": -0.5, "weight_decay": 0.1}
+    assert difference_from_dense_adam(2_000, 0.01, **options) < 1e-5
 
 
 @pytest.mark.parametrize("catch_up_every", [1, 3, 100, 10_000])
@@ -123,6 +151,7 @@ def test_sleeps_on_a_device_that_is_never_waited_for(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(row_adam, "SLEEPS", 700)
     options = {**SCHEDULES["cosine, warm-up of 0"], "leaves_out_rows": False}
     assert difference_from_dense_adam(3_000, 0.01, **options) < 1e-5
+    assert difference_from_dense_adam(1_500, 0.01, first=1.0, weight_decay=0.1, **options) < 1e-5
 
 
 def test_each_row_of_a_table_larger_than_the_sleeps_has_its_turn(

@@ -524,8 +524,21 @@ class ExperimentConfig:
             )
 
     def _check_optimizer(self) -> None:
-        """Refuse an optimizer that leaves rows alone, with settings that change all of them."""
-        if self.ema_decay and OPTIMIZERS[self.optimizer].sparse_gradients:
+        """Refuse settings of the optimizer that make no sense together."""
+        if self.lr * self.weight_decay >= 0.1:
+            raise InputError(
+                f"lr={self.lr:g} and weight_decay={self.weight_decay:g} would take a tenth or more "
+                "off the weights in each step (lr * weight_decay); lower one of them"
+            )
+        if not OPTIMIZERS[self.optimizer].sparse_gradients:
+            return
+        if self.weight_decay and self.output_bias:
+            self._need(
+                "weight_decay spares the biases of output_bias=True, but sparse optimizers would "
+                "decay them with the rows of their items",
+                {"optimizer": "adam"},
+            )
+        if self.ema_decay:
             self._need(
                 "ema_decay averages all rows of a table in each step, and sparse optimizers update "
                 "only those looked up",

@@ -13,6 +13,11 @@ in ten steps, faster in the first thousand: it is taken at the mean age of the p
 sum of a sleep that began in step t grows for the _AGES steps in which r^i matters, and is kept at
 place t modulo SLEEPS for SLEEPS steps. All pending moves must be applied within that time.
 
+With decoupled weight decay d (AdamW), step t first multiplies the weights with 1 - lr_t d. Let P(t)
+be the product of these factors until step t. Divided by P, weights do not decay, and the move of
+step t is divided by P(t); sums therefore hold moves times P(step of falling asleep) / P(t). Of P
+only the logarithm is kept, with its value at the start of each sleep and at each row's last update.
+
 Shapes: V rows of a table, U rows given, D width, S places of sums.
 """
 
@@ -33,17 +38,21 @@ _AGES = 256
 _RATIO = BETA1 / math.sqrt(BETA2)
 
 
-def fresh_state(parameters: Iterable[torch.Tensor]) -> dict[str, Any]:
+def fresh_state(parameters: Iterable[torch.Tensor], *, decays: bool = False) -> dict[str, Any]:
     """Return the state of RowAdam before the first step, in the form that a last.pt holds.
 
     steps: int64 (), steps taken. state: for each parameter, mean and square, shaped like the
     parameter; touched, int64 [V], the step of a row's last sparse gradient, 0 without one; and
     moved, float32 [V], how much of the sum of moves since then has been applied. moves: float32
     [S], the sum of the moves of a sleep that began at this place.
+
+    decays: with weight decay. The state then has log_decay, float64 (), the logarithm of P; and
+    log_decays, float64 [S], its value when a sleep began at this place. Parameters that are no
+    vectors, which do not decay, have decayed, float64 [V], the logarithm of P applied to each row.
     """
     parameters = list(parameters)
     device = parameters[0].device
-    return {
+    state: dict[str, Any] = {
         "steps": torch.zeros((), dtype=torch.int64, device=device),
         "state": [
             {
@@ -56,6 +65,13 @@ def fresh_state(parameters: Iterable[torch.Tensor]) -> dict[str, Any]:
         ],
         "moves": torch.zeros(SLEEPS, device=device),
     }
+    if decays:
+        state["log_decay"] = torch.zeros((), dtype=torch.float64, device=device)
+        state["log_decays"] = torch.zeros(SLEEPS, dtype=torch.float64, device=device)
+        for weights, tensors in zip(parameters, state["state"], strict=True):
+            if weights.dim() > 1:
+                tensors["decayed"] = torch.zeros(len(weights), dtype=torch.float64, device=device)
+    return state
 
 
 def scale_and_rate(
@@ -67,15 +83,27 @@ def scale_and_rate(
     return (1 - BETA2**steps).sqrt(), lr / (1 - BETA1**steps)
 
 
-def add_moves(moves_S: torch.Tensor, steps: torch.Tensor, lr: torch.Tensor | float) -> None:
+def add_moves(
+    moves_S: torch.Tensor,
+    steps: torch.Tensor,
+    lr: torch.Tensor | float,
+    *,
+    log_decay: torch.Tensor | None = None,
+    log_decays: torch.Tensor | None = None,
+) -> None:
     """Add the moves of a step to the sums of all sleeps, in place, and start the sum of a new one.
 
-    steps: the number of this step, counted from 1. lr: its learning rate.
+    steps: the number of this step, counted from 1. lr: its learning rate. log_decay and log_decays:
+    those of the state, the former with the decay of this step.
     """
     scale, rate = scale_and_rate(steps, lr)
     ages = torch.arange(1, _AGES + 1, device=moves_S.device)
     places = (steps - ages).remainder(len(moves_S))
-    moves_S.index_add_(0, places, (rate * scale * _RATIO ** ages.double()).to(moves_S.dtype))
+    move = rate * scale * _RATIO ** ages.double()
+    if log_decay is not None and log_decays is not None:
+        move *= (log_decays[places] - log_decay).exp()
+        log_decays.index_copy_(0, steps.remainder(len(moves_S)).view(1), log_decay.view(1))
+    moves_S.index_add_(0, places, move.to(moves_S.dtype))
     moves_S.index_fill_(0, steps.remainder(len(moves_S)).view(1), 0.0)
 
 
@@ -90,12 +118,15 @@ def catch_up(
     moved: torch.Tensor,
     moves: torch.Tensor,
     steps: torch.Tensor,
+    decayed: torch.Tensor | None = None,
+    log_decay: torch.Tensor | None = None,
+    log_decays: torch.Tensor | None = None,
     leaves_out_rows: bool = True,
 ) -> None:
-    """Apply the pending updates of some rows of weights_VD, in place, and note them in `moved`.
+    """Apply the pending updates of some rows of weights_VD, in place.
 
-    mean, square, touched, moved, moves and steps are those of `fresh_state`. leaves_out_rows: skip
-    rows with nothing pending, which waits for the device; otherwise they are written back
+    Notes them in `moved` and `decayed`. The tensors are those of `fresh_state`. leaves_out_rows:
+    skip rows with nothing pending, which waits for the device; otherwise they are written back
     unchanged.
     """
     for ids in ids_U.split(ROWS_AT_ONCE[weights_VD.device.type] * 4):
@@ -108,7 +139,10 @@ def catch_up(
         moves_U = moves_U.where(sleeping, moved_U)
         due_U = moves_U - moved_U
         if leaves_out_rows:
-            due = due_U.nonzero()[:, 0]
+            pending_U = due_U != 0
+            if decayed is not None:
+                pending_U |= decayed.index_select(0, ids) != log_decay
+            due = pending_U.nonzero()[:, 0]
             if not len(due):
                 continue
             ids, touched_U, moved_U, moves_U, due_U = (
@@ -117,9 +151,20 @@ def catch_up(
         eps_U = _eps_of_sleep(steps - touched_U, touched_U, moved_U, moves_U)
         root_UD = square.index_select(0, ids).sqrt_()
         root_UD.add_(eps_U.to(root_UD.dtype)[:, None])
+        weights_UD = weights_VD.index_select(0, ids)
+        if decayed is not None and log_decay is not None and log_decays is not None:
+            weights_UD.mul_(_factor(log_decay - decayed.index_select(0, ids), weights_UD))
+            since_U = log_decay - log_decays[touched_U.remainder(len(moves))]
+            due_U = due_U * _factor(since_U, weights_UD)[:, 0]
+            decayed.index_copy_(0, ids, log_decay.expand(len(ids)))
         move_UD = mean.index_select(0, ids).div_(root_UD).mul_(due_U[:, None])
-        weights_VD.index_copy_(0, ids, weights_VD.index_select(0, ids).sub_(move_UD))
+        weights_VD.index_copy_(0, ids, weights_UD.sub_(move_UD))
         moved.index_copy_(0, ids, moves_U)
+
+
+def _factor(logarithm_U: torch.Tensor, weights_UD: torch.Tensor) -> torch.Tensor:
+    """Return exponentials [U, 1] of logarithms, in the dtype of weights."""
+    return logarithm_U.exp().to(weights_UD.dtype)[:, None]
 
 
 def _eps_of_sleep(

@@ -10,7 +10,7 @@ Shapes: V rows of a table, U rows that a step touches, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -203,10 +203,18 @@ class RowAdam(RowOptimizer):
     A row that is not looked up sleeps, and `catch_up` applies the updates of dense Adam that are
     pending for it (ops/row_adam.py). Each step also catches up a few rows of a table in turn, so
     that no sum of pending updates is overwritten before it is applied.
+
+    weight_decay: decoupled, with the weights of torch.optim.AdamW; vectors have none.
     """
 
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, *, weight_decay: float = 0.0
+    ) -> None:
+        self._weight_decay = weight_decay
+        super().__init__(parameters, lr)
+
     def _fresh_state(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
-        return row_adam.fresh_state(parameters)
+        return row_adam.fresh_state(parameters, decays=self._weight_decay > 0)
 
     def catch_up(self, weights: torch.Tensor, ids_U: torch.Tensor | None = None) -> None:
         """Apply all pending updates of rows of a table (None: of all its rows)."""
@@ -218,6 +226,7 @@ class RowAdam(RowOptimizer):
             **self.state[weights],
             moves=self._saved["moves"],
             steps=self.steps,
+            **self._log_decays,
             leaves_out_rows=self.leaves_out_rows,
         )
 
@@ -228,11 +237,38 @@ class RowAdam(RowOptimizer):
         turn = torch.arange(count, device=ids_U.device).add_(self.steps * count)
         self.catch_up(weights, torch.cat([ids_U, turn.remainder_(len(weights))]))
 
+    @property
+    def _log_decays(self) -> dict[str, torch.Tensor]:
+        names = ("log_decay", "log_decays") if self._weight_decay else ()
+        return {name: self._saved[name] for name in names}
+
     def _begin_step(self, lr: torch.Tensor) -> None:
-        row_adam.add_moves(self._saved["moves"], self.steps, lr)
+        if self._weight_decay:
+            of_step = torch.log1p(-lr.double() * self._weight_decay)
+            self._saved["log_decay"] += of_step
+            for weights in self.param_groups[0]["params"]:
+                if weights.grad is None and "decayed" in self.state[weights]:
+                    self.state[weights]["decayed"] += of_step  # it stays as it is
+        row_adam.add_moves(self._saved["moves"], self.steps, lr, **self._log_decays)
 
     def _step_dense(self, parameters: list[torch.Tensor], lr: torch.Tensor) -> None:
-        torch._fused_adam_(
+        decayed = [weights for weights in parameters if "decayed" in self.state[weights]]
+        others = [weights for weights in parameters if "decayed" not in self.state[weights]]
+        if decayed:
+            self._fused(torch._fused_adamw_, decayed, lr, self._weight_decay)
+            for weights in decayed:
+                self.state[weights]["decayed"].copy_(self._saved["log_decay"])
+        if others:
+            self._fused(torch._fused_adam_, others, lr, 0.0)
+
+    def _fused(
+        self,
+        step: Callable[..., None],
+        parameters: list[torch.Tensor],
+        lr: torch.Tensor,
+        weight_decay: float,
+    ) -> None:
+        step(
             parameters,
             [weights.grad for weights in parameters if weights.grad is not None],
             [self.state[weights]["mean"] for weights in parameters],
@@ -243,7 +279,7 @@ class RowAdam(RowOptimizer):
             lr=lr,
             beta1=row_adam.BETA1,
             beta2=row_adam.BETA2,
-            weight_decay=0.0,
+            weight_decay=weight_decay,
             eps=row_adam.EPS,
             amsgrad=False,
             maximize=False,
@@ -272,7 +308,12 @@ class RowAdam(RowOptimizer):
         scale, rate = row_adam.scale_and_rate(self.steps, lr)
         root_UD = square_UD.sqrt_().div_(scale).add_(row_adam.EPS)
         move_UD = mean_UD.mul_(-rate).div_(root_UD)
-        self._write(weights_VD, ids_U, weights_VD.index_select(0, ids_U) + move_UD, gradient_UD)
+        weights_UD = weights_VD.index_select(0, ids_U)
+        if "decayed" in state:  # until the step before: these rows are awake
+            weights_UD *= 1 - (lr * self._weight_decay).to(dtype)
+            log_decay_U = self._saved["log_decay"].expand(len(ids_U))
+            self._write(state["decayed"], ids_U, log_decay_U, gradient_UD)
+        self._write(weights_VD, ids_U, weights_UD + move_UD, gradient_UD)
 
 
 class Adagrad(RowOptimizer):

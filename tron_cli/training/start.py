@@ -319,12 +319,14 @@ def _saved(
 def _optimizer(config: ExperimentConfig, sessions: Sessions, num_items: int) -> str:
     """Resolve the configuration's optimizer, in the same way on every machine.
 
-    Losses over the whole catalogue have a gradient for every row of the table, and averages
-    change every row.
+    Losses over the whole catalogue have a gradient for every row of the table, averages change
+    every row, and RowAdam would decay the biases of items with their rows.
     """
     if config.optimizer != "auto":
         return config.optimizer
-    if config.loss in CATALOGUE_LOSSES or config.weight_decay or config.ema_decay:
+    if config.loss in CATALOGUE_LOSSES or config.ema_decay:
+        return "adam"
+    if config.weight_decay and config.output_bias:
         return "adam"
     windows = windows_of(config, sessions)
     rows = min(config.train_batch_size, len(windows))
