@@ -62,6 +62,20 @@ def test_the_best_are_among_the_pairs_and_counts_are_those_of_float64(items, wid
         check_higher(table, hidden_ED, target_E)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("items", [1_000, 1_100, 9_000])
+def test_threads_that_share_the_chunks_find_the_same(items, threads, monkeypatch) -> None:
+    monkeypatch.setattr(int8_table, "_CHUNK", 256)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        test_the_best_are_among_the_pairs_and_counts_are_those_of_float64(items, 24)
+        with torch.inference_mode():
+            test_the_best_are_among_the_pairs_and_counts_are_those_of_float64(items, 24)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_few_of_many_items_are_left_undecided() -> None:
     torch.manual_seed(0)
     table, hidden_ED = torch.randn(100_001, 64), torch.randn(30, 64)

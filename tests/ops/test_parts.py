@@ -48,6 +48,21 @@ def test_nothing_is_remembered_for_gradients(threads: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+def test_tensors_of_inference_mode_can_be_written_to(threads: int) -> None:
+    torch.set_num_threads(threads)
+    meeting = threading.Barrier(threads, timeout=10)
+    with torch.inference_mode():
+        counts = torch.zeros(2)
+
+        def work(part: int) -> None:
+            meeting.wait()  # each thread has one part
+            counts[part] += part + 1
+
+        on_threads(work, range(2), CPU)
+        assert counts.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
 def test_what_a_part_raises_is_raised(threads: int) -> None:
     torch.set_num_threads(threads)
     with pytest.raises(ZeroDivisionError):

@@ -13,6 +13,7 @@ import pytest
 from helpers.servers import FakeRecommender, RunningServer, ask, held, running_server, wait_for
 
 from tron_cli.errors import InputError
+from tron_cli.serving.reload import ServedModel
 
 
 def load(path: Path) -> FakeRecommender:
@@ -115,6 +116,23 @@ def test_a_run_folder_between_two_checkpoints_keeps_the_model(tmp_path: Path) ->
         wait_for(lambda: server.get("/ready")[1]["checkpoint"] == "b.pt")
         os.utime(tmp_path / "b.pt", (1, 1))
         wait_for(lambda: outcomes(server, "done") == 2)
+
+
+def test_models_are_loaded_by_threads_that_end(tmp_path: Path) -> None:
+    """A thread that has computed keeps workers, which slow those of the thread that answers."""
+    file = tmp_path / "model.pt"
+    file.write_text("100 first.pt")
+    threads: list[threading.Thread] = []
+
+    def loaded(path: Path) -> FakeRecommender:
+        threads.append(threading.current_thread())
+        return load(path)
+
+    model = ServedModel(file, loaded)
+    assert model.reload()
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_a_model_that_cannot_recommend_is_not_served(tmp_path: Path) -> None:

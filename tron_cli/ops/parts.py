@@ -52,11 +52,13 @@ def on_threads(
     # Each thread takes the next part from here.
     queue = iter(list(enumerate(parts)))
     results: dict[int, Result] = {}
+    # Tensors of inference mode can be written to in that mode alone, which each thread enters.
+    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
 
-    @torch.no_grad()
     def take() -> None:
-        for place, part in queue:
-            results[place] = work(part)
+        with mode():
+            for place, part in queue:
+                results[place] = work(part)
 
     others = [_pool(threads - 1).submit(take) for _ in range(threads - 1)]
     torch.set_num_threads(1)

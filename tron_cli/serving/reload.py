@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tron_cli.errors import sentence_of
@@ -23,7 +24,7 @@ class ServedModel:
     def __init__(self, path: Path, load: Callable[[Path], Recommender]) -> None:
         self._path, self._load = path, load
         self._seen = self._state()
-        self.recommender = _tried(load(path))
+        self.recommender = self._loaded()
 
     @property
     def name(self) -> str:
@@ -42,7 +43,7 @@ class ServedModel:
         # Taken before reading, so that a file that changes while it is read counts as changed.
         self._seen = self._state()
         try:
-            self.recommender = _tried(self._load(self._path))
+            self.recommender = self._loaded()
         except Exception as error:
             log.error("not reloaded, %s is still served: %s", self.name, sentence_of(error))
             return False
@@ -51,6 +52,16 @@ class ServedModel:
 
     def described(self) -> str:
         return f"{self.name}, step {self.step:,}, {self.recommender.num_items:,} items"
+
+    def _loaded(self) -> Recommender:
+        """Load and try the current file, in a thread that ends with it.
+
+        A thread that has computed keeps OpenMP's workers. Once there are more of them in a process
+        than cores, libgomp lets idle ones sleep at once instead of waiting for their next part,
+        and the batches of the thread that computes answers take 1.5 times as long.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="load") as thread:
+            return thread.submit(lambda: _tried(self._load(self._path))).result()
 
     def _state(self) -> object:
         """Return an identity of the file's current version; None where there is no file."""
