@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tron_cli.errors import MAX_CHARACTERS, InputError, RunError, shortened
+from tron_cli.errors import MAX_CHARACTERS, InputError, RunError, counted, shortened
 
 
 @pytest.mark.parametrize("kind", [InputError, RunError])
@@ -23,3 +23,12 @@ def test_a_message_is_one_line_of_printable_text() -> None:
 def test_a_short_message_stays() -> None:
     sentence = "x" * MAX_CHARACTERS
     assert shortened(sentence) == sentence
+
+
+def test_a_number_and_its_noun_agree() -> None:
+    assert [counted(number, "session") for number in (0, 1, 2000)] == [
+        "0 sessions",
+        "1 session",
+        "2,000 sessions",
+    ]
+    assert counted(2, "history", "histories") == "2 histories"

@@ -47,7 +47,7 @@ def test_looking_whether_a_file_can_be_written_leaves_another_process_s_alone(
     path = tmp_path / "run.trec"
     with written_alone(path) as file:
         file.write("first\n")
-        with pytest.raises(InputError, match="another process writes"):
+        with pytest.raises(InputError, match="being written by this process"):
             check_writable(path)
     assert path.read_text() == "first\n"
     check_writable(path)

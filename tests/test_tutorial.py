@@ -110,7 +110,7 @@ def test_every_command_of_the_tutorial_runs(tmp_path: Path, environment: dict[st
     rows = list(csv.DictReader((shop / "recommendations.csv").open()))
     assert list(rows[0]) == ["session", "rank", "item", "score"]
     assert len({row["session"] for row in rows}) == 500
-    assert (shop / "runs" / "current").resolve() == shop / "runs" / "shop-final"
+    assert (shop / "runs" / "current").resolve() == shop / "runs" / "store-final"
 
     with served(shop, environment) as port:
         asked = page_line("curl ").replace("localhost:8000", f"127.0.0.1:{port}")
@@ -131,7 +131,7 @@ def check_nights(shop: Path, environment: dict[str, str], metrics: str) -> None:
     assert done.returncode == 0, done.stderr
     current = (shop / "runs" / "current").resolve()
     assert current.name.endswith("-final")
-    assert current.name != "shop-final"
+    assert current.name != "store-final"
     assert (shop / "recommendations.csv").is_file()
     deadline = time.monotonic() + 30
     while 'tron_reloads_total{outcome="done"} 1' not in urlopen(metrics).read().decode():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,17 +57,18 @@ def _claimed(path: Path, *, patience: float = 0) -> Iterator[None]:
         raise IsADirectoryError("it is a folder")
     # Before the lock, which makes missing folders, and waits where files cannot be made.
     _partial(path).touch()
-    busy = f"another process writes {path}; wait for its end, or name another file"
-    with locked(path.with_name(f".{path.name}.lock"), busy, patience=patience):
+    lock = path.with_name(f".{path.name}.lock")
+    with locked(lock, path, "name another file", patience=patience):
         yield
 
 
 @contextmanager
-def locked(file: Path, in_use: str, *, patience: float = 0) -> Iterator[None]:
+def locked(file: Path, written: Path, otherwise: str, *, patience: float = 0) -> Iterator[None]:
     """Hold the lock `file`, which exists during the block.
 
-    The system releases it when the process ends, however it ends. Raises InputError(in_use) where
-    it is still taken after `patience` seconds, and another where it cannot be made.
+    The system releases it when the process ends, however it ends. Raises InputError where it is
+    still taken after `patience` seconds, which names `written`, the process that writes it, and
+    what to do otherwise; and where the lock cannot be made.
     """
     from filelock import FileLock, Timeout  # not needed for `tron --help`
 
@@ -73,7 +76,9 @@ def locked(file: Path, in_use: str, *, patience: float = 0) -> Iterator[None]:
     try:
         lock.acquire(timeout=patience)
     except Timeout as error:
-        raise InputError(in_use) from error
+        raise InputError(
+            f"{written} is being written by {_holder(file)}; wait until it ends, or {otherwise}"
+        ) from error
     except OSError as error:
         raise InputError(f"cannot write to {file.parent}: {error}") from error
     try:
@@ -83,6 +88,22 @@ def locked(file: Path, in_use: str, *, patience: float = 0) -> Iterator[None]:
         with suppress(OSError):
             file.unlink()
         lock.release()
+
+
+def _holder(lock: Path) -> str:
+    """Return the process that holds a lock, and its command, where the system tells (Linux)."""
+    try:
+        inode = lock.stat().st_ino
+        held = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        # Such as: 1: FLOCK ADVISORY WRITE 4242 fe:00:2769636 0 EOF; those that wait have an arrow.
+        (pid,) = {line[4] for line in held if line[1] == "FLOCK" and line[5].endswith(f":{inode}")}
+        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except (OSError, ValueError, IndexError):
+        return "another process"
+    if int(pid) == os.getpid():
+        return "this process"
+    command = textwrap.shorten(" ".join([Path(words[0]).name, *words[1:]]), 100, placeholder=" ...")
+    return f"process {pid} ({command})"
 
 
 def best_checkpoint(run_dir: Path) -> Path:

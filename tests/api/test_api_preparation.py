@@ -143,7 +143,7 @@ def test_synthetic_has_the_name_of_its_source(tmp_path: Path) -> None:
         ("synthetic", {"name": 5}, "name must be text or None, got 5"),
         ("synthetic", {"name": "a/b"}, "a/b"),
         ("synthetic", {"force": "yes"}, "force must be True or False, got 'yes'"),
-        ("synthetic", {"sessions": 10}, "10 sessions do not show"),
+        ("synthetic", {"sessions": 10}, "never occur in the training part of 10 sessions"),
     ],
 )
 def test_wrong_input_is_one_sentence(

@@ -66,7 +66,7 @@ def test_every_name_is_there_and_typed() -> None:
 def test_prepare_is_the_function_in_every_order_of_imports(imports: str, tmp_path: Path) -> None:
     script = f"{imports}\nprepare('synthetic', sessions=1)"
     done = python("-c", script, cwd=tmp_path)
-    assert "InputError: 1 sessions do not show" in done.stderr
+    assert "never occur in the training part of 1 session;" in done.stderr
 
 
 def test_preparing_loads_no_torch(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_check_finds_items_that_are_named_twice(tmp_path: Path, command: Command
     path = write_dataset(tmp_path, train=[[1, 2, 3]], item_ids=np.array([7, 8, 7])).path
     code, _, err = command("check", path)
     assert code == 2
-    assert "names 1 items twice" in err
+    assert "names 1 item twice" in err
 
 
 def flip(file: Path, values: bytes) -> None:

@@ -109,8 +109,9 @@ def test_every_format_is_read_and_written(
     if "jsonl" not in suffix:
         del lists["s4"]  # which has no row
     assert read_lists(written) == lists
-    assert f"{len(lists)} sessions; 1 of 16 events are on items that the model does not know" in err
-    assert ("1 sessions without known items" in err) == ("jsonl" in suffix)
+    left_out = "left out 1 of 16 events, on items that the model does not know, in 1 session, the"
+    assert f"{len(lists)} sessions; {left_out} first" in err
+    assert ("1 session without known items" in err) == ("jsonl" in suffix)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
@@ -285,8 +286,8 @@ def test_ids_that_exclude_nothing_and_the_first_unknown_one_are_said(
         "recommend", checkpoint, "--input", tmp_path / "in.csv", "--exclude", tmp_path / "not.txt"
     )
     assert code == 0, err
-    assert "not.txt: 1 of 2 ids are not in the catalogue, the first '102 '" in err
-    assert "1 of 2 events are on items that the model does not know" in err
+    assert "not.txt: the catalogue lacks 1 of 2 ids, the first '102 '" in err
+    assert "left out 1 of 2 events, on items that the model does not know" in err
     assert "the first '104.0'" in err
     assert "in.csv, session 'a'" in err
     assert err.count("its 30 ids look like 101") == 2
@@ -344,11 +345,11 @@ def test_unknown_items_are_warned_of_or_refused_by_line(
     words = ["recommend", checkpoint, "--input", tmp_path / "in.jsonl", "--on-unknown"]
     code, out, err = command(*words, "warn")
     assert code == 0
-    assert "in.jsonl, line 3: 1 of 3 events are on items" in err
+    assert "does not know the items of 1 of 3 events" in err
     code, out, err = command(*words, "raise")
     assert (code, out) == (2, "")
     assert is_one_sentence(err)
-    assert "in.jsonl, line 3: 1 of 3 events are on items" in err
+    assert "does not know the items of 1 of 3 events" in err
     code, out, err = command(*words, "skip", "--on-empty", "raise", "--output", tmp_path / "o.csv")
     assert code == 2
     assert "in.jsonl, line 4 holds no item" in err
@@ -400,7 +401,7 @@ def test_a_wrong_line_is_named_after_those_before_it_are_answered(
         ("recommend CKPT --history 101 --input good.csv", "leave out --input"),
         ("recommend CKPT --history [101", "begins like a JSON list"),
         ("recommend CKPT --history [[101]]", "got [101] (list)"),
-        ("recommend CKPT --history 9 --on-unknown raise", "--history: 1 of 1 events"),
+        ("recommend CKPT --history 9 --on-unknown raise", "the items of 1 of 1 event"),
         ("recommend CKPT --history 9 --on-empty raise", "--history holds no item"),
         ("recommend CKPT --input good.csv --json", "--json goes with --history"),
         ("recommend CKPT --input good.xlsx", "ends with .csv, .tsv, .jsonl"),

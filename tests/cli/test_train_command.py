@@ -102,7 +102,8 @@ def test_nobody_else_may_write_to_the_folder_of_a_run(
     run = best.parent
     hold = (
         "import sys; from pathlib import Path; from tron_cli.files import locked\n"
-        f"with locked(Path({str(run)!r}) / '.lock', 'taken'): print('held', flush=True); input()"
+        f"run = Path({str(run)!r})\n"
+        "with locked(run / '.lock', run, 'wait'): print('held', flush=True); input()"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -114,7 +115,10 @@ def test_nobody_else_may_write_to_the_folder_of_a_run(
     for again in (["--resume", run, *words, "max_epochs=3"], [*shop, "--name", "a"]):
         code, out, err = command("train", *again)
         assert (code, out) == (2, "")
-        assert "another tron train writes to" in err
+        held = f"tron: {run} is being written by process {holder.pid} (python"
+        assert err.startswith(held)
+        assert "from tron_cli.files import locked" in err  # the command of the process
+        assert "wait until it ends, or choose another --name" in err
         assert is_one_sentence(err)
     assert (run / "last.pt").read_bytes() == before
     holder.kill()
@@ -132,6 +136,10 @@ def test_a_name_is_free_again_where_a_run_never_saved(
     mine = tmp_path / "runs" / "thesis"
     mine.mkdir()
     (mine / "chapter.partial").write_text("years of work")
+    code, _, err = command("train", *shop, "--name", "a")
+    assert code == 2
+    cure = "continue it with `tron train --resume runs/a`, or choose another --name"
+    assert f"runs/a holds a run already; {cure}" in err.replace(f"{tmp_path}/", "")
     code, _, err = command("train", *shop, "--name", "thesis")
     assert code == 2
     assert "it holds chapter.partial" in err

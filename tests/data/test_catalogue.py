@@ -251,7 +251,7 @@ def test_compare_refuses_checkpoints_of_other_items(
 ) -> None:
     more = write(tmp_path, "more", splits, np.append(IDS[::-1], [901, 902]))
     other = random_checkpoint(more, tmp_path / "other.pt")
-    with pytest.raises(InputError, match="2 items are in one of them only"):
+    with pytest.raises(InputError, match="with 2 items in only one of them"):
         compare([checkpoint, other], more, EvaluationOptions(), CPU, cutoff=0)
 
 

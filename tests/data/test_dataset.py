@@ -239,7 +239,7 @@ with DatasetWriter(Path(sys.argv[1]), force=True) as writer:
 def test_two_preparations_of_one_name_are_refused_and_others_go_on(tmp_path: Path) -> None:
     first = start(PREPARE, tmp_path / "shop", says="written")
     with (
-        pytest.raises(InputError, match="another tron prepare writes"),
+        pytest.raises(InputError, match=f"shop is being written by process {first.pid} "),
         DatasetWriter(tmp_path / "shop"),
     ):
         pass

@@ -139,7 +139,7 @@ def test_duplicates_are_counted_where_they_stay(tmp_path: Path) -> None:
     rows = log(1)
     file = write(tmp_path / "log.csv", rows)
     text = summary_text(prepare_table(file, SESSION, tmp_path, "out", min_item_count=1))
-    assert f"{len(rows) - len(set(rows)):,} events are exact duplicates" in text
+    assert f"(same session, item and time): {len(rows) - len(set(rows)):,}; --drop" in text
     assert "--drop-duplicates" in text
     dropped = prepare_table(file, SESSION, tmp_path, "other", drop_duplicates=True)
     assert "--drop-duplicates" not in summary_text(dropped)

@@ -289,9 +289,7 @@ def test_a_given_split_of_which_nothing_is_left_is_refused(tmp_path: Path, rows:
     one = write_csv(tmp_path / "one.csv", late[:1])
     with pytest.raises(InputError, match=r"no session is left for the val split: .*one.csv has n"):
         prepare_table(files["train"], SESSION, tmp_path, "out", val=[one], test=[files["test"]])
-    with pytest.raises(
-        InputError, match=r"for the test split \([\w ]*sessions were read; short sessio"
-    ):
+    with pytest.raises(InputError, match=r"for the test split \(read [\w ]*sessions; short sessio"):
         prepare_table(files["train"], SESSION, tmp_path, "out", test=[one])
     after = write_csv(tmp_path / "after.csv", late)
     text = summary_text(prepare_table(files["train"], SESSION, tmp_path, "out", test=[after]))
@@ -318,7 +316,9 @@ def test_sessions_of_a_given_split_that_training_has_as_well_are_counted(
     assert test is not None
     both = set(train[np.arange(len(train))]) & set(test[np.arange(len(test))])
     assert len(both) > 5
-    assert f"{len(both)} sessions of the table for test have ids" in summary_text(dataset)
+    assert f"the table for test shares the ids of {len(both)} sessions with" in summary_text(
+        dataset
+    )
 
 
 def test_rare_items_of_given_splits_are_those_of_training(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_rows_of_other_kinds_need_nothing_but_their_line(
 def test_what_is_left_of_the_kinds_is_told_where_nothing_is(tmp_path: Path) -> None:
     rows = [(f"u{n // 3}", f"i{n % 3}", START + n, "view") for n in range(30)]
     columns = TableColumns("item", "time", session="user", event="kind", keep_events=("view",))
-    problem = r"no session is left for the train split \(10 sessions were read; short "
+    problem = r"no session is left for the train split \(read 10 sessions; short "
     with pytest.raises(InputError, match=problem):
         prepare_table(write_csv(tmp_path / "a.csv", rows), columns, tmp_path, "out", test_days=30)
 

@@ -542,8 +542,10 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(
 
 
 def test_two_exports_into_one_folder(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with locked(tmp_path / ".shop.lock", "busy"), pytest.raises(InputError, match="another tron"):
-        export(checkpoint.path, format="safetensors", output=tmp_path / "shop")
+    shop = tmp_path / "shop"
+    sentence = "shop is being written by this process; wait until it ends, or name another --output"
+    with locked(tmp_path / ".shop.lock", shop, "wait"), pytest.raises(InputError, match=sentence):
+        export(checkpoint.path, format="safetensors", output=shop)
     assert not (tmp_path / "shop").exists()
 
 

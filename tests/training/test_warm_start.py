@@ -127,7 +127,7 @@ def test_the_run_says_counts_and_records_the_file(
         "--output-dir", tmp_path / "runs", "--name", "warm", "--device", "cpu",
     )  # fmt: skip
     assert code == 0, err
-    assert "18 items keep their embeddings, 3 are new, 2 of its items are dropped" in err
+    assert "embeddings of 18 items are kept, 3 new, 2 of its items dropped" in err
     expected = {
         "init_from": {
             "file": str(old),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tron_cli.cli.options import DATASETS, AsJson, DataDir, Plugins
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, counted
 from tron_cli.text_table import format_table
 
 if TYPE_CHECKING:
@@ -97,10 +97,10 @@ def _item_ids(data: Dataset) -> str:
     distinct = len(np.unique(data.item_ids))
     if distinct < data.num_items:
         raise InputError(
-            f"the list of item ids of {data.path} names {data.num_items - distinct:,} items twice; "
-            "prepare it again"
+            f"the list of item ids of {data.path} names "
+            f"{counted(data.num_items - distinct, 'item')} twice; prepare it again"
         )
-    return f"{data.num_items:,} items"
+    return counted(data.num_items, "item")
 
 
 def _split(data: Dataset, name: str) -> str:
@@ -109,7 +109,7 @@ def _split(data: Dataset, name: str) -> str:
     data.session_ids(name)
     data.user_ids(name)
     data.lost_of_sessions(name)
-    return f"{len(sessions):,} sessions, {len(sessions.items):,} events"
+    return f"{counted(len(sessions), 'session')}, {counted(len(sessions.items), 'event')}"
 
 
 def _checkpoint(file: Path) -> str:
@@ -126,4 +126,4 @@ def _checkpoint(file: Path) -> str:
     bad = [name for name, values in found.weights.items() if not bool(values.isfinite().all())]
     if bad:
         raise InputError(f"{file} has weights that are not finite ({bad[0]}); train again")
-    return f"{found.config.method}, step {found.step:,}, {len(found.weights)} arrays"
+    return f"{found.config.method}, step {found.step:,}, {counted(len(found.weights), 'array')}"

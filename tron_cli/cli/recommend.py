@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tron_cli.cli.options import AsJson, Device, Plugins
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, counted
 from tron_cli.files import check_writable
 from tron_cli.ops.device import chosen_device
 from tron_cli.text_table import format_table
@@ -216,8 +216,9 @@ def _scope(recommender: Recommender, exclude: Path | None, candidates: Path | No
         unknown = np.flatnonzero(recommender.lookup.numbers(excluded, str(exclude)) == 0)
         if len(unknown):
             log.info(
-                f"{exclude}: {len(unknown):,} of {len(excluded):,} ids are not in the catalogue, "
-                f"the first {excluded[unknown[0]]!r}; {recommender.looks}"
+                f"{exclude}: the catalogue lacks {len(unknown):,} of "
+                f"{counted(len(excluded), 'id')}, the first {excluded[unknown[0]]!r}; "
+                f"{recommender.looks}"
             )
     if candidates is None:
         return recommender.scope(excluded)

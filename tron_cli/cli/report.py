@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tron_cli.errors import counted
 from tron_cli.text_table import format_table
 
 
@@ -59,8 +60,8 @@ def _facts(report: dict[str, Any], lost_note: str) -> list[str]:
     left_out = report["left_out"]
     facts = [
         f"protocol   {report['protocol']}, {report['split']} split of {report['dataset']}",
-        f"ranked     {report['events']:,} events of {report['sessions']:,} sessions, "
-        f"each among all {report['items']:,} items",
+        f"ranked     {counted(report['events'], 'event')} of "
+        f"{counted(report['sessions'], 'session')}, each among all {report['items']:,} items",
         f"ties       {report['tie_rule']}",
     ]
     if "positions" in report:
@@ -68,35 +69,39 @@ def _facts(report: dict[str, Any], lost_note: str) -> list[str]:
     facts.append(f"seen items {'filtered' if report['filter_rated'] else 'not filtered'}")
     if report["missed_because_filtered"]:
         facts.append(
-            f"           {report['missed_because_filtered']:,} filtered targets are misses"
+            f"           misses: {counted(report['missed_because_filtered'], 'filtered target')}"
         )
     if left_out["earlier_events"]:
         facts.append(
-            f"left out   {left_out['earlier_events']:,} events before the last of long sessions "
-            "(--full-sessions predicts them)"
+            f"left out   {counted(left_out['earlier_events'], 'event')} before the last of "
+            "long sessions (--full-sessions predicts them)"
         )
     catalogue = report.get("catalogue")
     if catalogue:
         facts.append(
-            f"catalogue  matched by original id: {catalogue['only_in_checkpoint']:,} items only in "
+            f"catalogue  matched by original id: "
+            f"{counted(catalogue['only_in_checkpoint'], 'item')} only in "
             f"the checkpoint's, {catalogue['only_in_dataset']:,} only in the dataset's"
         )
     if catalogue and catalogue["events_on_unknown_items"]:
         facts.append(
-            f"left out   {catalogue['events_on_unknown_items']:,} events on items that the "
+            f"left out   "
+            f"{counted(catalogue['events_on_unknown_items'], 'event')} on items that the "
             "checkpoint lacks, of the whole split"
         )
     if "sample" in report:
         sample = report["sample"]
         facts.append(
-            f"sample     {sample['sessions']:,} of {sample['of']:,} sessions, seed "
+            f"sample     {sample['sessions']:,} of {counted(sample['of'], 'session')}, seed "
             f"{sample['seed']}; errors without a finite-population correction"
         )
     elif left_out["sessions_beyond_limit"]:
-        facts.append(f"left out   {left_out['sessions_beyond_limit']:,} sessions beyond the limit")
+        beyond = counted(left_out["sessions_beyond_limit"], "session")
+        facts.append(f"left out   {beyond} beyond the limit")
     if left_out["lost_predictions"]:
         facts.append(
-            f"left out   {left_out['lost_predictions']:,} events whose item training lacks"
+            f"left out   {counted(left_out['lost_predictions'], 'event')} whose item training "
+            "lacks"
             f"{lost_note}"
         )
     return facts

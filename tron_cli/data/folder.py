@@ -53,10 +53,8 @@ class DatasetFolder:
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
             remove_leftovers(data_dir)
-            busy = (
-                f"another tron prepare writes {self.path}; wait for its end, or pass another --name"
-            )
-            self._lock.enter_context(locked(_lock_file(self._place), busy, patience=1))
+            lock = locked(_lock_file(self._place), self.path, "pass another --name", patience=1)
+            self._lock.enter_context(lock)
             self._check()  # again: another process or the leftovers may have put one there
             self.new.mkdir(parents=True)
             self.scratch.mkdir()
@@ -127,7 +125,7 @@ def remove_leftovers(data_dir: Path) -> None:
             continue
         place = data_dir / found[1]
         try:
-            with locked(_lock_file(place), "in use"):
+            with locked(_lock_file(place), place, "wait"):
                 _clear(work, place)
         except InputError:
             continue

@@ -23,7 +23,7 @@ from tron_cli.checkpoint import Checkpoint
 from tron_cli.data.catalogue import numbers_among
 from tron_cli.data.dataset import Dataset, Sessions
 from tron_cli.data.histories import Predictions
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, counted
 from tron_cli.evaluation.beyond_accuracy import ItemCounts, beyond_accuracy, check_cutoff
 from tron_cli.evaluation.evaluate import (
     EvaluationOptions,
@@ -228,8 +228,8 @@ def _numbers(checkpoint: Checkpoint, reference: Checkpoint) -> np.ndarray | None
     alone = len(known) + len(numbers) - 2 * shared
     if alone:
         raise InputError(
-            f"{checkpoint.path} and {reference.path} rank different catalogues: {alone:,} items "
-            "are in one of them only; compare models of the same items"
+            f"{checkpoint.path} and {reference.path} rank different catalogues, with "
+            f"{counted(alone, 'item')} in only one of them; compare models of the same items"
         )
     return np.append(np.int32(0), numbers)
 

@@ -16,7 +16,7 @@ from tron_cli.config import ExperimentConfig
 from tron_cli.data.catalogue import RenumberedDataset
 from tron_cli.data.dataset import Dataset, Sessions
 from tron_cli.data.histories import Predictions, ranges
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, counted
 from tron_cli.evaluation.beyond_accuracy import (
     ItemCounts,
     beyond_accuracy,
@@ -305,8 +305,8 @@ def _renumbered(
     events = dataset.split_info(split)["events"]
     lacks = (
         f"{checkpoint.path} ({found.num_items:,} items, trained on {checkpoint.dataset['name']}) "
-        f"lacks {found.unknown_items:,} items of the {split} split of {dataset.path}, "
-        f"{found.unknown_events:,} of its {events:,} events"
+        f"lacks {counted(found.unknown_items, 'item')} of the {split} split of {dataset.path}, "
+        f"{found.unknown_events:,} of its {counted(events, 'event')}"
     )
     if found.unknown_events and not found.predictions:
         raise InputError(

@@ -76,8 +76,7 @@ def import_checkpoint(
         counts[0] = 0  # entry 0 counts items that the file lacks
         popularity = torch.from_numpy(counts)
     origin = {"import": {"tool": tool, "file": str(path), "sha256": sha256_of_file(path)}}
-    busy = f"another process writes {output}; wait for its end, or name another file"
-    with locked(output.with_name(f".{output.name}.lock"), busy):
+    with locked(output.with_name(f".{output.name}.lock"), output, "name another file"):
         save_checkpoint(
             output,
             config=config,

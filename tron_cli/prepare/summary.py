@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from tron_cli.data.dataset import SPLITS, Dataset
+from tron_cli.errors import counted
 from tron_cli.prepare.reading.bad_lines import skipped_lines
 from tron_cli.prepare.split import DAY, moment
 from tron_cli.text_table import format_table
@@ -139,15 +140,15 @@ def _notes(info: dict[str, Any]) -> list[str]:
     duplicates = info.get("duplicate_events")
     if duplicates and not info["options"]["drop_duplicates"]:
         notes.append(
-            f"{duplicates:,} events are exact duplicates of another (same session, item and time); "
-            "--drop-duplicates drops them."
+            "Exact duplicates of another event (same session, item and time): "
+            f"{duplicates:,}; --drop-duplicates drops them."
         )
     for split, shared in info.get("shared_sessions", {}).items():
         if shared:
             notes.append(
-                f"Warning: {shared:,} sessions of the table for {split} have ids that sessions of "
-                "earlier splits have as well. If they are the same sessions, a model is scored on "
-                "its training data: split whole sessions."
+                f"Warning: the table for {split} shares the ids of "
+                f"{counted(shared, 'session')} with earlier splits. If they are the same sessions, "
+                "a model is scored on its training data: split whole sessions."
             )
     options = info.get("options", {})
     is_counted_back = not options.get("test_from") and options.get("split") != "given"
@@ -164,17 +165,17 @@ def _notes(info: dict[str, Any]) -> list[str]:
     test = info["splits"]["test"]
     if test.get("lost_predictions"):
         notes.append(
-            f"Test lost {test['unseen_events']:,} events of items that "
-            f"{options.get('catalogue') or 'training'} lacks, and with "
-            f"them {test['lost_predictions']:,} predictions; `tron evaluate` also gives the "
+            f"Test lost {counted(test['unseen_events'], 'event')} of items that "
+            f"{options.get('catalogue') or 'training'} lacks, and with them "
+            f"{counted(test['lost_predictions'], 'prediction')}; `tron evaluate` also gives the "
             "figures that count these as misses."
         )
     unseen = info.get("items_unseen_in_train")
     if unseen:
         events = info["splits"]["val"].get("events_unseen_in_train", 0)
         notes.append(
-            f"{unseen:,} items of the catalogue do not occur in train; "
-            f"{events:,} events of val are theirs."
+            f"Train lacks {counted(unseen, 'item')} of the catalogue, on which val has "
+            f"{counted(events, 'event')}."
         )
     return notes
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tron_cli.data.dataset import DATASET_NAME, SPLITS, Dataset, DatasetWriter, Sessions
-from tron_cli.errors import InputError, RunError
+from tron_cli.errors import InputError, RunError, counted
 from tron_cli.prepare.earlier import Earlier
 from tron_cli.prepare.fetching.raw import describe
 from tron_cli.prepare.filters import Steps, drop_short
@@ -200,10 +200,10 @@ def check_books(steps: Steps, written: list[dict[str, Any]], protocol: str) -> N
     sessions = None if last_item else sum(split["sessions"] for split in written)
     end = steps.entries[-1]
     if end["events"] != events or sessions not in (None, end["sessions"]):
-        counted = "" if sessions is None else f"{sessions:,} sessions and "
+        of_sessions = "" if sessions is None else f"{sessions:,} sessions and "
         raise RunError(
             f"internal error: the steps of preparation end with {end['sessions']:,} sessions and "
-            f"{end['events']:,} events, but {counted}{events:,} events were written; report it"
+            f"{end['events']:,} events, but {of_sessions}{events:,} events were written; report it"
         )
 
 
@@ -238,7 +238,7 @@ def _nothing_left(
         cure = "longer histories, or weaker filters"
     return InputError(
         f"no session is left for the {split} split: of the {len(items):,} different {of_what} of "
-        f"its {len(sessions):,} sessions, {earlier.given if earlier else 'training'} has "
+        f"its {counted(len(sessions), 'session')}, {earlier.given if earlier else 'training'} has "
         f"{np.count_nonzero(known[items]):,}; give {cure}"
     )
 
@@ -302,4 +302,4 @@ def _story(steps: Steps) -> str:
         for step in known
         if step["dropped_sessions"]
     ]
-    return "; ".join([f"{known[0]['sessions']:,} sessions were read", *drops])
+    return "; ".join([f"read {counted(known[0]['sessions'], 'session')}", *drops])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tron_cli.errors import counted
 from tron_cli.serving.list_files import Write
 from tron_cli.serving.recommender import Recommender, Scope
 from tron_cli.serving.session_files import Session
@@ -40,15 +41,16 @@ class Counts:
     first_unknown: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.sessions:,} sessions"
+        text = counted(self.sessions, "session")
         if self.unknown_events:
             text += (
-                f"; {self.unknown_events:,} of {self.events:,} events are on items that the model "
-                f"does not know and were left out, in {self.sessions_with_unknown:,} sessions"
+                f"; left out {self.unknown_events:,} of {counted(self.events, 'event')}, on items "
+                f"that the model does not know, in {counted(self.sessions_with_unknown, 'session')}"
                 f", the first {self.first_unknown}"
             )
         if self.without_known:
-            text += f"; {self.without_known:,} sessions without known items got the popular items"
+            without = counted(self.without_known, "session")
+            text += f"; {without} without known items got the popular items"
         return text
 
 

@@ -90,8 +90,7 @@ def _new_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error}") from error
     partial = path.with_name(f".{path.name}.partial")
-    busy = f"another tron export writes {path}; wait for its end, or name another --output"
-    with locked(path.with_name(f".{path.name}.lock"), busy):
+    with locked(path.with_name(f".{path.name}.lock"), path, "name another --output"):
         _check_absent(path)  # again: another process may have written it meanwhile
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         try:

@@ -25,7 +25,7 @@ from tron_cli.checkpoint import Checkpoint, load_checkpoint
 from tron_cli.config.plugins import add_plugin
 from tron_cli.data.dataset import Sessions
 from tron_cli.data.histories import Histories, latest_histories
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, counted
 from tron_cli.evaluation.predict import check_weights, float32_arithmetic, hidden_states
 from tron_cli.evaluation.ranking import Catalogue, SeenItems
 from tron_cli.models.base import Model
@@ -267,8 +267,8 @@ class Recommender:
         if on_unknown != "skip":
             unknown = np.flatnonzero(numbers == 0)
             sentence = (
-                f"{what}: {len(unknown):,} of {len(numbers):,} events are on items that "
-                f"{self.checkpoint.path} does not know, the first {history[unknown[0]]!r}"
+                f"{what}: {self.checkpoint.path} does not know the items of {len(unknown):,} of "
+                f"{counted(len(numbers), 'event')}, the first {history[unknown[0]]!r}"
             )
             if on_unknown == "raise":
                 raise InputError(f"{sentence}; leave them out, or pass on_unknown=skip")
@@ -300,9 +300,9 @@ class Recommender:
             unknown = np.flatnonzero(numbers == 0)
             if len(unknown):
                 raise InputError(
-                    f"candidates: {len(unknown):,} of {len(numbers):,} ids are not in the "
-                    f"catalogue of {self.checkpoint.path}, the first "
-                    f"{list(candidates)[unknown[0]]!r}; leave them out"
+                    f"candidates: the catalogue of {self.checkpoint.path} lacks {len(unknown):,} "
+                    f"of {counted(len(numbers), 'id')}, the first "
+                    f"{list(candidates)[unknown[0]]!r}; leave out what it lacks"
                 )
             item_C = np.setdiff1d(numbers, barred)
         num_items = self.num_items - len(barred) if item_C is None else len(item_C)

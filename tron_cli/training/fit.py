@@ -20,6 +20,7 @@ from tron_cli.checkpoint import (
 )
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.dataset import Dataset
+from tron_cli.errors import counted
 from tron_cli.training.run import RunFiles
 from tron_cli.training.start import training_splits
 from tron_cli.training.validation import validate, with_measures
@@ -48,8 +49,8 @@ def fit(
     run = RunFiles(run_dir, config, origin)
     with run.logged():
         log.info(
-            "%s on %s: %s sessions, %s items", config.method, dataset.name,
-            f"{len(sessions):,}", f"{dataset.num_items:,}",
+            "%s on %s: %s, %s", config.method, dataset.name,
+            counted(len(sessions), "session"), counted(dataset.num_items, "item"),
         )  # fmt: skip
         clock = time.perf_counter()
         baseline.fit(sessions)

@@ -31,7 +31,7 @@ from tron_cli.checkpoint import LAST, checkpoint_name, dataset_identity, save_ch
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.batches import Batch
 from tron_cli.data.dataset import Dataset
-from tron_cli.errors import InputError, RunError
+from tron_cli.errors import InputError, RunError, counted
 from tron_cli.files import locked, written_aside
 from tron_cli.models.base import Model
 from tron_cli.training.profile import phase
@@ -63,13 +63,14 @@ def claimed(run_dir: Path, *, resume: bool = False, numbered: bool = False) -> I
         if not resume:
             run_dir, is_made = _made(run_dir, numbered)
             made = [run_dir, *made] if is_made else made
-        busy = f"another tron train writes to {run_dir}; wait for its end, or choose another --name"
-        with locked(run_dir / LOCK, busy):
+        with locked(run_dir / LOCK, run_dir, "choose another --name"):
             held = sorted({entry.name for entry in run_dir.iterdir()} - _UNSAVED)
             if held and not resume:
-                cure = f", or resume its run: --resume {run_dir}" if LAST in held else ""
+                is_run = any(name.endswith(".pt") for name in held)
+                found = "holds a run already" if is_run else f"is not empty (it holds {held[0]})"
+                cure = f"continue it with `tron train --resume {run_dir}`, or "
                 raise InputError(
-                    f"{run_dir} is in use (it holds {held[0]}); choose another --name{cure}"
+                    f"{run_dir} {found}; {cure if LAST in held else ''}choose another --name"
                 )
             yield run_dir
     finally:
@@ -179,7 +180,8 @@ class RunFolder(RunFiles):
         patience, epochs = self.config.early_stopping_patience, self.progress.epochs_without_gain
         if patience == 0 or epochs < patience:
             return False
-        log.info("no better %s for %s epochs: stopped", self.config.val_metric, epochs)
+        for_epochs = counted(epochs, "epoch")
+        log.info("no better %s for %s: stopped", self.config.val_metric, for_epochs)
         return True
 
     def is_save_due(self, logs: bool) -> bool:

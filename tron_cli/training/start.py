@@ -17,7 +17,7 @@ from tron_cli.checkpoint import LAST, Checkpoint, encode_item_ids, load_checkpoi
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.batches import Batch
 from tron_cli.data.dataset import Dataset, Sessions, count_events
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, counted
 from tron_cli.models.base import Model, build_model
 from tron_cli.registry import CATALOGUE_LOSSES, SAMPLERS, load, settings_of
 from tron_cli.sampling.negatives import Distribution
@@ -148,10 +148,11 @@ def start_training(
     model.train()
     with run.logged():
         log.info(
-            "%s on %s: %s, %s items, %s parameters, %s steps per epoch, %s in %s",
-            config.method, dataset.name, _rows(config, sessions), f"{dataset.num_items:,}",
-            f"{sum(weights.numel() for weights in model.parameters()):,}", f"{steps_per_epoch:,}",
-            device, str(dtype).removeprefix("torch."),
+            "%s on %s: %s, %s, %s parameters, %s per epoch, %s in %s",
+            config.method, dataset.name, _rows(config, sessions),
+            counted(dataset.num_items, "item"),
+            f"{sum(weights.numel() for weights in model.parameters()):,}",
+            counted(steps_per_epoch, "step"), device, str(dtype).removeprefix("torch."),
         )  # fmt: skip
         if is_auto:
             log.info(
@@ -186,8 +187,8 @@ def training_splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Session
     short = int((sessions.lengths < 2).sum())
     if short:
         raise InputError(
-            f"the training split of {dataset.path} holds {short:,} sessions of fewer than two "
-            "events, which have nothing to predict; prepare the dataset again"
+            f"the training split of {dataset.path} holds {counted(short, 'session')} of fewer than "
+            "two events, which have nothing to predict; prepare the dataset again"
         )
     if config.overfit_batches:
         sessions = validation = _first(sessions, config.overfit_batches * config.train_batch_size)
@@ -223,6 +224,7 @@ def _rows(config: ExperimentConfig, sessions: Sessions) -> str:
         return f"{count} (a random window of each)"
     rows = "prefixes" if config.training_windows == "prefixes" else "windows"
     return f"{count} ({len(windows_of(config, sessions)):,} {rows})"
+    count = counted(len(sessions), "session")
 
 
 def _first(sessions: Sessions, count: int) -> Sessions:

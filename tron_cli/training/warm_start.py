@@ -13,7 +13,7 @@ from tron_cli.config import ExperimentConfig
 from tron_cli.data.catalogue import numbers_among
 from tron_cli.data.dataset import Dataset
 from tron_cli.data.integrity import sha256_of_file
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, counted
 from tron_cli.models.base import Model
 from tron_cli.registry import MODELS, settings_of
 
@@ -68,8 +68,8 @@ def start_from(
     _warn_of_known_validation(earlier, dataset)
     dropped = len(old_ids) - kept
     log.info(
-        "started from %s: %s items keep their embeddings, %s are new, %s of its items are dropped",
-        earlier.path, f"{kept:,}", f"{dataset.num_items - kept:,}", f"{dropped:,}",
+        "started from %s: embeddings of %s are kept, %s new, %s of its items dropped",
+        earlier.path, counted(kept, "item"), f"{dataset.num_items - kept:,}", f"{dropped:,}",
     )  # fmt: skip
     return {
         "file": str(earlier.path),

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from tron_cli.data.dataset import Dataset, DatasetWriter, Sessions
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, counted
 from tron_cli.prepare.write import dataset_path
 
 NUM_CATEGORIES = 100
@@ -121,8 +121,8 @@ def prepare_synthetic(
     missing = shop.num_items - len(np.unique(splits["train"].items))
     if missing:
         raise InputError(
-            f"{sessions} sessions do not show {missing} of the shop's {shop.num_items} items in "
-            "training; generate more, the default shows them all"
+            f"{missing:,} of the shop's {shop.num_items:,} items never occur in the training part "
+            f"of {counted(sessions, 'session')}; generate more, the default shows them all"
         )
     items = np.arange(shop.num_items)
     num_brands = len(shop.brand_share)
