@@ -95,17 +95,19 @@ class Catalogue:
         self._events_so_far = 0
         self._may_use_int8 = int8_table.usable(self.table.device) and self.num_items >= _INT8_ITEMS
 
-    def expect(self, events: int) -> None:
+    def expect(self, events: int) -> bool:
         """Prepare for ranking that many events up to a cutoff, or listing their best items.
 
-        For many events the table is rounded to int8, which takes 2.5 s for 1.86M items of width 200
-        and a quarter of the table's memory.
+        Returns True where this begins with int8 products, and the table is read for a few rows
+        only. For many events the table is rounded to int8, which takes 2.5 s for 1.86M items of
+        width 200 and a quarter of the table's memory.
         """
         self._events_so_far += events
         if self._int8 is None and self._may_use_int8 and self._events_so_far >= _INT8_EVENTS:
             with self._int8_lock:
                 if self._int8 is None:
                     self._int8 = int8_table.Int8Table(self.table)
+        return self._int8 is not None
 
     def score(
         self, hidden_ED: torch.Tensor, event_P: torch.Tensor, item_P: torch.Tensor

@@ -31,6 +31,7 @@ from tron_cli.evaluation.ranking import Catalogue, SeenItems
 from tron_cli.models.base import Model
 from tron_cli.ops.device import chosen_device
 from tron_cli.serving.item_lookup import ItemLookup, is_list
+from tron_cli.serving.pages import release
 from tron_cli.serving.similar import CosineNeighbors
 
 ON_UNKNOWN = ("skip", "warn", "raise")
@@ -122,11 +123,11 @@ class Recommender:
     def expect_many(self) -> None:
         """Prepare for thousands of histories now, instead of while they are answered.
 
-        Large catalogues take a few seconds for this, and a quarter more memory; see
-        `Catalogue.expect`.
+        Large catalogues take a few seconds for this, and a quarter of their memory: of the table
+        itself, only rows that are used stay in memory. See `Catalogue.expect`.
         """
-        if self._catalogue is not None:
-            self._catalogue.expect(1 << 20)
+        if self._catalogue is not None and self._catalogue.expect(1 << 20):
+            release(self._catalogue.table)
 
     def recommend(
         self,
