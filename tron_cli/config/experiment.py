@@ -304,10 +304,15 @@ class ExperimentConfig:
     train_batch_size: int = setting(
         128,
         section="Optimization",
-        help="sessions per step, or windows of them (training_windows)",
+        help="sessions per batch, or windows of them (training_windows)",
         unit="sessions", low=1,
         tron="batch_size", gsasrec="train_batch_size", recbole="train_batch_size",
         rectools="batch_size",
+    )
+    accumulate_batches: int = setting(
+        1,
+        help="batches per step, which follows the gradient of the mean loss over all of them",
+        unit="batches", low=1,
     )
     max_epochs: int = setting(
         10,

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from tron_cli.data.dataset import Sessions
 from tron_cli.data.histories import TrainingWindows
+
+Prepared = TypeVar("Prepared")
 
 # The events of a padded batch are a multiple of this.
 _EVENTS = 128
@@ -279,15 +282,15 @@ def cloze_batch(
 
 
 def prepared_ahead(
-    prepare: Callable[[int], Batch], steps: range, thread: Executor
-) -> Iterator[Batch]:
+    prepare: Callable[[int], Prepared], steps: range, thread: Executor
+) -> Iterator[Prepared]:
     """Yield prepare(step) for each step while a thread prepares the next; raise its errors here."""
     waiting = [thread.submit(prepare, step) for step in steps[:1]]
     for step in steps:
-        batch = waiting.pop().result()
+        prepared = waiting.pop().result()
         if step != steps[-1]:
             waiting.append(thread.submit(prepare, step + steps.step))
-        yield batch
+        yield prepared
 
 
 def order_of_pass(

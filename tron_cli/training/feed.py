@@ -21,6 +21,7 @@ _DAY = 86_400_000  # ms
 class Feed(Protocol):
     """Batches on the CPU, requested in ascending order of steps, from any first one.
 
+    A step is one batch here, of which a training step takes accumulate_batches.
     steps_per_pass: steps in which the training sessions, or all their windows, are seen once.
     """
 

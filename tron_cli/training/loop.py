@@ -81,7 +81,7 @@ def train(
         profiler.running(device, run_dir),
         ThreadPoolExecutor(1) as thread,
     ):
-        batches = prepared_ahead(start.prepare, steps, thread)
+        prepared = prepared_ahead(start.prepare, steps, thread)
         for step in steps:
             epoch, place = divmod(step, start.steps_per_epoch)
             if place == 0 and run.is_out_of_patience():
@@ -95,8 +95,8 @@ def train(
 
             # Forward, backward, clip and update.
             with phase("batch"):
-                batch = next(batches)
-            loss = start.take_step(batch)
+                batches = next(prepared)
+            loss = start.take_step(batches)
             progress.step = step + 1
             profiler.step()
 
@@ -105,7 +105,7 @@ def train(
             saves = run.is_save_due(logs)
             epoch_ends = progress.step % start.steps_per_epoch == 0
             stops = bool(stop) or profiler.result is not None
-            step_log.add(loss, batch)
+            step_log.add(loss, batches)
             if logs or saves or epoch_ends or stops:
                 step_log.write(epoch, rate)
 

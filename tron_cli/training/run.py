@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -334,13 +334,13 @@ class StepLog:
             )
             self._start_anew()
 
-    def add(self, loss: torch.Tensor, batch: Batch) -> None:
+    def add(self, loss: torch.Tensor, batches: Iterable[Batch]) -> None:
         """Count a step; reading its loss is left to `write`, since that waits for the device."""
         assert self._bar is not None
         self._bar.update()
         self._loss_sum = self._loss_sum + loss
         self._steps += 1
-        self._events += int(batch.lengths_B.sum())
+        self._events += sum(int(batch.lengths_B.sum()) for batch in batches)
 
     def write(self, epoch: int, rate: float) -> None:
         """Write the means of these steps; rate: the learning rate of the last one.

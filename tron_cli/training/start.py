@@ -27,7 +27,7 @@ from tron_cli.training.graphs import CUDARecorder, GraphedSteps
 from tron_cli.training.optim import faster_adam, learning_rate, optimizer_of
 from tron_cli.training.profile import StepProfiler
 from tron_cli.training.run import Progress, RunFolder
-from tron_cli.training.step import seed_generators, training_step
+from tron_cli.training.step import accumulated_step, seed_generators, training_step
 from tron_cli.training.validation import with_measures
 from tron_cli.training.warm_start import start_from
 
@@ -39,8 +39,8 @@ class Training:
     """A training that is ready for its next step.
 
     config: the settings, resolved. run: the folder, the model, the optimizer and the progress.
-    prepare: makes the batch of a step, on the CPU. take_step: takes a step on a batch, and returns
-    its loss. total_steps: length of the learning rate's schedule. last_step: number of the last
+    prepare: makes the batches of a step, on the CPU. take_step: takes a step on them, and returns
+    their loss. total_steps: length of the learning rate's schedule. last_step: number of the last
     step; for a final model it may come before the end of the schedule.
     """
 
@@ -48,8 +48,8 @@ class Training:
     run: RunFolder
     validation: Sessions
     measures: list[Any]
-    prepare: Callable[[int], Batch]
-    take_step: Callable[[Batch], torch.Tensor]
+    prepare: Callable[[int], list[Batch]]
+    take_step: Callable[[list[Batch]], torch.Tensor]
     steps_per_epoch: int
     total_steps: int
     last_step: int
@@ -101,7 +101,9 @@ def start_training(
             average = copy.deepcopy(model)
     on_gpu = device.type == "cuda"
     feed = build_feed(config, sessions, model, padded=on_gpu and model.fixed_shapes)
-    steps_per_epoch = min(feed.steps_per_pass, config.max_batches_per_epoch or feed.steps_per_pass)
+    per_step = config.accumulate_batches
+    steps_per_pass = math.ceil(feed.steps_per_pass / per_step)
+    steps_per_epoch = min(steps_per_pass, config.max_batches_per_epoch or steps_per_pass)
     total_steps = config.max_epochs * steps_per_epoch
     last_step = origin["final"]["steps"] if "final" in origin else total_steps
     profiler.check_steps(last_step - progress.step)
@@ -126,20 +128,24 @@ def start_training(
         average,
     )
 
-    def prepare(step: int) -> Batch:
-        batch = feed.batch(step)
-        return batch.in_one_piece(pinned=True) if on_gpu else batch
+    def prepare(step: int) -> list[Batch]:
+        batches = map(feed.batch, range(step * per_step, (step + 1) * per_step))
+        return [each.in_one_piece(pinned=True) if on_gpu else each for each in batches]
 
-    records = model.fixed_shapes and not profiler.steps
-    steps = GraphedSteps(
+    records = model.fixed_shapes and not profiler.steps and per_step == 1
+    graphed_step = GraphedSteps(
         lambda batch: training_step(model, optimizer, scaler, batch, config, distribution, dtype),
         device,
         batch_size=config.train_batch_size,
         recorder=_recorder(config, device, dtype, records=records),
     )
 
-    def take_step(batch: Batch) -> torch.Tensor:
-        loss = steps(batch)
+    def take_step(batches: list[Batch]) -> torch.Tensor:
+        if per_step == 1:
+            loss = graphed_step(batches[0])
+        else:
+            there = [batch.to(device) for batch in batches]
+            loss = accumulated_step(model, optimizer, scaler, there, config, distribution, dtype)
         if average is not None:
             step = progress.step + 1
             add_to_average(average, model, decay=config.ema_decay, step=step)
@@ -160,7 +166,7 @@ def start_training(
                 config.optimizer, f"{dataset.num_items:,}",
             )  # fmt: skip
         if "final" in origin and config.shuffling_style == "no_shuffling":
-            _warn_of_an_unfinished_pass(last_step, feed.steps_per_pass)
+            _warn_of_an_unfinished_pass(last_step, steps_per_pass)
         _warn_of_a_long_warmup(config, total_steps)
         _warn_of_a_jump(config, progress.step, steps_per_epoch, max_epochs_before)
     return Training(
@@ -335,6 +341,7 @@ def _optimizer(config: ExperimentConfig, sessions: Sessions, num_items: int) -> 
     events = rows if config.session_parallel else rows * windows.mean_length()
     sets = {"batchwise": 1, "sessionwise": rows, "eventwise": events}[config.sampling_style]
     looked_up = events + rows + config.num_uniform_negatives * sets
+    looked_up *= config.accumulate_batches
     return faster_adam(num_items, looked_up, topk=config.topk_sampling)
 
 

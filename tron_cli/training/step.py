@@ -6,6 +6,8 @@ was stopped and resumed ends with the weights of one that never was.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -39,19 +41,60 @@ def training_step(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Take a step along the gradients of a batch; return its loss, without gradients."""
+    return accumulated_step(model, optimizer, scaler, [batch], config, distribution, dtype)
+
+
+def accumulated_step(
+    model: Model,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: Sequence[Batch],
+    config: ExperimentConfig,
+    distribution: Distribution,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Take a step along the gradients of the mean loss over the positions of some batches.
+
+    Each batch draws its own negatives. Returns that loss, without gradients.
+    """
     before_lookup = optimizer.catch_up if isinstance(optimizer, RowAdam) else None
-    with torch.autocast(batch.inputs_N.device.type, dtype, enabled=dtype != torch.float32):
-        loss = training_loss(model, batch, config, distribution, before_lookup=before_lookup)
-    with phase("backward"):
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
+    several = len(batches) > 1
+    total = sum(map(_num_targets, batches)) if several else 1
+    losses: list[torch.Tensor] = []
+    for batch in batches:
+        with torch.autocast(batch.inputs_N.device.type, dtype, enabled=dtype != torch.float32):
+            loss = training_loss(model, batch, config, distribution, before_lookup=before_lookup)
+        if several:
+            loss = loss * (_num_targets(batch) / total)
+        with phase("backward"):
+            if not losses:
+                optimizer.zero_grad()
+            scaler.scale(loss).backward()
+        losses.append(loss.detach())
     with phase("optimizer"):
+        if several:
+            _merge_rows(model)
         if config.clip_norm:
             scaler.unscale_(optimizer)
             clip_gradients(model.parameters(), config.clip_norm)
         scaler.step(optimizer)
         scaler.update()
-    return loss.detach()
+    return torch.stack(losses).sum() if several else losses[0]
+
+
+def _num_targets(batch: Batch) -> int | torch.Tensor:
+    """Return the number of positions that have a target, on the device where it must be counted."""
+    assert batch.targets_N is not None
+    if not batch.padded or batch.predicting_P is not None:
+        return len(batch.targets_N)
+    return (batch.inputs_N != 0).sum()
+
+
+def _merge_rows(model: Model) -> None:
+    """Add up the gradients that several batches have left for the same row of a table."""
+    for weights in model.parameters():
+        if weights.grad is not None and weights.grad.is_sparse:
+            weights.grad = weights.grad.coalesce()
 
 
 def training_loss(
