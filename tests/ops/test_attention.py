@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from tron_cli.data.batches import Batch, pack
-from tron_cli.ops.attention import attention, packed_attention
+from tron_cli.ops.attention import RelativeBias, attention, packed_attention
 
 LENGTHS = [1, 2, 2, 3, 5, 5, 6, 7, 12, 13]
 
@@ -26,13 +27,27 @@ def make_batch(lengths: list[int], padded_width: int | None = None) -> Batch:
     )
 
 
-def by_row(qkv_N3D: torch.Tensor, lengths: list[int], heads: int, causal: bool) -> torch.Tensor:
-    """softmax(q k' / sqrt(d)) v of each row and head, from the first event to the last."""
+def by_row(
+    qkv_N3D: torch.Tensor,
+    lengths: list[int],
+    heads: int,
+    causal: bool,
+    bias_of: Callable[[int, int], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """softmax(q k' / sqrt(d) + bias) v of each row and head, from the first event to the last.
+
+    bias_of: bias of a head for a distance to an earlier event (negative: to a later one).
+    """
     found = []
     for row_n3D in qkv_N3D[: sum(lengths)].split(lengths):
         heads_of_row = []
-        for q, k, v in zip(*(part.chunk(heads, 1) for part in row_n3D.chunk(3, 1)), strict=True):
+        parts = (part.chunk(heads, 1) for part in row_n3D.chunk(3, 1))
+        for head, (q, k, v) in enumerate(zip(*parts, strict=True)):
             scores = q @ k.T / math.sqrt(q.shape[1])
+            if bias_of is not None:
+                places = range(len(q))
+                biases = [bias_of(head, query - key) for query in places for key in places]
+                scores = scores + torch.stack(biases).view_as(scores)
             if causal:
                 later = torch.ones_like(scores, dtype=torch.bool).triu(1)
                 scores = scores.masked_fill(later, -torch.inf)
@@ -59,6 +74,39 @@ def test_packed_rows_attend_to_themselves(heads, causal, padded_width):
         torch.autograd.grad((states * weights).sum(), qkv_N3D)[0] for states in (found, expected)
     )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("padded_width", [None, 16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dropout_rate", [0.0, 1e-9])
+def test_relative_bias_is_added_by_head_and_distance(dropout_rate, causal, padded_width):
+    """Compare values and gradients, also of the biases, and where dropout drops nothing."""
+    torch.manual_seed(0)
+    heads, window = 2, max(LENGTHS)
+    relative = RelativeBias(heads, window, causal=causal).double()
+    with torch.no_grad():
+        relative.bias_HK.normal_()
+    bias_HK = relative.bias_HK.view(heads, -1)
+    assert bias_HK.shape[1] == (window if causal else 2 * window - 1)
+
+    def bias_of(head: int, distance: int) -> torch.Tensor:
+        return bias_HK[head, distance + (0 if causal else window - 1)]
+
+    batch = make_batch(LENGTHS, padded_width)
+    qkv_N3D = torch.randn(len(batch.inputs_N), 24, dtype=torch.float64, requires_grad=True)
+    found = packed_attention(
+        qkv_N3D, batch.groups, num_heads=heads, dropout_rate=dropout_rate, causal=causal,
+        relative_bias=relative,
+    )[: sum(LENGTHS)]  # fmt: skip
+    expected = by_row(qkv_N3D, LENGTHS, heads, causal, bias_of)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weights = torch.randn_like(expected)
+    gradients = (
+        torch.autograd.grad((states * weights).sum(), (qkv_N3D, relative.bias_HK))
+        for states in (found, expected)
+    )
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_later_events_count_only_where_attention_is_bidirectional():

@@ -128,9 +128,10 @@ def test_one_piece_of_memory_holds_the_whole_batch(padded: bool) -> None:
          "num_batch_negatives": 0},
         {"key_padding_mask": False, "block": "post-norm", "loss": "bpr"},
         {"score": "cosine", "learn_score_scale": True, "output_bias": True},
+        {"relative_positions": True, "num_heads": 2},
     ],
     ids=["tron", "bpr-max", "eventwise", "sessionwise", "many", "in-batch", "logq", "ce", "gsasrec",
-         "attended padding", "cosine"],
+         "attended padding", "cosine", "relative"],
 )  # fmt: skip
 def test_a_padded_step_is_the_step(
     monkeypatch: pytest.MonkeyPatch, optimizer: str, changes: dict[str, Any]
@@ -266,6 +267,7 @@ CHANGES_OF_SHAPES = [
     {"optimizer": "adam", "block": "post-norm", "activation": "gelu", "initialization": "normal",
      "key_padding_mask": False},
     {"optimizer": "adam", "block": "ligr", "activation": "swiglu", "feed_forward_dim": 12},
+    {"optimizer": "row_adam", "relative_positions": True},
     LANES | {"optimizer": "adagrad", "loss": "bpr-max", "output_bias": True},
     LANES | {"optimizer": "row_adam", "num_blocks": 2, "dropout_rate": 0.1,
              "reuse_item_embeddings": False},

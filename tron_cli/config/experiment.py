@@ -76,6 +76,11 @@ class ExperimentConfig:
         choices=("end", "start", "none"),
         rectools="use_pos_emb",
     )
+    relative_positions: bool = setting(
+        False,
+        help="learn a bias of the attention scores for each layer, head and distance between two "
+        "events, as in T5 and HSTU, beside the embeddings of positions",
+    )
     key_padding_mask: bool = setting(
         True,
         help="False lets events attend to the padding in front of a short history, "
@@ -520,6 +525,11 @@ class ExperimentConfig:
             self._need(
                 "score=dot has no scale",
                 {name: FIELDS[name].default for name in ("score_scale", "learn_score_scale")},
+            )
+        if self.relative_positions:
+            self._need(
+                "relative_positions=True has no distance to the padding in front of a history",
+                {"key_padding_mask": True},
             )
         if self.session_parallel and self.sampling_style != "batchwise":
             self._need(

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tron_cli.models.transformer import Transformer
-from tron_cli.ops.attention import Padding, packed_attention
+from tron_cli.ops.attention import Padding, RelativeBias, packed_attention
 from tron_cli.ops.dropout import Dropout
 from tron_cli.ops.initialize import (
     small_normal,
@@ -55,8 +55,9 @@ class SASRec(Transformer):
     activation="swiglu" and a feed_forward_dim of four times embedding_dim.
 
     feed_forward_dim: 0 is embedding_dim. attention_dropout_rate: of the attention weights; None is
-    dropout_rate. initialization: "default" is TRON's, Xavier with a separate output table N(0, 1);
-    "normal" draws all matrices and tables from N(0, 0.02).
+    dropout_rate. relative_positions: each layer learns a bias of its attention scores for each head
+    and distance between two events, as in T5 and HSTU. initialization: "default" is TRON's, Xavier
+    with a separate output table N(0, 1); "normal" draws all matrices and tables from N(0, 0.02).
     """
 
     causal = True
@@ -64,6 +65,7 @@ class SASRec(Transformer):
     def __init__(
         self,
         *,
+        sequence_length: int,
         embedding_dim: int,
         num_blocks: int,
         num_heads: int,
@@ -72,11 +74,13 @@ class SASRec(Transformer):
         feed_forward_dim: int = 0,
         activation: str = "relu",
         attention_dropout_rate: float | None = None,
+        relative_positions: bool = False,
         initialization: str = "default",
         **settings: Any,
     ) -> None:
         """Build the layers; `settings` are the other settings of Transformer."""
         norm_first = block != "post-norm"
+        window = sequence_length + int(not self.causal)
         eps = 1e-5 if norm_first else _POST_NORM_EPS
         super().__init__(
             draw=small_normal if initialization == "normal" else xavier_uniform,
@@ -93,6 +97,7 @@ class SASRec(Transformer):
                     activation=activation,
                     attention_dropout_rate=attention_dropout_rate,
                     causal=self.causal,
+                    relative_window=window if relative_positions else 0,
                 )
                 for _ in range(num_blocks)
             ],
@@ -100,6 +105,7 @@ class SASRec(Transformer):
             input_norm=None if norm_first else nn.LayerNorm(embedding_dim, eps),
             output_norm=nn.LayerNorm(embedding_dim) if norm_first else None,
             causal=self.causal,
+            sequence_length=sequence_length,
             embedding_dim=embedding_dim,
             dropout_rate=dropout_rate,
             **settings,
@@ -116,7 +122,8 @@ class Block(nn.Module):
     outputs of attention and feed-forward are multiplied with sigmoid(x W + b) before they are added
     to x, each with a gate of its own. activation="swiglu": the feed-forward network has no biases,
     and its inner layer is silu(x U) * (x V). causal: events attend to themselves and the
-    earlier events of their row; otherwise to all of them.
+    earlier events of their row; otherwise to all of them. relative_window: attention scores have a
+    learned bias for each distance in a window of this many events; 0: none.
     """
 
     def __init__(
@@ -132,6 +139,7 @@ class Block(nn.Module):
         activation: str = "relu",
         attention_dropout_rate: float | None = None,
         causal: bool = True,
+        relative_window: int = 0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -156,6 +164,9 @@ class Block(nn.Module):
         nn.init.xavier_uniform_(self.query_key_value.weight)
         nn.init.zeros_(self.query_key_value.bias)
         nn.init.zeros_(self.attention_output.bias)
+        self.relative_bias = (
+            RelativeBias(num_heads, relative_window, causal=causal) if relative_window else None
+        )
         self.attention_gate = Linear(dim, dim) if gated else None
         self.feed_forward_gate = Linear(dim, dim) if gated else None
 
@@ -191,6 +202,7 @@ class Block(nn.Module):
             dropout_rate=self.attention_dropout_rate if self.training else 0.0,
             causal=self.causal,
             padding=padding,
+            relative_bias=self.relative_bias,
         )
         return self.dropout(self.attention_output(attended_ND))
 

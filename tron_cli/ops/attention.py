@@ -1,7 +1,8 @@
 """Attention over packed rows. Only here are rows padded, in groups of similar length.
 
 Shapes: N packed events, B rows, D width of the hidden states, R rows of a group, W their padded
-width, H heads, d = D / H, V keys of a row: W, or one more where padding is attended.
+width, H heads, d = D / H, V keys of a row: W, or one more where padding is attended, K distances
+of a key from a query.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from tron_cli.ops.dropout import drop
@@ -28,6 +30,31 @@ class Padding(NamedTuple):
     count_B: torch.Tensor
 
 
+class RelativeBias(nn.Module):
+    """Learned bias of each head's scores for each distance between two events, at first 0.
+
+    window: most events of a row. causal: for distances 0 to window - 1 to earlier events; otherwise
+    also for those to later events. The biases are one vector, so that, like other biases, they are
+    not decayed.
+    """
+
+    def __init__(self, num_heads: int, window: int, *, causal: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window = window
+        self.later = 0 if causal else window - 1
+        self.bias_HK = nn.Parameter(torch.zeros(num_heads * (self.later + window)))
+
+    def forward(self, width: int) -> torch.Tensor:
+        """Return the biases [H, W, W] of queries (rows) and keys (columns) of padded rows."""
+        place_W = torch.arange(width, device=self.bias_HK.device)
+        distance_WW = place_W[:, None] - place_W
+        # Attention sees no padding, which may lie further away, nor what is later if causal.
+        index_WW = distance_WW.clamp(-self.later, self.window - 1) + self.later
+        bias_KH = self.bias_HK.view(self.num_heads, -1).T
+        return F.embedding(index_WW, bias_KH).permute(2, 0, 1)
+
+
 def packed_attention(
     query_key_value_N3D: torch.Tensor,
     groups: tuple[AttentionGroup, ...],
@@ -36,13 +63,15 @@ def packed_attention(
     dropout_rate: float,
     causal: bool = True,
     padding: Padding | None = None,
+    relative_bias: RelativeBias | None = None,
 ) -> torch.Tensor:
     """Let each event attend to the events of its own row, head by head: [N, 3D] -> [N, D].
 
     query_key_value_N3D: queries, keys and values side by side. dropout_rate: applied to the
     attention weights; 0 outside training. causal: an event attends to itself and to earlier events
     of its row; otherwise to all of them. padding: all events of a row attend to each of its places
-    of padding; dropout drops all or none of them.
+    of padding; dropout drops all or none of them. relative_bias: added to the scores, not together
+    with padding.
     """
     attended = []
     first_row = 0
@@ -56,6 +85,10 @@ def packed_attention(
         bias = None
         if not causal and group.keep is not None:
             bias = _hidden_padding(qkv, group.keep, rows, width)
+        if relative_bias is not None:
+            bias_HWW = relative_bias(width).to(qkv.dtype)
+            hidden = _hidden_future(q_RHWd) if causal else bias
+            bias = bias_HWW if hidden is None else bias_HWW + hidden
         if padding is not None:
             count_R = padding.count_B[first_row : first_row + rows]
             k_RHVd, v_RHVd, bias = _with_padding(padding, count_R, k_RHVd, v_RHVd, bias, causal)
