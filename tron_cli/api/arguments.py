@@ -49,6 +49,8 @@ def check(
 
     low, high: inclusive bounds of a number.
     """
+    if isinstance(value, str) and not value.strip() and not _takes_lists(hint):
+        raise InputError(f"{name} is empty; expected {_in_words(hint)}")
     if not _fits(value, hint):
         choices = [choice for choice in _choices(hint) if isinstance(choice, str)]
         near = difflib.get_close_matches(str(value), choices, n=1)
@@ -74,6 +76,12 @@ def _fits(value: Any, hint: Any) -> bool:
         kinds = (int,) if hint is int else (int, float)
         return isinstance(value, kinds) and not isinstance(value, bool)
     return isinstance(value, origin or hint)
+
+
+def _takes_lists(hint: Any) -> bool:
+    """Return True where text may be a list of words, which may be empty."""
+    kinds = {typing.get_origin(part) for part in (hint, *typing.get_args(hint))}
+    return collections.abc.Sequence in kinds
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

@@ -269,7 +269,7 @@ def compare(
 def _opened(dataset: str | Dataset | None, checkpoint: Checkpoint, data_dir: Path) -> Dataset:
     if isinstance(dataset, Dataset):
         return dataset
-    return Dataset.open(data_dir / (dataset or checkpoint.dataset["name"]))
+    return Dataset.open(data_dir / (checkpoint.dataset["name"] if dataset is None else dataset))
 
 
 def _measures(metrics: str | Sequence[str] | None) -> str | None:

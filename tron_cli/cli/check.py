@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tron_cli.cli.options import DATASETS, AsJson, DataDir, Plugins
+from tron_cli.cli.options import DATASETS, AsJson, DataDir, Plugins, given_path
 from tron_cli.errors import InputError, counted
 from tron_cli.text_table import format_table
 
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 def check(
     target: Annotated[
-        str,
+        Path,
         typer.Argument(
-            metavar="DATASET|CKPT", help="Name or folder of a dataset, a .pt file, or a run folder."
+            parser=given_path,
+            metavar="DATASET|CKPT",
+            help="Name or folder of a dataset, a .pt file, or a run folder.",
         ),
     ],
     data_dir: DataDir = DATASETS,
@@ -57,17 +59,16 @@ class _Part:
     fault: str | None
 
 
-def _parts(target: str, data_dir: Path) -> list[_Part]:
+def _parts(path: Path, data_dir: Path) -> list[_Part]:
     """Check a checkpoint, all checkpoints of a run's folder, or a dataset, by folder or name.
 
     Raises InputError where there is none of these, or code that a checkpoint needs was not named.
     """
-    path = Path(target)
     if path.is_dir() and (files := sorted(path.glob("*.pt"))):
         return [_part(file.name, partial(_checkpoint, file)) for file in files]
     if path.is_file():
         return [_part(path.name, partial(_checkpoint, path))]
-    return _dataset(path if (path / "dataset.json").is_file() else data_dir / target)
+    return _dataset(path if (path / "dataset.json").is_file() else data_dir / path)
 
 
 def _dataset(path: Path) -> list[_Part]:

@@ -15,6 +15,7 @@ from tron_cli.cli.options import (
     Device,
     Plugins,
     PredictedEvents,
+    given_path,
     with_groups,
 )
 from tron_cli.cli.report import comparison_text
@@ -23,7 +24,10 @@ from tron_cli.cli.report import comparison_text
 @with_groups
 def compare(
     checkpoints: Annotated[
-        list[Path], typer.Argument(metavar="CKPT CKPT ...", help=".pt files, or folders of runs.")
+        list[Path],
+        typer.Argument(
+            parser=given_path, metavar="CKPT CKPT ...", help=".pt files, or folders of runs."
+        ),
     ],
     events: PredictedEvents,
     dataset: Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tron_cli.cli.options import DATASETS, DataDir, Overrides
+from tron_cli.cli.options import DATASETS, DataDir, Overrides, given_path
 from tron_cli.cli.report import evaluation_text
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import written_aside
@@ -25,9 +25,10 @@ SHOWN = 10  # recommended items
 def demo(
     overrides: Overrides = None,
     data_dir: DataDir = DATASETS,
-    output_dir: Annotated[Path, typer.Option(help="Folder for the run and demo.json.")] = Path(
-        "runs"
-    ),
+    output_dir: Annotated[
+        Path,
+        typer.Option(parser=given_path, metavar="PATH", help="Folder for the run and demo.json."),
+    ] = Path("runs"),
 ) -> None:
     """Prepare a generated shop, train TRON on it, and evaluate.
 

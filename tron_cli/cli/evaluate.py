@@ -12,10 +12,12 @@ import typer
 from tron_cli.cli.options import (
     DATASETS,
     AsJson,
+    CheckpointPath,
     DataDir,
     Device,
     Plugins,
     PredictedEvents,
+    given_path,
     with_groups,
 )
 from tron_cli.cli.report import evaluation_text
@@ -32,7 +34,7 @@ class SliceKind(str, Enum):
 
 @with_groups
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A .pt file, or the folder of a run.")],
+    checkpoint: CheckpointPath,
     events: PredictedEvents,
     dataset: Annotated[
         str | None, typer.Option(help="Prepared dataset; default: the checkpoint's.")
@@ -41,12 +43,22 @@ def evaluate(
         bool,
         typer.Option(help="Rank a session's events in one pass, as TRON did, not as serving does."),
     ] = False,
-    run: Annotated[Path | None, typer.Option(help="Write the predictions as a TREC run.")] = None,
-    qrels: Annotated[Path | None, typer.Option(help="Write the targets as TREC qrels.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            parser=given_path, metavar="FILE", help="Write the predictions as a TREC run."
+        ),
+    ] = None,
+    qrels: Annotated[
+        Path | None,
+        typer.Option(parser=given_path, metavar="FILE", help="Write the targets as TREC qrels."),
+    ] = None,
     per_event: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Write session, event, target and rank as .parquet or .csv."
+            parser=given_path,
+            metavar="FILE",
+            help="Write session, event, target and rank as .parquet or .csv.",
         ),
     ] = None,
     by: Annotated[

@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from tron_cli.cli.options import AsJson, Plugins
+from tron_cli.cli.options import AsJson, CheckpointPath, Plugins, given_path
 from tron_cli.text_table import format_table
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A .pt file, or the folder of a run.")],
+    checkpoint: CheckpointPath,
     format: Annotated[
         Literal["onnx", "safetensors", "torch"],
         typer.Option(
@@ -26,6 +26,7 @@ def export(
         typer.Option(
             "--output",
             "-o",
+            parser=given_path,
             metavar="FOLDER",
             help="New folder to write; default: METHOD-DATASET-FORMAT.",
         ),

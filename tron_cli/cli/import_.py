@@ -15,15 +15,27 @@ from tron_cli.cli.options import (
     DataDir,
     Overrides,
     config_names,
+    given_path,
 )
+from tron_cli.errors import InputError
 
 
 def import_(
     tool: Annotated[
         Literal["tron", "gsasrec"], typer.Argument(help="otto-de/TRON or gSASRec-pytorch.")
     ],
-    file: Annotated[Path, typer.Argument(help="TRON's .ckpt, or the .pt of gSASRec.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (.pt).")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            parser=given_path, metavar="FILE", help="TRON's .ckpt, or the .pt of gSASRec."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", parser=given_path, metavar="FILE", help="File to write (.pt)."
+        ),
+    ],
     overrides: Overrides = None,
     dataset: Annotated[
         str | None, typer.Option(help="Prepared dataset that has the checkpoint's items.")
@@ -31,6 +43,7 @@ def import_(
     item_ids: Annotated[
         Path | None,
         typer.Option(
+            parser=given_path,
             metavar="FILE",
             help="Original ids of the items, one per line in the order of the checkpoint's rows, "
             "or the training sessions that TRON prepared (.jsonl).",
@@ -47,6 +60,8 @@ def import_(
 
     The file is read without running its code.
     """
+    if dataset == "":
+        raise InputError("--dataset is empty; name a prepared dataset, or leave it out")
     from tron_cli.data.dataset import Dataset
     from tron_cli.importing.foreign import import_checkpoint
 

@@ -59,6 +59,10 @@ def given_path(given: object) -> Path:
     return Path(str(given))
 
 
+CheckpointPath = Annotated[
+    Path,
+    typer.Argument(parser=given_path, metavar="CKPT", help="A .pt file, or the folder of a run."),
+]
 DataDir = Annotated[
     Path,
     typer.Option(

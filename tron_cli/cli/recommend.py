@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tron_cli.cli.options import AsJson, Device, Plugins
+from tron_cli.cli.options import AsJson, CheckpointPath, Device, Plugins, given_path
 from tron_cli.errors import InputError, counted
 from tron_cli.files import check_writable
 from tron_cli.ops.device import chosen_device
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tron")
 
-CheckpointPath = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="A .pt file, or the folder of a run.")
-]
 _ITEMS_AT_ONCE = 1 << 10
 _TABLE_OPTIONS = (
     "--session-col, --item-col, --time-col, --time-format, --adjacent and --skip-bad-lines"
@@ -48,6 +45,7 @@ def recommend(
     input: Annotated[
         Path | None,
         typer.Option(
+            parser=given_path,
             metavar="FILE",
             help="Sessions: .jsonl with one object per line, such as "
             '{"session": "s1", "items": ["a", "b"]}, or a table with one row per event (.csv, '
@@ -58,6 +56,7 @@ def recommend(
     output: Annotated[
         Path | None,
         typer.Option(
+            parser=given_path,
             metavar="FILE",
             help="Recommendations: .jsonl, or a table with the columns session, rank, item (.csv, "
             ".tsv, .parquet). Default: JSON lines to stdout.",
@@ -73,12 +72,18 @@ def recommend(
     ] = None,
     candidates: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Rank only the items of this file, one id per line."),
+        typer.Option(
+            parser=given_path,
+            metavar="FILE",
+            help="Rank only the items of this file, one id per line.",
+        ),
     ] = None,
     exclude: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Never recommend the items of this file, one id per line."
+            parser=given_path,
+            metavar="FILE",
+            help="Never recommend the items of this file, one id per line.",
         ),
     ] = None,
     on_unknown: Annotated[
@@ -155,9 +160,12 @@ def recommend(
         raise InputError("--history is one history, answered on stdout: leave out --input/--output")
     if as_json and history is None:
         raise InputError("--json goes with --history; files and streams are JSON lines anyway")
-    given = (session_col, item_col, time_col, time_format, adjacent, skip_bad_lines)
-    if (input is None or format_of(input, "--input")[0] == "jsonl") and any(given):
+    texts = (session_col, item_col, time_col, time_format)
+    given = adjacent or skip_bad_lines or any(text is not None for text in texts)
+    if (input is None or format_of(input, "--input")[0] == "jsonl") and given:
         raise InputError(f"{_TABLE_OPTIONS} are for tables; leave them out, or name a table")
+    if "" in texts:
+        raise InputError("an option is empty; name a column or a format, or leave the option out")
     if time_format and not time_col:
         raise InputError("--time-format goes with --time-col: name the column of the times")
     if output is not None:
@@ -308,6 +316,7 @@ def similar(
     output: Annotated[
         Path | None,
         typer.Option(
+            parser=given_path,
             metavar="FILE",
             help="Write .jsonl, or a table with the columns item, rank, similar, score (.csv, "
             ".tsv, .parquet).",

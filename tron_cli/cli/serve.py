@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from tron_cli.cli.options import Device, Plugins
+from tron_cli.cli.options import CheckpointPath, Device, Plugins
 from tron_cli.errors import InputError
 from tron_cli.ops.device import chosen_device
 
 
 def serve(
-    checkpoint: Annotated[Path, typer.Argument(help="A .pt file, or the folder of a run.")],
+    checkpoint: CheckpointPath,
     host: Annotated[
         str, typer.Option(help="Address to listen on; the default answers this machine alone.")
     ] = "127.0.0.1",

@@ -17,6 +17,7 @@ from tron_cli.cli.options import (
     Overrides,
     Plugins,
     config_names,
+    given_path,
 )
 
 
@@ -27,13 +28,19 @@ def train(
     ] = None,
     data_dir: DataDir = DATASETS,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder for the run's folder; default: runs.")
+        Path | None,
+        typer.Option(
+            parser=given_path, metavar="PATH", help="Folder for the run's folder; default: runs."
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Run folder to resume.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(parser=given_path, metavar="RUN", help="Run folder to resume.")
+    ] = None,
     init_from: Annotated[
         Path | None,
         typer.Option(
+            parser=given_path,
             metavar="CKPT",
             help="Start from the weights of a checkpoint or run, matching items by original id.",
         ),
@@ -41,6 +48,7 @@ def train(
     final: Annotated[
         Path | None,
         typer.Option(
+            parser=given_path,
             metavar="RUN",
             help="Run or best checkpoint: train with its settings, on validation sessions too, for "
             "as many steps as validation chose.",

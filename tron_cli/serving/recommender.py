@@ -112,7 +112,7 @@ class Recommender:
         checkpoint needs, as for `--plugin`. Raises InputError where there is no checkpoint that can
         be used, and RunError where its weights are not finite.
         """
-        if not isinstance(path, str | Path):
+        if not isinstance(path, str | Path) or not str(path).strip():
             raise InputError(f"path must be the path of a checkpoint, got {path!r}")
         if isinstance(plugins, str) or not isinstance(plugins, Sequence):
             raise InputError(f"plugins must be a list, such as ['mine.py:Mean'], got {plugins!r}")

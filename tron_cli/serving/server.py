@@ -340,6 +340,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
     Clients that connect before the server runs wait. Raises InputError.
     """
+    if not host.strip():  # would be every address of the machine
+        raise InputError("--host is empty; expected an address, such as 127.0.0.1")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
