@@ -183,7 +183,7 @@ def test_ctrl_c_saves_exits_non_zero_and_prints_how_to_resume(
     ("words", "says"),
     [
         (["--name", "../elsewhere"], "--name must be a folder name"),
-        (["--name", ""], "--name must be a folder name"),
+        (["--name", ""], "name is empty; give a value, or leave it out"),
         (["--device", "meta"], "--device must be auto, cpu, cuda or cuda:N"),
         (["val_metric=R@99999"], "cutoff"),
         (["metrics=foo@3"], "foo@3"),
@@ -251,3 +251,37 @@ def test_every_option_of_train_arrives(
     assert seen.pop()["init_from"] == Path("old.pt")
     command("train", "--final", "runs/best")
     assert seen.pop()["final"] == Path("runs/best")
+
+
+@pytest.mark.parametrize(
+    ("settings", "cure"),
+    [
+        (["max_epochs=2"], "continue with `tron train --resume runs/a max_epochs=4`"),
+        (["max_epochs=2", "lr_schedule=cosine"], "train again with max_epochs=4"),
+        (["max_epochs=2", "lr=1e-12"], None),  # the first epoch stays the best
+        (["max_epochs=1"], None),
+    ],
+)
+def test_a_run_that_ends_while_it_improves_says_what_may_help(
+    shop: list[str],
+    command: Command,
+    tmp_path: Path,
+    settings: list[str],
+    cure: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = iter([0.1, 0.2, 0.3, 0.25])
+    if "lr=1e-12" not in settings:
+        monkeypatch.setattr(
+            "tron_cli.training.loop.validate", lambda *_: {"R@5": next(values), "nDCG@5": 0.1}
+        )
+    code, _, err = command("train", *shop, "--name", "a", *settings, "val_metric=R@5")
+    assert code == 0, err
+    line = f"the last epoch was the best: more epochs may improve R@5; {cure}"
+    assert (line in err.replace(f"{tmp_path}/", "")) == (cure is not None)
+    assert ("more epochs" in err) == (cure is not None)
+    if cure and "resume" in cure:  # as advised; the last epoch is not the best any more
+        words = ["--resume", tmp_path / "runs" / "a", "max_epochs=4", *shop[2:4]]
+        code, _, err = command("train", *words, "--device", "cpu")
+        assert code == 0, err
+        assert "more epochs" not in err

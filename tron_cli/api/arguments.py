@@ -50,7 +50,7 @@ def check(
     low, high: inclusive bounds of a number.
     """
     if isinstance(value, str) and not value.strip() and not _takes_lists(hint):
-        raise InputError(f"{name} is empty; expected {_in_words(hint)}")
+        raise InputError(f"{name} is empty; give a value, or leave it out")
     if not _fits(value, hint):
         choices = [choice for choice in _choices(hint) if isinstance(choice, str)]
         near = difflib.get_close_matches(str(value), choices, n=1)

@@ -248,8 +248,26 @@ class RunFolder(RunFiles):
             )
         if self.progress.best_value == -math.inf and "final" not in self.origin:
             log.info("validation is empty: nothing was selected, the last weights are kept")
+        if self._ended_while_improving():
+            config = self.config
+            more = f"max_epochs={2 * config.max_epochs}"
+            log.info(
+                "the last epoch was the best: more epochs may improve %s; %s", config.val_metric,
+                f"continue with `tron train --resume {self.run_dir} {more}`"
+                if config.lr_schedule == "constant" else f"train again with {more}",
+            )  # fmt: skip
         log.info("%s checkpoint: %s", "final" if "final" in self.origin else "best", best)
         return best
+
+    def _ended_while_improving(self) -> bool:
+        """Return True if max_epochs ended the run, and the last of several epochs was the best."""
+        progress = self.progress
+        return (
+            self.config.max_epochs > 1
+            and progress.epochs_without_gain == 0
+            and progress.best_value > -math.inf
+            and "final" not in self.origin
+        )
 
     def diverged(self, what: str) -> RunError:
         """Return the error of a diverged training; what: its symptom, such as a loss of NaN."""
