@@ -41,7 +41,7 @@ _SPARE_CANDIDATES = 32  # beyond the last place requested, in case rounding swap
 # Rounding a table to int8 takes the time that it saves on this many events. Small tables fit the
 # cache.
 _INT8_EVENTS = 1 << 11
-_INT8_ITEMS = 1 << 15
+_INT8_ITEMS = 1 << 16
 _T = TypeVar("_T")
 _NO_RANKS = "nothing can be ranked; train again with a lower lr or with clip_norm"
 

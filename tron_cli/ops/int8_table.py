@@ -38,6 +38,7 @@ _LARGEST = 127
 _MOST_PAIRS = 1 << 14  # of one query, and _GROUP more for each item asked for
 _ROWS_AT_ONCE = 1 << 12
 _EPS = torch.finfo(torch.float32).eps
+_INFINITY = torch.tensor(torch.inf)
 _SLACK = 1 + 1e-5  # for the rounding of the bounds themselves, in float64
 
 
@@ -160,6 +161,11 @@ class _Pairs:
         return _Pairs(self.query_P[keep_P], self.place_P[keep_P], self.score_P[keep_P])
 
 
+_NO_PAIRS = _Pairs(
+    torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+)
+
+
 class _Scored:
     """Scores of a chunk and the best of each group. bound_E: float64, bounds of their errors."""
 
@@ -187,6 +193,8 @@ class _Scored:
         below_E1 = _rounded_down(threshold_E - self.bound_E)[:, None]
         num_groups = self.best_EG.shape[1]
         group_Q = (self.best_EG >= below_E1).flatten().nonzero()[:, 0]
+        if not len(group_Q):
+            return _NO_PAIRS
         query_Q = group_Q // num_groups
         column_Q = group_Q - query_Q * num_groups
         member_M = torch.arange(0, num_groups * _GROUP, num_groups)
@@ -271,12 +279,14 @@ class _Search:
     def _compare(self) -> None:
         self.best_EK = _highest([self.best_EK, *self._certain])
         self._certain.clear()
+        self._threshold_E = _at_place(self.best_EK, self._count_E)
+        self._threshold_E[self.open_E] = torch.inf
 
     def _collect(self) -> None:
-        threshold_E = _at_place(self.best_EK, self._count_E)
-        threshold_E[self.open_E] = torch.inf
         for scored in self._waiting:
-            pairs = scored.reaching(threshold_E)
+            pairs = scored.reaching(self._threshold_E)
+            if not len(pairs):
+                continue
             # An upper bound of the scores from here on.
             highest_P = pairs.score_P + scored.bound_E[pairs.query_P]
             self.pairs.append(replace(pairs, score_P=highest_P))
@@ -285,6 +295,7 @@ class _Search:
         if self._num_pairs > self._next_check:
             doubts_nE = [_count(pairs.query_P, len(self._count_E)) for pairs in self.pairs]
             self.open_E |= torch.stack(doubts_nE).sum(dim=0) > self._limit
+            self._threshold_E[self.open_E] = torch.inf
             self.pairs = [pairs[~self.open_E[pairs.query_P]] for pairs in self.pairs]
             self._num_pairs = sum(map(len, self.pairs))
             self._next_check = self._num_pairs + self._limit
@@ -373,7 +384,8 @@ class Int8Table:
             found.finish()
             return found
 
-        searches = on_threads(search, range(torch.get_num_threads()), count_E.device)
+        parts = range(min(torch.get_num_threads(), len(self._chunks)))
+        searches = on_threads(search, parts, count_E.device)
         best_EK = _highest([found.best_EK for found in searches])
         threshold_E = _at_place(best_EK, count_E)
         for found in searches:
@@ -428,8 +440,8 @@ def _count(query_P: torch.Tensor, num_queries: int) -> torch.Tensor:
 
 
 def _rounded_up(values: torch.Tensor) -> torch.Tensor:
-    return torch.nextafter(values.float(), torch.tensor(torch.inf))
+    return torch.nextafter(values.float(), _INFINITY)
 
 
 def _rounded_down(values: torch.Tensor) -> torch.Tensor:
-    return torch.nextafter(values.float(), torch.tensor(-torch.inf))
+    return torch.nextafter(values.float(), -_INFINITY)
