@@ -281,14 +281,14 @@ def test_ids_that_exclude_nothing_and_the_first_unknown_one_are_said(
     checkpoint: Path, command: Command, tmp_path: Path
 ) -> None:
     (tmp_path / "not.txt").write_text("101\n102 \n")
-    (tmp_path / "in.csv").write_text("session,item\na,104.0\na,105\n")
+    (tmp_path / "in.csv").write_text("session,item\na,104.5\na,105.0\n")
     code, _, err = command(
         "recommend", checkpoint, "--input", tmp_path / "in.csv", "--exclude", tmp_path / "not.txt"
     )
     assert code == 0, err
     assert "not.txt: the catalogue lacks 1 of 2 ids, the first '102 '" in err
     assert "left out 1 of 2 events, on items that the model does not know" in err
-    assert "the first '104.0'" in err
+    assert "the first '104.5'" in err
     assert "in.csv, session 'a'" in err
     assert err.count("its 30 ids look like 101") == 2
 

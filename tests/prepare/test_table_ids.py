@@ -47,6 +47,30 @@ def test_ids_that_only_look_like_integers_stay_text(tmp_path: Path) -> None:
     assert Dataset.open(tmp_path / "out").item_ids[1] == "7"
 
 
+@pytest.mark.parametrize(
+    ("spelled", "expected"),
+    [
+        (["5.0", "-7.0", "0.0"], [5, -7, 0]),
+        (["5.0", "7"], ["5.0", "7"]),  # are 5.0 and 5 one item?
+        (["5.0", "007.0"], ["5.0", "007.0"]),
+        (["5.0", "7.5"], ["5.0", "7.5"]),
+        (["5.0", "9007199254740994.0"], ["5.0", "9007199254740994.0"]),  # not exact as a float
+    ],
+)
+def test_ids_that_pandas_wrote_as_floats_are_integers(
+    tmp_path: Path, spelled: list[str], expected: list[int | str]
+) -> None:
+    """It does so where a value is missing in the column."""
+    rows = [
+        (f"{session}.0", item, START + session * DAY // 10 + at, "view")
+        for session in range(50)
+        for at, item in enumerate(spelled)
+    ]
+    dataset = prepare_table(write_csv(tmp_path / "a.csv", rows), USER, tmp_path, "out")
+    assert dataset.item_ids.tolist() == expected
+    assert dataset.user_ids("test") is None or dataset.user_ids("test").dtype == np.int64
+
+
 BIG_IDS = [2**63 + 1, 2**63 + 2, 2**64 - 1, 2**53 + 1, 2**53 + 2]
 
 

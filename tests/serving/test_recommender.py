@@ -217,8 +217,12 @@ def test_a_checkpoint_without_popularity_serves_all_but_empty_histories(
     torch.save(content, tmp_path / "old.pt")
     old, new = (Recommender.load(tmp_path / f"{name}.pt") for name in ("old", "new"))
     assert old.recommend([[1001]]) == new.recommend([[1001]])
-    with pytest.raises(InputError, match="on_empty=raise"):
+    with pytest.raises(InputError, match="known items; leave such histories out, or train again"):
         old.recommend([[1001], []])
+    with pytest.raises(InputError, match="knows; leave it out"):  # on_empty=popular would not help
+        old.recommend([[1001], []], on_empty="raise")
+    with pytest.raises(InputError, match="pass on_empty=popular"):
+        new.recommend([[1001], []], on_empty="raise")
 
 
 def test_unknown_items_are_skipped_warned_of_or_refused(
@@ -242,10 +246,16 @@ def test_ids_may_be_text_or_integers_in_both_kinds_of_catalogues(
     served = recommender(data, tmp_path, "sasrec")
     expected = served.recommend([[1001, 1002]])
     assert all(type(item) is int for item in expected[0].items)
-    for same in (["1001", "1002"], (1001, "1002"), np.array([1001, 1002]), iter([1001, 1002])):
+    for same in (
+        ["1001", "1002"],
+        ["1001.0", 1002],
+        (1001, "1002"),
+        np.array([1001, 1002]),
+        iter([1001, 1002]),
+    ):
         assert served.recommend([same]) == expected
     # These are no spellings of 1001.
-    for other in ("01001", "1001.0", " 1001", "+1001", "\u0661", 2**70, "9" * 30):
+    for other in ("01001", "1001.00", "1001.5", " 1001", "+1001", "\u0661", 2**70, "9" * 30):
         assert served.recommend([[other, 1001]]) == served.recommend([[1001]])
     text = write_dataset(
         tmp_path, name="text", train=[[1, 2, 3]],
@@ -283,6 +293,16 @@ def test_ids_may_be_text_or_integers_in_both_kinds_of_catalogues(
         ({"filter_rated": "yes"}, "filter_rated must be"),
         ({"on_unknown": "ignore"}, "on_unknown must be one of"),
         ({"on_empty": "ignore"}, "on_empty must be one of"),
+        ({"filter_rated": np.array([True, False])}, "filter_rated must be True, False or None"),
+        ({"filter_rated": 1}, "filter_rated must be True, False or None, got 1"),
+        ({"on_unknown": np.array(["skip"] * 2)}, "on_unknown must be one of"),
+        ({"on_empty": ["popular"]}, "on_empty must be one of"),
+        ({"k": np.array([1, 2])}, "k must be an integer"),
+        ({"exclude": "1001"}, "exclude: expected a list"),
+        ({"exclude": 5}, "exclude: expected a list"),
+        ({"candidates": np.array(5)}, "candidates: expected a list"),
+        ({"histories": [["\ud800"]], "on_unknown": "raise"}, "the items of 1 of 1 event"),
+        ({"candidates": ["\ud800"]}, "lacks 1 of 1 id, the first"),
         ({"candidates": [1001, 5, "x"]}, "the catalogue .* lacks 2 of 3 ids, the first 5"),
         ({"candidates": "1001"}, "candidates: expected a list"),
         ({"exclude": [1.5]}, "exclude: expected item ids"),

@@ -109,9 +109,18 @@ class IdKeys:
 
 
 def plain_integers(texts: pl.Series) -> pl.Series:
-    """Return texts as Int64 if all are integers, plainly spelled (7, not 007), else unchanged."""
-    numbers = texts.cast(pl.Int64, strict=False)
-    return numbers if (numbers.cast(pl.String) == texts).fill_null(False).all() else texts
+    """Return texts as Int64 if all are integers, plainly spelled (7, not 007), else unchanged.
+
+    If all of them end with .0, as pandas writes a column with missing values, they are integers
+    too, up to the largest that a float holds exactly.
+    """
+    are_floats = len(texts) > 0 and texts.str.ends_with(".0").all()
+    plain = texts.str.strip_suffix(".0") if are_floats else texts
+    numbers = plain.cast(pl.Int64, strict=False)
+    is_plain = (numbers.cast(pl.String) == plain).fill_null(False)
+    if are_floats:
+        is_plain &= numbers.abs() <= 1 << 53
+    return numbers if is_plain.all() else texts
 
 
 def collect_events(

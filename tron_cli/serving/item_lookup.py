@@ -10,15 +10,15 @@ import numpy as np
 
 from tron_cli.errors import InputError
 
-_DECIMAL = re.compile(r"0|-?[1-9][0-9]{0,18}")
+_DECIMAL = re.compile(r"(?:0|-?[1-9][0-9]{0,18})(?:\.0)?")  # pandas writes 5.0 beside NaN
 _LOWEST, _HIGHEST = -(1 << 63), (1 << 63) - 1
 
 
 class ItemLookup:
     """Numbers of items by original id.
 
-    A catalogue of integers also knows them as decimal text, "5"; one of text also knows integers,
-    as their decimal text.
+    A catalogue of integers also knows them as decimal text, "5" or "5.0"; one of text also knows
+    integers, as their decimal text.
     """
 
     def __init__(self, item_ids: np.ndarray) -> None:
@@ -59,7 +59,7 @@ class ItemLookup:
                 if not _DECIMAL.fullmatch(value):
                     is_id[place] = False
                     continue
-                value = int(value)
+                value = int(value.removesuffix(".0"))
             if _LOWEST <= value <= _HIGHEST:
                 integers[place] = value
             else:

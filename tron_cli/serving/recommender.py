@@ -240,11 +240,11 @@ class Recommender:
     ) -> None:
         """Raise InputError where an option of `recommend` is not one of its values."""
         self._check_k(k)
-        if filter_rated not in (None, True, False):
+        if filter_rated is not None and not isinstance(filter_rated, bool | np.bool_):
             raise InputError(f"filter_rated must be True, False or None, got {filter_rated!r}")
-        if on_unknown not in ON_UNKNOWN:
+        if not isinstance(on_unknown, str) or on_unknown not in ON_UNKNOWN:
             raise InputError(f"on_unknown must be one of {ON_UNKNOWN}, got {on_unknown!r}")
-        if on_empty not in ON_EMPTY:
+        if not isinstance(on_empty, str) or on_empty not in ON_EMPTY:
             raise InputError(f"on_empty must be one of {ON_EMPTY}, got {on_empty!r}")
 
     def _check_k(self, k: int) -> None:
@@ -278,10 +278,10 @@ class Recommender:
 
     def no_known_item(self, what: str) -> InputError:
         """Return the error to raise for a history that holds no known item."""
-        return InputError(
-            f"{what} holds no item that {self.checkpoint.path} knows; pass on_empty=popular to "
-            "recommend the most popular items instead"
-        )
+        cure = "pass on_empty=popular to recommend the most popular items instead"
+        if self.checkpoint.popularity is None and not isinstance(self._model, Baseline):
+            cure = "leave it out"
+        return InputError(f"{what} holds no item that {self.checkpoint.path} knows; {cure}")
 
     def scope(
         self,
@@ -413,7 +413,7 @@ class Recommender:
             raise InputError(
                 f"{self.checkpoint.path} was written by a version of tron that did not save the "
                 "popularity of items, so nothing can be recommended after a history without known "
-                "items; pass on_empty=raise, leave such histories out, or train again"
+                "items; leave such histories out, or train again"
             )
         return Popularity(self.checkpoint.popularity.numpy())
 
