@@ -19,7 +19,7 @@ from benchmarks.measure import Work, figure, in_turns, parser, report
 from benchmarks.training_step import settings
 from tron_cli.checkpoint import load_checkpoint, save_checkpoint
 from tron_cli.models.base import build_model
-from tron_cli.training.optim import build_optimizer
+from tron_cli.training.optim import optimizer_of
 
 ITEMS = (50_000, 1_855_603)
 
@@ -27,7 +27,7 @@ ITEMS = (50_000, 1_855_603)
 def measure(num_items: int, repeats: int) -> list[dict[str, Any]]:
     config = settings()
     model = build_model(config, num_items)
-    optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
+    optimizer = optimizer_of(config, model)
     identity = {"name": "generated", "protocol": "every-step", "num_items": num_items}
     item_ids = torch.arange(num_items)
     with tempfile.TemporaryDirectory() as folder:

@@ -90,7 +90,7 @@ class Steps:
         from tron_cli.sampling.negatives import Distribution
         from tron_cli.training.feed import WholeSessions
         from tron_cli.training.graphs import CUDARecorder, GraphedSteps
-        from tron_cli.training.optim import build_optimizer
+        from tron_cli.training.optim import optimizer_of
         from tron_cli.training.step import seed_generators, training_step
 
         self._config, self._seed = config, seed_generators
@@ -98,7 +98,7 @@ class Steps:
         self.device = device
         seed_generators(config.seed, step=0)
         self.model = build_model(config, num_items).to(device).train()
-        self.optimizer = build_optimizer(config.optimizer, self.model.parameters(), config.lr)
+        self.optimizer = optimizer_of(config, self.model)
         dtype = {"bf16": torch.bfloat16, "float32": torch.float32}[config.precision]
         scaler = torch.amp.GradScaler(device.type, enabled=False)
         self.take_step = GraphedSteps(

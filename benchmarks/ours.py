@@ -13,7 +13,7 @@ from tron_cli.data.batches import training_batch
 from tron_cli.data.dataset import Sessions
 from tron_cli.models.base import build_model
 from tron_cli.sampling.negatives import Distribution
-from tron_cli.training.optim import RowAdam, build_optimizer
+from tron_cli.training.optim import RowAdam, optimizer_of
 from tron_cli.training.step import training_loss
 
 
@@ -22,7 +22,7 @@ def training_step(
 ) -> Callable[[Sessions, np.ndarray], torch.Tensor]:
     """Run one step of `tron train` on a batch of sessions, on the CPU; return the loss."""
     model = build_model(config, num_items)
-    optimizer = build_optimizer(config.optimizer, model.parameters(), config.lr)
+    optimizer = optimizer_of(config, model)
     # A long run finds its moments in memory; the first steps would ask the system for each page.
     for moments in optimizer.state.values():
         for values in moments.values():

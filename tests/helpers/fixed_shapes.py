@@ -13,7 +13,7 @@ from tron_cli.data.batches import Batch
 from tron_cli.data.dataset import Sessions
 from tron_cli.models.base import Model, build_model
 from tron_cli.sampling.negatives import Distribution
-from tron_cli.training.optim import build_optimizer
+from tron_cli.training.optim import optimizer_of
 from tron_cli.training.step import training_step
 
 ITEMS = 300
@@ -34,7 +34,7 @@ def build(
 ) -> tuple[Model, torch.optim.Optimizer]:
     torch.manual_seed(1)
     model = build_model(config, ITEMS).to(dtype)
-    return model, build_optimizer(config.optimizer, model.parameters(), config.lr)
+    return model, optimizer_of(config, model)
 
 
 def take(

@@ -157,6 +157,22 @@ def test_row_adam_decays_rows_and_dense_matrices_but_no_vectors_nor_what_has_no_
     assert torch.equal(idle, before)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_vectors_have_nothing_to_catch_up_on_a_device_that_is_never_waited_for(
+    weight_decay: float,
+) -> None:
+    weights = [table(np.random.default_rng(5), 4), table(np.random.default_rng(5), 4, 3)]
+    before = [each.detach().clone() for each in weights]
+    optimizer = build_optimizer("row_adam", weights, 0.1, weight_decay=weight_decay)
+    optimizer.leaves_out_rows = False
+    for each in weights:
+        each.grad = torch.ones_like(each)
+    optimizer.step()
+    catch_up_all(optimizer)
+    for each, old, decay in zip(weights, before, (0.0, weight_decay), strict=True):
+        torch.testing.assert_close(each.detach(), old * (1 - 0.1 * decay) - 0.1)
+
+
 def test_row_adam_without_decay_has_the_state_of_earlier_versions() -> None:
     weights = table(np.random.default_rng(4), 5, 2)
     state = build_optimizer("row_adam", [weights], 0.1).state_dict()

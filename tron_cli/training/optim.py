@@ -394,7 +394,8 @@ def catch_up_all(optimizer: torch.optim.Optimizer) -> None:
     """Apply all pending updates, so that the parameters can be evaluated or saved."""
     if isinstance(optimizer, RowAdam):
         for weights in optimizer.param_groups[0]["params"]:
-            optimizer.catch_up(weights)
+            if weights.dim() > 1:  # vectors have dense gradients, and nothing is pending
+                optimizer.catch_up(weights)
 
 
 def faster_adam(num_items: int, rows: float, *, topk: bool) -> str:
