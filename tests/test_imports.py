@@ -180,6 +180,7 @@ def test_the_root_is_a_map() -> None:
 LONG = {
     "tron_cli.config.experiment": "one declaration per setting",
     "tron_cli.data.dataset": "reader and writer of one format",
+    "tron_cli.evaluation.ranking": "stages of one comparison, each with its error bound",
 }
 
 

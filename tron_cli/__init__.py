@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from tron_cli.api.evaluation import EvaluationResult as EvaluationResult
     from tron_cli.api.evaluation import compare as compare
     from tron_cli.api.evaluation import evaluate as evaluate
+    from tron_cli.api.mixing import MixResult as MixResult
+    from tron_cli.api.mixing import mix as mix
     from tron_cli.api.preparation import prepare as prepare
     from tron_cli.api.settings import load_config as load_config
     from tron_cli.api.training import TrainingResult as TrainingResult
@@ -41,6 +43,7 @@ __all__ = [
     "EvaluationResult",
     "ExperimentConfig",
     "InputError",
+    "MixResult",
     "Recommendation",
     "Recommender",
     "RunError",
@@ -48,6 +51,7 @@ __all__ = [
     "compare",
     "evaluate",
     "load_config",
+    "mix",
     "prepare",
     "train",
 ]
@@ -58,6 +62,7 @@ _MODULES = {
     "EvaluationResult": "api.evaluation",
     "ExperimentConfig": "config",
     "InputError": "errors",
+    "MixResult": "api.mixing",
     "Recommendation": "serving.recommender",
     "Recommender": "serving.recommender",
     "RunError": "errors",
@@ -65,6 +70,7 @@ _MODULES = {
     "compare": "api.evaluation",
     "evaluate": "api.evaluation",
     "load_config": "api.settings",
+    "mix": "api.mixing",
     "train": "api.training",
 }
 

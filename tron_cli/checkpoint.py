@@ -18,6 +18,8 @@ import torch
 
 from tron_cli.baselines import build_baseline
 from tron_cli.baselines.base import Baseline
+from tron_cli.baselines.knn_boost import KNNBoost
+from tron_cli.baselines.session_knn import SessionKNN
 from tron_cli.config import ExperimentConfig, config_from_dict
 from tron_cli.config.plugins import UnnamedCodeError, label
 from tron_cli.data.dataset import Dataset
@@ -30,6 +32,7 @@ from tron_cli.ops import row_adam
 from tron_cli.registry import BASELINES, settings_of
 
 FORMAT_VERSION = 1
+_WITH_KNN = "+session_knn"  # of a mixed model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Checkpoint:
     weights: those to evaluate; with ema_decay, the average. training: the state that resuming
     needs, empty in a best checkpoint; with ema_decay, its "weights" are those to train on. origin:
     records of what the weights come from besides the training sessions, such as "init_from".
-    popularity: int64 [I + 1], training events of each item; None in files of earlier versions.
+    popularity: int64 [I + 1], training events of each item; None in files of earlier versions. knn:
+    a session-kNN whose votes are added to the scores of a network: "weight", "settings" (its own)
+    and "arrays"; None in all files but those of `tron mix`.
 
     The tensors are mapped: they are read when they are used, and as long as they exist the file
     occupies its space on the disk, even if it is deleted.
@@ -56,6 +61,12 @@ class Checkpoint:
     training: dict[str, Any]
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     popularity: torch.Tensor | None = None
+    knn: dict[str, Any] | None = None
+
+    @property
+    def method(self) -> str:
+        """Name of what was trained, such as tron, or tron+session_knn for a mixed model."""
+        return self.config.method + _WITH_KNN * (self.knn is not None)
 
     def build_model(self, device: torch.device, *, mapped: bool = False) -> Any:
         """Return the `Model` with its weights, ready to evaluate, or the `Baseline`, on the CPU.
@@ -80,7 +91,25 @@ class Checkpoint:
             self._apply_pending_updates(model)
         else:
             model = self.build_saved_model(device, mapped=mapped and device.type == "cpu")
+        if self.knn is not None:
+            model.boost = self._boost(self.knn, model)
         return model.eval()
+
+    def _boost(self, knn: dict[str, Any], model: Model) -> KNNBoost:
+        """Return what session-kNN adds to the scores; it sees the histories that the network sees.
+
+        Raises InputError where its arrays are not those of a session-kNN.
+        """
+        try:
+            fitted = SessionKNN(
+                num_items=model.num_items,
+                sequence_length=model.sequence_length,
+                **knn["settings"],
+            )
+            fitted.load_state_dict({name: each.numpy() for name, each in knn["arrays"].items()})
+            return KNNBoost(fitted, knn["weight"])
+        except (AttributeError, KeyError, ValueError, IndexError, TypeError) as error:
+            raise self._misfit(f"session-kNN: {type(error).__name__}: {error}") from error
 
     def _apply_pending_updates(self, model: Model) -> None:
         """Apply the updates that were pending in a last.pt, and leave its saved state as it is."""
@@ -146,19 +175,28 @@ class Checkpoint:
 
 
 def checkpoint_name(
-    config: ExperimentConfig, step: int, metrics: dict[str, float], *, final: bool = False
+    config: ExperimentConfig,
+    step: int,
+    metrics: dict[str, float],
+    *,
+    final: bool = False,
+    knn_weight: float | None = None,
 ) -> str:
     """Return a name such as tron-otto-step=12000-loss=ssm-negs=16384+127-...-R@20=0.4720.pt.
 
-    final: trained on validation sessions too, which the name then says.
+    final: trained on validation sessions too, which the name then says. knn_weight: of a mixed
+    model's session-kNN.
     """
-    parts = [config.method, config.dataset_name]
+    is_mixed = knn_weight is not None
+    parts = [config.method + _WITH_KNN * is_mixed, config.dataset_name]
     if config.is_baseline:
         settings = settings_of(BASELINES[config.model], config, num_items=0)
         own = settings.keys() - {"num_items", "sequence_length"}
         parts += [f"{name}={_shown(settings[name])}" for name in sorted(own)]
     else:
         parts += _settings_of_training(config, step)
+    if is_mixed:
+        parts.append(f"knn_weight={knn_weight:g}")
     if config.val_metric in metrics:
         parts.append(f"{config.val_metric}={metrics[config.val_metric]:.4f}")
     if final:
@@ -221,6 +259,7 @@ def save_checkpoint(
     training: dict[str, Any],
     origin: Mapping[str, Any] | None = None,
     popularity: torch.Tensor | None = None,
+    knn: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint atomically. Raises RunError where that fails."""
     settings = dataclasses.asdict(config)
@@ -239,6 +278,8 @@ def save_checkpoint(
     }
     if popularity is not None:
         content["popularity"] = popularity
+    if knn is not None:
+        content["knn"] = knn
     try:
         with written_aside(path, "wb") as file:
             torch.save(content, file)  # a zip file with checksums, which load_checkpoint compares
@@ -288,7 +329,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     del content["format_version"]
     content.setdefault("origin", {})  # saved only if it is not empty
     expected = {field.name for field in dataclasses.fields(Checkpoint)} - {"path"}
-    wrong = ", ".join(sorted((set(content) ^ expected) - {"popularity"}))
+    wrong = ", ".join(sorted((set(content) ^ expected) - {"popularity", "knn"}))
     if wrong:
         raise InputError(f"{path} is not a whole tron checkpoint: {wrong} missing or unknown")
     flaw = _flaw(content)

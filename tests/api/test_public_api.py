@@ -91,7 +91,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner()
     functions = (tron_cli.load_config, prepare, tron_cli.train, tron_cli.evaluate)
-    for documented in (*functions, tron_cli.compare, tron_cli.Recommender):
+    for documented in (*functions, tron_cli.mix, tron_cli.compare, tron_cli.Recommender):
         (example,) = finder.find(documented, globs={})
         assert example.examples, documented
         runner.run(example)

@@ -109,7 +109,10 @@ def train(
             experiment = load_config(config, **settings)
             dataset = Dataset.open(datasets / experiment.dataset_name)
         parent = Path("runs" if output_dir is None else output_dir)
-        place = claimed(_run_dir(parent, name, experiment), numbered=name is None)
+        place = claimed(
+            new_run_dir(parent, name, experiment.method, experiment.dataset_name),
+            numbered=name is None,
+        )
     used_device = training_device(device, config)
     with place as run_dir, explained(run_dir / LOG):
         if resume is not None:
@@ -210,11 +213,11 @@ def _resumed(
     return load_config(checkpoint.config, **changes), dataset
 
 
-def _run_dir(output_dir: Path, name: str | None, config: ExperimentConfig) -> Path:
+def new_run_dir(output_dir: Path, name: str | None, method: str, dataset_name: str) -> Path:
     """Return the folder of a new run, named by the user or after its time of start."""
     if name is not None and not re.fullmatch(r"\w[\w.+=-]*", name):
         raise InputError(
             f"--name must be a folder name of letters, digits and _ . + = -, got {name!r}"
         )
-    stamp = f"{config.method}-{config.dataset_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stamp = f"{method}-{dataset_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return output_dir / (name or stamp)

@@ -22,6 +22,7 @@ from tron_cli.cli import (
     evaluate,
     export,
     import_,
+    mix,
     prepare,
     recommend,
     serve,
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 for command in (
     train.train,
+    mix.mix,
     evaluate.evaluate,
     compare.compare,
     recommend.recommend,

@@ -127,4 +127,4 @@ def _checkpoint(file: Path) -> str:
     bad = [name for name, values in found.weights.items() if not bool(values.isfinite().all())]
     if bad:
         raise InputError(f"{file} has weights that are not finite ({bad[0]}); train again")
-    return f"{found.config.method}, step {found.step:,}, {counted(len(found.weights), 'array')}"
+    return f"{found.method}, step {found.step:,}, {counted(len(found.weights), 'array')}"

@@ -28,6 +28,7 @@ from tron_cli.data.histories import (
     ranges,
 )
 from tron_cli.errors import RunError
+from tron_cli.evaluation.boosted import BoostedCatalogue, boosted
 from tron_cli.evaluation.ranking import Catalogue, SeenItems
 from tron_cli.models.base import Model
 
@@ -96,37 +97,58 @@ def predict(
     check_weights(model)
     was_training = model.training
     model.eval()
-    window = model.sequence_length
     with float32_arithmetic(model.item_table.device):
         catalogue = Catalogue(model.scored_table())
 
-        def ranked() -> Iterator[tuple[Histories, np.ndarray, np.ndarray | None]]:
-            for low in range(0, len(sessions), _SESSIONS_AT_ONCE):
-                block = predicted_events(
-                    sessions,
-                    window=window,
-                    protocol=protocol,
-                    full_sessions=full_sessions,
-                    one_pass=one_pass,
-                    first=low,
-                    last=low + _SESSIONS_AT_ONCE,
+        def predictions() -> Iterator[tuple[Histories, np.ndarray, np.ndarray | None]]:
+            for histories, hidden_ED in predicted_states(
+                model,
+                sessions,
+                protocol=protocol,
+                full_sessions=full_sessions,
+                one_pass=one_pass,
+                batch_size=batch_size,
+            ):
+                scored = boosted(catalogue, model.boost, histories)
+                yield (
+                    histories,
+                    *ranked(scored, histories, hidden_ED, filter_rated, top_items, rank_limit),
                 )
-                shared = one_pass or model.one_row_serves_all
-                for index_E, hidden_ED in hidden_states(model, block, batch_size, shared=shared):
-                    histories = block[index_E]
-                    yield (
-                        histories,
-                        *_rank(
-                            catalogue, histories, hidden_ED, filter_rated, top_items, rank_limit
-                        ),
-                    )
 
         expected = count_predicted(
-            sessions, window=window, protocol=protocol, full_sessions=full_sessions
+            sessions,
+            window=model.sequence_length,
+            protocol=protocol,
+            full_sessions=full_sessions,
         )
-        found = collect(ranked(), expected=expected, top_items=top_items, progress=progress)
+        found = collect(predictions(), expected=expected, top_items=top_items, progress=progress)
     model.train(was_training)
     return found
+
+
+def predicted_states(
+    model: Model,
+    sessions: Sessions,
+    *,
+    protocol: str,
+    full_sessions: bool = False,
+    one_pass: bool = False,
+    batch_size: int,
+) -> Iterator[tuple[Histories, torch.Tensor]]:
+    """Yield all predicted events with the hidden states that predict them, as `hidden_states`."""
+    for low in range(0, len(sessions), _SESSIONS_AT_ONCE):
+        block = predicted_events(
+            sessions,
+            window=model.sequence_length,
+            protocol=protocol,
+            full_sessions=full_sessions,
+            one_pass=one_pass,
+            first=low,
+            last=low + _SESSIONS_AT_ONCE,
+        )
+        shared = one_pass or model.one_row_serves_all
+        for index_E, hidden_ED in hidden_states(model, block, batch_size, shared=shared):
+            yield block[index_E], hidden_ED
 
 
 def check_weights(model: Model) -> None:
@@ -204,8 +226,8 @@ def _gathered(
         yield np.concatenate(indices), torch.cat(states)
 
 
-def _rank(
-    catalogue: Catalogue,
+def ranked(
+    catalogue: Catalogue | BoostedCatalogue,
     histories: Histories,
     hidden_ED: torch.Tensor,
     filter_rated: bool,

@@ -21,7 +21,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import torch
@@ -56,17 +56,19 @@ class SeenItems:
 
 @dataclass(frozen=True)
 class _Events:
-    """Events to rank. score_E: float64, scores of the targets. largest_E: float64, upper bounds."""
+    """Events to rank. score_E: scores of the targets with boost_E. largest_E: upper bounds.
+
+    These are float64. Differences of boosts are exact.
+    """
 
     hidden_ED: torch.Tensor
     target_E: torch.Tensor
     score_E: torch.Tensor
     largest_E: torch.Tensor
+    boost_E: torch.Tensor
 
     def __getitem__(self, index: torch.Tensor | slice) -> _Events:
-        return _Events(
-            self.hidden_ED[index], self.target_E[index], self.score_E[index], self.largest_E[index]
-        )
+        return _Events(*(getattr(self, each.name)[index] for each in fields(self)))
 
 
 class Catalogue:
@@ -174,19 +176,16 @@ class Catalogue:
         target_E: torch.Tensor,
         seen: SeenItems | None = None,
         limit: int | None = None,
+        boost_E: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the rank of each target, int64 [E], 1 = best, among all items that are not `seen`.
 
         hidden_ED: float32; target_E: int64 item ids. Ties count against the target. limit: ranks up
         to it are exact, and larger ones need only be larger than it, which is several times as fast
-        for many events. Raises RunError if hidden states are not finite or scores leave the range
-        of float32.
+        for many events. boost_E: float64, at least 0, added to the scores of the targets. Raises
+        RunError if hidden states are not finite or scores leave the range of float32.
         """
-        hidden_ED = hidden_ED.float().contiguous()
-        largest_E = self._largest_scores(hidden_ED)
-        event_E = torch.arange(len(target_E), device=target_E.device)
-        score_E = self.score(hidden_ED, event_E, target_E)
-        events = _Events(hidden_ED, target_E, score_E, largest_E)
+        events = self._events(hidden_ED, target_E, boost_E)
         ahead_E, event_P, item_P = self._compare(events, seen, limit)
         other = item_P != target_E[event_P]
         event_P, item_P = event_P[other], item_P[other]
@@ -196,6 +195,28 @@ class Catalogue:
             is_ahead = self._at_least(events, seen.event_P, seen.item_P)
             rank_E.index_add_(0, seen.event_P, -is_ahead.long())
         return rank_E
+
+    def at_least(
+        self,
+        hidden_ED: torch.Tensor,
+        target_E: torch.Tensor,
+        boost_E: torch.Tensor,
+        event_P: torch.Tensor,
+        item_P: torch.Tensor,
+        boost_P: torch.Tensor,
+    ) -> torch.Tensor:
+        """Mark the pairs that score at least as high as the target, both boosted, bool [P]."""
+        return self._at_least(self._events(hidden_ED, target_E, boost_E), event_P, item_P, boost_P)
+
+    def _events(
+        self, hidden_ED: torch.Tensor, target_E: torch.Tensor, boost_E: torch.Tensor | None
+    ) -> _Events:
+        hidden_ED = hidden_ED.float().contiguous()
+        largest_E = self._largest_scores(hidden_ED)
+        event_E = torch.arange(len(target_E), device=target_E.device)
+        score_E = self.score(hidden_ED, event_E, target_E)
+        boost_E = torch.zeros_like(score_E) if boost_E is None else boost_E
+        return _Events(hidden_ED, target_E, score_E + boost_E, largest_E + boost_E, boost_E)
 
     def _compare(
         self, events: _Events, seen: SeenItems | None, limit: int | None
@@ -284,21 +305,30 @@ class Catalogue:
         return ahead_E, event_P, item_P
 
     def _at_least(
-        self, events: _Events, event_P: torch.Tensor, item_P: torch.Tensor
+        self,
+        events: _Events,
+        event_P: torch.Tensor,
+        item_P: torch.Tensor,
+        boost_P: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mark the pairs whose item scores at least as high as the event's target, bool [P]."""
-        lead_P = self.score(events.hidden_ED, event_P, item_P) - events.score_E[event_P]
+        boost_P = torch.zeros(len(item_P)).to(events.boost_E) if boost_P is None else boost_P
+        score_P = self.score(events.hidden_ED, event_P, item_P) + boost_P
+        lead_P = score_P - events.score_E[event_P]
         at_least_P = lead_P >= 0
         # The bound is zero for a hidden state of zeros, where everything ties.
-        bound_E = 2 * self._relative_bound(torch.float64) * events.largest_E
-        open_P = ((lead_P.abs() <= bound_E[event_P]) & (bound_E[event_P] > 0)).nonzero()[:, 0]
+        bound_P = 2 * self._relative_bound(torch.float64) * (events.largest_E[event_P] + boost_P)
+        open_P = ((lead_P.abs() <= bound_P) & (bound_P > 0)).nonzero()[:, 0]
         for pairs in open_P.split(_PAIRS_AT_ONCE):
             event, item = event_P[pairs], item_P[pairs]
             row, target_row = self.table[item], self.table[events.target_E[event]]
+            more = boost_P[pairs] - events.boost_E[event]
             at_least_P[pairs] = True  # equal embeddings tie
-            for number in (row != target_row).any(dim=1).nonzero()[:, 0].tolist():
+            differs = (row != target_row).any(dim=1) | (more != 0)
+            for number in differs.nonzero()[:, 0].tolist():
+                hidden_D = events.hidden_ED[event[number]]
                 sign = _sign_of_difference(
-                    events.hidden_ED[event[number]], row[number], target_row[number]
+                    hidden_D, row[number], target_row[number], float(more[number])
                 )
                 at_least_P[pairs[number]] = sign >= 0
         return at_least_P
@@ -487,9 +517,11 @@ def _seen_of_events(seen: SeenItems | None, target_E: torch.Tensor) -> torch.Ten
     return torch.bincount(seen.event_P, minlength=len(target_E))
 
 
-def _sign_of_difference(hidden_D: torch.Tensor, row_D: torch.Tensor, other_D: torch.Tensor) -> int:
-    """Return the sign of the difference of the scores of two rows, computed without rounding."""
+def _sign_of_difference(
+    hidden_D: torch.Tensor, row_D: torch.Tensor, other_D: torch.Tensor, more: float = 0.0
+) -> int:
+    """Return the sign of the difference of two rows' scores and of more, without rounding."""
     # Products of float32 numbers are exact in float64, and fsum rounds only the exact sum.
     terms = torch.cat([row_D, -other_D]).double() * hidden_D.double().repeat(2)
-    difference = math.fsum(terms.tolist())
+    difference = math.fsum([*terms.tolist(), more])
     return (difference > 0) - (difference < 0)

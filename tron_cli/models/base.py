@@ -10,6 +10,7 @@ from torch import nn
 from tron_cli.registry import MODELS, load, settings_of
 
 if TYPE_CHECKING:
+    from tron_cli.baselines.knn_boost import KNNBoost
     from tron_cli.config import ExperimentConfig
     from tron_cli.data.batches import Batch
 
@@ -22,7 +23,8 @@ class Model(nn.Module):
     neither on later events nor on their number, so that one pass over a session predicts all of it
     as serving would. mask_item: an item id that evaluation appends to every history, whose hidden
     state then predicts; None: the hidden state of the last event does. fixed_shapes: True if
-    batches may be padded, so that steps can be recorded as CUDA graphs.
+    batches may be padded, so that steps can be recorded as CUDA graphs. boost: what session-kNN
+    adds to the scores when items are ranked; `forward` and training do not know it.
     """
 
     sequence_length: int
@@ -31,6 +33,7 @@ class Model(nn.Module):
     one_row_serves_all: bool
     mask_item: int | None = None
     fixed_shapes: bool = False
+    boost: KNNBoost | None = None
 
     def forward(self, batch: Batch, rows_UD: torch.Tensor | None = None) -> torch.Tensor:
         """Return hidden states [N, D] of the events, to be multiplied with `scored_rows`.

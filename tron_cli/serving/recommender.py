@@ -26,6 +26,7 @@ from tron_cli.config.plugins import add_plugin
 from tron_cli.data.dataset import Sessions
 from tron_cli.data.histories import Histories, latest_histories
 from tron_cli.errors import InputError, counted
+from tron_cli.evaluation.boosted import boosted, numbers_in
 from tron_cli.evaluation.predict import check_weights, float32_arithmetic, hidden_states
 from tron_cli.evaluation.ranking import Catalogue, SeenItems
 from tron_cli.models.base import Model
@@ -382,10 +383,13 @@ class Recommender:
                 barred = None
                 if scope.item_C is None and len(scope.barred):
                     barred = torch.from_numpy(scope.barred).to(self._device)
-                top_EK = scope.catalogue.top_items(hidden_ED, None, k, seen, barred)
+                catalogue = boosted(
+                    scope.catalogue, self._model.boost, block[index_E], scope.item_C
+                )
+                top_EK = catalogue.top_items(hidden_ED, None, k, seen, barred)
                 event_P, place_P = top_EK.nonzero(as_tuple=True)
                 score_EK = hidden_ED.new_zeros(top_EK.shape)
-                score_EK[event_P, place_P] = scope.catalogue.score(
+                score_EK[event_P, place_P] = catalogue.score(
                     hidden_ED, event_P, top_EK[event_P, place_P]
                 ).float()
                 top = top_EK.cpu().numpy()
@@ -397,9 +401,8 @@ class Recommender:
         """Return the items of the whole histories, by their numbers in the scope's catalogue."""
         event_P, item_P = histories.seen()
         if scope.item_C is not None:
-            at = np.searchsorted(scope.item_C, item_P).clip(max=len(scope.item_C) - 1)
-            is_in = scope.item_C[at] == item_P
-            event_P, item_P = event_P[is_in], at[is_in] + 1
+            is_in, item_P = numbers_in(scope.item_C, item_P)
+            event_P = event_P[is_in]
         return SeenItems(
             torch.from_numpy(event_P).to(self._device), torch.from_numpy(item_P).to(self._device)
         )

@@ -64,6 +64,11 @@ def final_start(path: Path, data_dir: Path, init_from: Path | None = None) -> Fi
 
 def _check_validated(checkpoint: Checkpoint) -> None:
     path, config = checkpoint.path, checkpoint.config
+    if checkpoint.knn is not None:
+        raise InputError(
+            f"{path} is a mixed model, of which only the network could be trained again; name the "
+            "run of the network, or of session_knn"
+        )
     if "final" in checkpoint.origin:
         raise InputError(f"{path} is of a final model already; name the run that it came from")
     if checkpoint.training:

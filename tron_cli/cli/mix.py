@@ -1,0 +1,47 @@
+"""`tron mix`: join a network and session-kNN in one model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tron_cli.cli.options import DATASETS, AsJson, DataDir, Device, Plugins
+
+
+def mix(
+    network: Annotated[Path, typer.Argument(help="Checkpoint or run of a network.")],
+    knn: Annotated[Path, typer.Argument(help="Checkpoint or run of model=session_knn.")],
+    data_dir: DataDir = DATASETS,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder for the run's folder; default: runs.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
+    plugin: Plugins = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Join a network and session-kNN in one model.
+
+    The votes of session-kNN are added to the network's scores, by the weight that scores highest
+    on validation. The new checkpoint holds both.
+    """
+    from tron_cli.api.mixing import mix as mix_parts
+
+    result = mix_parts(
+        network, knn, data_dir=data_dir, output_dir=output_dir, name=name, device=device
+    )
+    if not as_json:
+        print(result.checkpoint)
+        return
+    shown = {
+        "checkpoint": str(result.checkpoint),
+        "weight": result.weight,
+        "validation": result.metrics,
+        "validation_by_weight": {
+            f"{key:g}": each for key, each in result.metrics_by_weight.items()
+        },
+    }
+    print(json.dumps(shown))
