@@ -41,7 +41,10 @@ _SCORES = ("score", "score_scale", "learn_score_scale", "normalize_inputs")
 _TRANSFORMER = (
     *_SCORES, "num_heads", "key_padding_mask", "relative_positions", "initialization",
 )  # fmt: skip
-_BLOCKS = ("block", "feed_forward_dim", "activation", "attention_dropout_rate")
+_BLOCKS = (
+    "block", "feed_forward_dim", "activation", "attention_dropout_rate", "filter_weight",
+    "low_frequencies",
+)  # fmt: skip
 
 # Networks: modules with `forward(batch, rows_UD) -> hidden_ND`; see models/base.py.
 MODELS = {

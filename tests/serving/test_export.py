@@ -48,6 +48,13 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "ligr": {"block": "ligr", "activation": "swiglu", "feed_forward_dim": 32, "positions": "none"},
     "gsasrec": {"model": "gsasrec", "num_heads": 2, "key_padding_mask": False},
+    "bsarec": {
+        "block": "bsarec",
+        "activation": "gelu",
+        "training_windows": "prefixes",
+        "low_frequencies": 3,
+        "num_heads": 2,
+    },
     "relative": {"relative_positions": True, "positions": "none", "num_heads": 2, "num_blocks": 2},
     "relative-bert4rec": {"model": "bert4rec", "relative_positions": True, "num_heads": 2},
     "gru4rec": {"model": "gru4rec", "num_blocks": 2},

@@ -273,6 +273,7 @@ CHANGES_OF_SHAPES = [
      "key_padding_mask": False},
     {"optimizer": "adam", "block": "ligr", "activation": "swiglu", "feed_forward_dim": 12},
     {"optimizer": "row_adam", "relative_positions": True},
+    {"optimizer": "row_adam", "block": "bsarec", "training_windows": "prefixes"},
     LANES | {"optimizer": "adagrad", "loss": "bpr-max", "output_bias": True},
     LANES | {"optimizer": "row_adam", "num_blocks": 2, "dropout_rate": 0.1,
              "reuse_item_embeddings": False},

@@ -90,8 +90,20 @@ class ExperimentConfig:
     block: str = setting(
         "pre-norm",
         help="TRON's layers on scaled embeddings (pre-norm), these with gated "
-        "residuals (ligr), or RecBole's layers (post-norm)",
-        choices=("pre-norm", "post-norm", "ligr"),
+        "residuals (ligr), RecBole's layers (post-norm), or these with a filter beside attention "
+        "(bsarec)",
+        choices=("pre-norm", "post-norm", "ligr", "bsarec"),
+    )
+    filter_weight: float = setting(
+        0.7,
+        help="block=bsarec: weight of the filter (alpha), beside 1 - filter_weight of attention",
+        low=0, high=1,
+    )
+    low_frequencies: int = setting(
+        5,
+        help="block=bsarec: how many of the sequence_length frequencies of a window, from 0 "
+        "upwards, the filter passes unchanged (c); odd, since all but 0 are pairs",
+        low=1,
     )
     feed_forward_dim: int = setting(
         0,
@@ -531,11 +543,30 @@ class ExperimentConfig:
                 "relative_positions=True has no distance to the padding in front of a history",
                 {"key_padding_mask": True},
             )
+        self._check_filter()
         if self.session_parallel and self.sampling_style != "batchwise":
             self._need(
                 "session_parallel=True shows one event of a session a step, so that its others "
                 "cannot be rejected",
                 {"reject_uniform_session_items": False},
+            )
+
+    def _check_filter(self) -> None:
+        """Refuse settings of BSARec's filter without it, and what does not go with it."""
+        if self.block != "bsarec":
+            self._need(
+                f"block={self.block} has no filter",
+                {name: FIELDS[name].default for name in ("filter_weight", "low_frequencies")},
+            )
+            return
+        self._need(
+            "block=bsarec sees all of a row, so that only the event after it can be predicted",
+            {"model": "sasrec", "training_windows": "prefixes"},
+        )
+        if self.low_frequencies % 2 == 0 or self.low_frequencies > self.sequence_length:
+            raise InputError(
+                f"low_frequencies={self.low_frequencies} must be odd and at most sequence_length="
+                f"{self.sequence_length}: the frequency 0, and pairs of others; change it"
             )
 
     def _check_optimizer(self) -> None:
@@ -686,8 +717,10 @@ class ExperimentConfig:
     def method(self) -> str:
         """Name of what is trained: tron for SASRec with a listwise loss on shared negatives.
 
-        It may be part of a file's name.
+        bsarec is SASRec with BSARec's block. It may be part of a file's name.
         """
+        if self.block == "bsarec":
+            return "bsarec"
         is_tron = (self.model, self.loss, self.sampling_style) == ("sasrec", "ssm", "batchwise")
         return "tron" if is_tron else label(self.model)
 

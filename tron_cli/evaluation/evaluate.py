@@ -126,6 +126,11 @@ def _read(
             f"--one-pass does not apply to model={config.model}, which predicts from a mask after "
             "each history, so that one pass predicts one event; leave it out"
         )
+    if options.one_pass and config.block == "bsarec":
+        raise InputError(
+            "--one-pass does not apply to block=bsarec, whose filter shows each event the later "
+            "ones, which are to be predicted; leave it out"
+        )
     with_counts = options.cutoff or "popularity" in options.by
     return _Inputs(
         checkpoint=checkpoint,

@@ -1,4 +1,4 @@
-"""SASRec: a causal transformer over packed sessions, in TRON's, RecBole's and LiGR's form.
+"""SASRec: a causal transformer over packed sessions, in TRON's, RecBole's and LiGR's form; BSARec.
 
 Kang and McAuley, Self-Attentive Sequential Recommendation (ICDM 2018). Its own block, with which
 gSASRec was published too, is in gsasrec.py.
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tron_cli.models.transformer import Transformer
 from tron_cli.ops.attention import Padding, RelativeBias, packed_attention
 from tron_cli.ops.dropout import Dropout
+from tron_cli.ops.frequency_filter import FrequencyFilter
 from tron_cli.ops.initialize import (
     small_normal,
     small_normal_weights,
@@ -44,7 +45,7 @@ _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "swiglu": SwiGLU}
 
 
 class SASRec(Transformer):
-    """SASRec in three forms, and in the forms between them.
+    """SASRec in four forms, and in the forms between them.
 
     block="pre-norm" is TRON's (arXiv 2307.14906): input = item embedding * sqrt(D) + position
     embedding, dropout, pre-norm layers, final LayerNorm. block="post-norm" is RecBole's: the input
@@ -52,7 +53,10 @@ class SASRec(Transformer):
     other settings are activation="gelu", initialization="normal" and positions="start".
     block="ligr" is TRON's form with gated residuals, LiGR's layer (arXiv 2502.03417), which makes
     SASRec with a sampled softmax eSASRec (arXiv 2508.06450); its other settings are
-    activation="swiglu" and a feed_forward_dim of four times embedding_dim.
+    activation="swiglu" and a feed_forward_dim of four times embedding_dim. block="bsarec" is
+    RecBole's form with a filter beside attention, BSARec (arXiv 2312.10325); its other settings are
+    activation="gelu", initialization="normal" and a feed_forward_dim of four times embedding_dim.
+    A filter sees all of a row, so that only the last event of a row may predict.
 
     feed_forward_dim: 0 is embedding_dim. attention_dropout_rate: of the attention weights; None is
     dropout_rate. relative_positions: each layer learns a bias of its attention scores for each head
@@ -74,12 +78,14 @@ class SASRec(Transformer):
         feed_forward_dim: int = 0,
         activation: str = "relu",
         attention_dropout_rate: float | None = None,
+        filter_weight: float = 0.7,
+        low_frequencies: int = 5,
         relative_positions: bool = False,
         initialization: str = "default",
         **settings: Any,
     ) -> None:
         """Build the layers; `settings` are the other settings of Transformer."""
-        norm_first = block != "post-norm"
+        norm_first = block not in ("post-norm", "bsarec")
         window = sequence_length + int(not self.causal)
         eps = 1e-5 if norm_first else _POST_NORM_EPS
         super().__init__(
@@ -98,6 +104,12 @@ class SASRec(Transformer):
                     attention_dropout_rate=attention_dropout_rate,
                     causal=self.causal,
                     relative_window=window if relative_positions else 0,
+                    frequency_filter=FrequencyFilter(
+                        embedding_dim, length=window, frequencies=low_frequencies
+                    )
+                    if block == "bsarec"
+                    else None,
+                    filter_weight=filter_weight,
                 )
                 for _ in range(num_blocks)
             ],
@@ -110,6 +122,8 @@ class SASRec(Transformer):
             dropout_rate=dropout_rate,
             **settings,
         )
+        if block == "bsarec":
+            self.one_row_serves_all = False
         if initialization == "normal":
             self.blocks.apply(small_normal_weights)
 
@@ -123,7 +137,9 @@ class Block(nn.Module):
     to x, each with a gate of its own. activation="swiglu": the feed-forward network has no biases,
     and its inner layer is silu(x U) * (x V). causal: events attend to themselves and the
     earlier events of their row; otherwise to all of them. relative_window: attention scores have a
-    learned bias for each distance in a window of this many events; 0: none.
+    learned bias for each distance in a window of this many events; 0: none. frequency_filter:
+    stands beside attention, with a residual and a norm of its own; their outputs are added with the
+    weights filter_weight and 1 - filter_weight. Not with norm_first.
     """
 
     def __init__(
@@ -140,6 +156,8 @@ class Block(nn.Module):
         attention_dropout_rate: float | None = None,
         causal: bool = True,
         relative_window: int = 0,
+        frequency_filter: FrequencyFilter | None = None,
+        filter_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -167,6 +185,9 @@ class Block(nn.Module):
         self.relative_bias = (
             RelativeBias(num_heads, relative_window, causal=causal) if relative_window else None
         )
+        self.filter = frequency_filter
+        self.filter_weight = filter_weight
+        self.filter_norm = nn.LayerNorm(dim, norm_eps) if frequency_filter else None
         self.attention_gate = Linear(dim, dim) if gated else None
         self.feed_forward_gate = Linear(dim, dim) if gated else None
 
@@ -182,7 +203,11 @@ class Block(nn.Module):
             x_ND = x_ND + _through(self.attention_gate, x_ND, attended_ND)
             fed_ND = self.dropout(self.feed_forward(self.feed_forward_norm(x_ND)))
             return x_ND + _through(self.feed_forward_gate, x_ND, fed_ND)
-        x_ND = self.attention_norm(x_ND + self._attended(x_ND, groups, padding_B))
+        mixed_ND = self.attention_norm(x_ND + self._attended(x_ND, groups, padding_B))
+        if self.filter is not None and self.filter_norm is not None:
+            filtered_ND = self.filter_norm(x_ND + self.dropout(self.filter(x_ND, groups)))
+            mixed_ND = self.filter_weight * filtered_ND + (1 - self.filter_weight) * mixed_ND
+        x_ND = mixed_ND
         return self.feed_forward_norm(x_ND + self.dropout(self.feed_forward(x_ND)))
 
     def _attended(
