@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import socket
@@ -237,6 +238,34 @@ def test_more_connections_than_allowed_are_refused(
         connection.close()
     time.sleep(0.1)
     assert server.get("/health")[0] == 200
+
+
+def test_the_connection_that_is_idle_longest_gives_way(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tron_cli.serving.protocol.MAX_CONNECTIONS", 3)
+    idle = [http.client.HTTPConnection(HOST, server.port, timeout=10) for _ in range(3)]
+    for connection in idle:
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+    assert server.get("/health")[0] == 200  # with a connection of its own
+    for connection in idle[1:]:
+        connection.request("GET", "/health")
+        assert connection.getresponse().read()
+    assert idle[0].sock.recv(1) == b""  # closed by the server
+    for connection in idle:
+        connection.close()
+
+
+def test_idle_connections_outlive_those_of_proxies(server: RunningServer) -> None:
+    """nginx keeps its own for 60 s; the one that waits longer must be the server."""
+    connection = http.client.HTTPConnection(HOST, server.port, timeout=10)
+    connection.request("GET", "/health")
+    assert connection.getresponse().read()
+    (kept,) = server.server.server_state.connections
+    left = kept.timeout_keep_alive_task.when() - kept.loop.time()
+    assert 60 < left <= 75
+    connection.close()
 
 
 def test_what_arrives_while_the_model_computes_is_computed_together() -> None:

@@ -15,6 +15,9 @@ from uvicorn.protocols.http.httptools_impl import (
 
 RECEIVE_SECONDS = 10.0  # for a request to arrive, and for an answer to be sent
 MAX_HEAD = 1 << 16  # bytes
+# Longer than proxies keep idle connections: one that is closed just when a proxy sends its next
+# request loses it.
+KEEP_ALIVE_SECONDS = 75
 MAX_CONNECTIONS = 900  # beneath the usual limit of 1,024 open files
 MAX_PIPELINED = 64  # requests of a connection that wait for its first
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
@@ -31,10 +34,23 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
-        if len(self.connections) > MAX_CONNECTIONS:
+        if len(self.connections) > MAX_CONNECTIONS and not self._close_longest_idle():
             self._refuse(503, "the server has too many connections; try again in a second")
         else:
             self._arm()
+
+    def _close_longest_idle(self) -> bool:
+        """Close the connection whose last answer is the oldest; False if all are in use."""
+        idle = [
+            (connection.timeout_keep_alive_task.when(), connection.transport)
+            for connection in cast("set[BoundedProtocol]", self.connections)
+            if connection.timeout_keep_alive_task is not None
+            and not connection.transport.is_closing()
+        ]
+        if not idle:
+            return False
+        min(idle, key=lambda each: each[0])[1].close()
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()

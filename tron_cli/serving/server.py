@@ -26,7 +26,7 @@ import uvicorn
 from tron_cli.errors import InputError, RunError, sentence_of
 from tron_cli.serving import openapi
 from tron_cli.serving.batching import Batcher, Call, OverloadedError, RecommendCall, SimilarCall
-from tron_cli.serving.protocol import RECEIVE_SECONDS, BoundedProtocol
+from tron_cli.serving.protocol import KEEP_ALIVE_SECONDS, RECEIVE_SECONDS, BoundedProtocol
 from tron_cli.serving.recommender import Recommendation, Recommender
 from tron_cli.serving.reload import ServedModel
 from tron_cli.serving.requests import (
@@ -271,6 +271,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 # Longer than any request takes.
                 timeout_graceful_shutdown=int(settings.timeout + RECEIVE_SECONDS) + 1,
             )
