@@ -76,6 +76,10 @@ def locked(file: Path, written: Path, otherwise: str, *, patience: float = 0) ->
     try:
         lock.acquire(timeout=patience)
     except Timeout as error:
+        if not file.exists():  # as in /proc, where files cannot be made
+            raise InputError(
+                f"cannot write to {file.parent}: {file.name} cannot be made; name another folder"
+            ) from error
         raise InputError(
             f"{written} is being written by {_holder(file)}; wait until it ends, or {otherwise}"
         ) from error

@@ -34,7 +34,7 @@ from helpers.command_lines import Command, is_one_sentence
         (["train", "--resume", "runs/a", "--name", "b"], "leave out --name"),
         (["train", "--resume", "runs/a", "--output-dir", "b"], "leave out --name"),
         (["evaluate", "nowhere.pt"], "nowhere.pt"),
-        (["evaluate"], "checkpoint"),
+        (["evaluate"], "CKPT"),
         (["evaluate", "a.pt", "--split", "train"], "--split"),
         (["evaluate", "a.pt", "--protocol", "sideways"], "--protocol"),
         (["evaluate", "a.pt", "--limit-sessions", "0"], "--limit-sessions"),
@@ -68,7 +68,7 @@ def test_an_unknown_device_is_one_sentence(shop: list[str], command: Command) ->
     for device in ("gpu", "cuda:77", ""):
         code, _, err = command("train", *shop[:-1], device)
         assert code == 2
-        assert "--device" in err
+        assert "device" in err
         assert is_one_sentence(err)
 
 

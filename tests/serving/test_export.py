@@ -434,6 +434,50 @@ def test_last_pt_is_exported_with_the_moves_that_are_due(
     assert not torch.equal(tensors[name], found.weights[name])
 
 
+def test_force_replaces_an_export(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = tmp_path / "shop"
+    export(checkpoint.path, format="safetensors", output=shop)
+    with pytest.raises(InputError, match="exists already; pass --force to replace it, or name"):
+        export(checkpoint.path, format="torch", output=shop)
+    with monkeypatch.context() as patch:
+        patch.setattr("tron_cli.serving.export._manifest", _fail)
+        with pytest.raises(ArithmeticError):
+            export(checkpoint.path, format="torch", output=shop, force=True)
+    assert (shop / "model.safetensors").is_file()  # a failure keeps the old one
+    export(checkpoint.path, format="torch", output=shop, force=True)
+    assert not (shop / "model.safetensors").exists()
+    assert (shop / "model.pt2").is_file()
+    (shop).rename(tmp_path / ".shop.replaced")  # as a kill between two renames leaves it
+    with pytest.raises(InputError, match="exists already"):
+        export(checkpoint.path, format="torch", output=shop)
+    assert not list(tmp_path.glob(".shop*"))
+
+
+def _fail(*_: object) -> None:
+    raise ArithmeticError
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing_behind(
+    number: int, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    script = (
+        "import os, sys\n"
+        "from tron_cli.serving import export\n"
+        f"export._manifest = lambda *a: os.kill(os.getpid(), {int(number)})\n"
+        "from tron_cli.cli import main\n"
+        "sys.argv = ['tron', 'export', sys.argv[1], '--format', 'safetensors', '-o', sys.argv[2]]\n"
+        "main()"
+    )
+    words = [sys.executable, "-c", script, checkpoint.path, tmp_path / "shop"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 128 + number, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*shop*"))
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -442,7 +486,12 @@ def test_last_pt_is_exported_with_the_moves_that_are_due(
         (["--format", "torch", "--table", "int4"], "int4"),
         (["--format", "torch", "-o", "a.pt"], "a.pt exists already"),
         (["--format", "torch", "-o", "."], "exists already"),
-        (["--format", "torch", "-o", ""], "exists already"),
+        (["--format", "torch", "-o", ""], "it is empty"),
+        (["--format", "torch", "-o", "/proc/x"], "cannot write to /proc"),
+        (["--format", "torch", "-o", "/dev/null/x"], "cannot write to /dev/null"),
+        (["--format", "torch", "-o", "a.pt", "--force"], "a.pt has no manifest.json"),
+        (["--format", "torch", "-o", ".", "--force"], "has no manifest.json"),
+        (["--format", "torch", "-o", "link", "--force"], "link has no manifest.json"),
         (["--format", "torch", "-o", "a.pt/x"], "cannot write to a.pt"),
         (["--format", "torch", "-o", "/proc/x/y"], "cannot write to /proc/x"),
         (["--format", "torch", "-o", "link"], "link exists already"),

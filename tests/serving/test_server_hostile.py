@@ -69,9 +69,28 @@ def test_what_never_reached_a_path_is_logged_and_counted(
     ]
 
 
+@pytest.mark.parametrize("requests", [1, 3])
+def test_who_ends_its_side_after_the_request_is_answered(requests: int) -> None:
+    """Close the connection only after the answer, as `nc -N` expects."""
+    model = FakeRecommender()
+    with running_server(model) as server:
+        model.gate.clear()
+        with socket.create_connection((HOST, server.port), timeout=10) as client:
+            client.sendall(REQUEST * requests)
+            client.shutdown(socket.SHUT_WR)
+            wait_for(lambda: len(model.calls) > 0)
+            time.sleep(0.05)
+            model.gate.set()
+            found = b""
+            while chunk := client.recv(1 << 16):  # until the server closes
+                found += chunk
+        assert found.count(b"HTTP/1.1 200") == requests
+
+
 def test_who_is_gone_before_the_turn_comes_is_not_computed(
-    capfd: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("tron_cli.serving.protocol.HALF_CLOSE_SECONDS", -1.0)
     model = FakeRecommender()
     with running_server(model, access_log=True) as server:
         model.calls.clear()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from typing import Annotated
@@ -64,7 +65,17 @@ def main() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 -- as long as the process
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
-    sys.exit(_run([word for word in arguments if word != "--debug"], debug))
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        code = _run([word for word in arguments if word != "--debug"], debug)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    sys.exit(code)
+
+
+def _stop(number: int, _: object) -> None:
+    """End with the usual exit code of a signal, after half-written files have been removed."""
+    raise SystemExit(128 + number)
 
 
 def _run(arguments: list[str], debug: bool) -> int:

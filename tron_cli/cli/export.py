@@ -35,6 +35,9 @@ def export(
         Literal["float32", "float16", "int8"],
         typer.Option(help="Number format in which the file holds the item tables."),
     ] = "float32",
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an earlier export in that folder.")
+    ] = False,
     plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
@@ -44,7 +47,7 @@ def export(
     """
     from tron_cli.serving.export import export as write
 
-    written = write(checkpoint, format=format, output=output, table=table)
+    written = write(checkpoint, format=format, output=output, table=table, force=force)
     if as_json:
         print(json.dumps(written))
         return

@@ -38,13 +38,19 @@ _EMPTY = {
 
 
 def export(
-    path: Path, *, format: str, output: Path | None = None, table: str = "float32"
+    path: Path,
+    *,
+    format: str,
+    output: Path | None = None,
+    table: str = "float32",
+    force: bool = False,
 ) -> dict[str, Any]:
     """Write a checkpoint, or the best one of a run folder, into a new folder; return its manifest.
 
     format: one of FORMATS. table: one of TABLES, in which item tables are kept. output: the
-    folder; None: METHOD-DATASET-FORMAT in the current one. Raises InputError where the checkpoint
-    cannot be exported or the folder exists, and RunError where writing fails.
+    folder; None: METHOD-DATASET-FORMAT in the current one. force: replace an earlier export, once
+    the new one is complete. Raises InputError where the checkpoint cannot be exported or the folder
+    exists, and RunError where writing fails.
     """
     _check_packages(format)
     checkpoint = load_checkpoint(path)
@@ -66,7 +72,7 @@ def export(
         )
     if output is None:
         output = Path(f"{config.method}-{config.dataset_name}-{format}")
-    with _new_folder(output) as folder:
+    with _new_folder(output, force=force) as folder:
         _write_model(checkpoint, folder / _MODEL_FILE[format], format, table)
         _write_items(checkpoint, folder)
         _write_json(folder / "config.json", dataclasses.asdict(config))
@@ -87,30 +93,45 @@ def _check_packages(format: str) -> None:
 
 
 @contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
+def _new_folder(path: Path, *, force: bool) -> Iterator[Path]:
     """Yield an empty folder that is renamed to `path` if the block ends without an error."""
     try:
-        _check_absent(path)
+        _check_free(path, force)
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {path.parent}: {error}") from error
-    partial = path.with_name(f".{path.name}.partial")
+    partial, replaced = (path.with_name(f".{path.name}.{end}") for end in ("partial", "replaced"))
     with locked(path.with_name(f".{path.name}.lock"), path, "name another --output"):
-        _check_absent(path)  # again: another process may have written it meanwhile
+        if replaced.exists() and not path.exists():  # by a process that was killed
+            replaced.rename(path)
+        _check_free(path, force)  # again: another process may have written it meanwhile
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         try:
             partial.mkdir()
             yield partial
+            if path.exists():
+                path.rename(replaced)
             partial.rename(path)
         except OSError as error:
             raise RunError(f"cannot write {path}: {error}") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            if path.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _check_absent(path: Path) -> None:
-    if path.exists() or path.is_symlink():
-        raise InputError(f"{path} exists already; remove it, or name another --output")
+def _check_free(path: Path, force: bool) -> None:
+    if not path.exists() and not path.is_symlink():
+        return
+    if not force:
+        raise InputError(
+            f"{path} exists already; pass --force to replace it, or name another --output"
+        )
+    if path.is_symlink() or not (path / "manifest.json").is_file():
+        raise InputError(
+            f"--force replaces folders that tron export wrote, and {path} has no manifest.json; "
+            "name another --output"
+        )
 
 
 def _write_model(checkpoint: Checkpoint, file: Path, format: str, table: str) -> None:

@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 RECEIVE_SECONDS = 10.0  # for a request to arrive, and for an answer to be sent
+HALF_CLOSE_SECONDS = 0.2  # after a request, in which a client may end its side and be answered
 MAX_HEAD = 1 << 16  # bytes
 # Longer than proxies keep idle connections: one that is closed just when a proxy sends its next
 # request loses it.
@@ -29,6 +30,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _deadline: asyncio.TimerHandle | None = None
     _write_deadline: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _received_at = 0.0
     _running: RequestResponseCycle | None = None
     _fault = "this is not a valid HTTP/1.1 request"
 
@@ -63,9 +65,23 @@ class BoundedProtocol(HttpToolsProtocol):
             if abandon := cycle.scope["state"].pop("abandon", None):
                 abandon()
 
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn returns None, for False
+        """Return True to keep a connection whose client sends no more but waits for its answer.
+
+        A client that gives up looks the same, but later: tools that end their side do so at once.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            return False
+        if self.loop.time() - self._received_at > HALF_CLOSE_SECONDS:
+            return False
+        cycle.keep_alive = False  # the latest request, so that earlier ones are answered before
+        return True
+
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        self._received_at = self.loop.time()
         if b"pgrade" in data:
             # Java's client offers HTTP/2 that way, and the parser would take no body after it.
             data = _UPGRADE.sub(b"\r\nx-asked:", data)
