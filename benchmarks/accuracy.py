@@ -66,7 +66,9 @@ EXPERIMENTS = {
         "ml1m", "TRON, positions=start", "config_ml1m", ("positions=start",)
     ),
     "ml1m-sasrec": Experiment("ml1m", "SASRec, BCE, 1 negative", "config_ml1m_sasrec"),
+    "beauty-bsarec": Experiment("beauty", "BSARec", "config_beauty_bsarec"),
 }
+_LAST_ITEM = ("ml1m", "beauty")
 
 
 def run(name: str, data_dir: Path, output_dir: Path) -> Path:
@@ -75,7 +77,7 @@ def run(name: str, data_dir: Path, output_dir: Path) -> Path:
     run_dir = output_dir / name
     train = ["train", "--config", experiment.config, *experiment.overrides]
     # All events of long sessions, as in the published session-based figures.
-    whole = ["--full-sessions"] if experiment.dataset != "ml1m" else []
+    whole = [] if experiment.dataset in _LAST_ITEM else ["--full-sessions"]
     where = ["--data-dir", str(data_dir)]
     path = RESULTS / f"{name}.json"
     started = output_dir / f"{name}.started.json"
