@@ -120,7 +120,7 @@ def test_every_command_of_the_tutorial_runs(tmp_path: Path, environment: dict[st
 
 
 def check_nights(shop: Path, environment: dict[str, str], metrics: str) -> None:
-    """Run the script of every night, and once more on a log that lacks a column."""
+    """Run the script of every night, and again on damaged logs."""
     (script,) = [block for language, block in BLOCKS if language == "sh"]
     (shop / "retrain.sh").write_text(script.replace("max_epochs=20", "max_epochs=1"))
     line = page_line("15 3 ")
@@ -137,7 +137,9 @@ def check_nights(shop: Path, environment: dict[str, str], metrics: str) -> None:
     while 'tron_reloads_total{outcome="done"} 1' not in urlopen(metrics).read().decode():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    (shop / "events.csv").write_text("session,item\nv1,SKU-1\n")
-    done = subprocess.run(nightly, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert (shop / "runs" / "current").resolve() == current
+    # Without a column, and with more bad lines than good ones.
+    for log in ("session,item\nv1,SKU-1\n", "session,item,time\n" + "v1,SKU-1\n" * 9):
+        (shop / "events.csv").write_text(log)
+        done = subprocess.run(nightly, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert (shop / "runs" / "current").resolve() == current
