@@ -429,7 +429,7 @@ def test_bad_choices_exit_with_2_and_a_sentence(
         ([first], "at least two checkpoints to compare, got 1"),
         ([first, second, "--reference", 3], "expected 1 to 2, got 3"),
         ([first, second, "--reference", 0], "expected 1 to 2, got 0"),
-        ([first, foreign], "different catalogues: 60 items are in one"),
+        ([first, foreign], "different catalogues, with 60 items in only one"),
         ([first, tmp_path / "none.pt"], "no checkpoint at"),
         ([first, second, "--dataset", "nowhere"], "no prepared dataset"),
         ([first, second, "--metrics", "HR@5"], "did you mean R@5"),

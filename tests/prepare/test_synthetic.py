@@ -197,7 +197,7 @@ def test_same_seed_same_shop(dataset: Dataset, tmp_path: Path) -> None:
 
 
 def test_too_few_sessions_are_refused_and_leave_nothing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="do not show"):
+    with pytest.raises(InputError, match="never occur"):
         prepare(tmp_path, sessions=1000)
     assert list(tmp_path.iterdir()) == []
 

@@ -464,7 +464,9 @@ def test_a_signal_leaves_nothing_behind(
     number: int, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     script = (
-        "import os, sys\n"
+        "import os, signal, sys\n"
+        # A shell starts its background jobs with SIGINT ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tron_cli.serving import export\n"
         f"export._manifest = lambda *a: os.kill(os.getpid(), {int(number)})\n"
         "from tron_cli.cli import main\n"

@@ -8,16 +8,24 @@ from typing import Annotated
 
 import typer
 
-from tron_cli.cli.options import DATASETS, AsJson, DataDir, Device, Plugins
+from tron_cli.cli.options import DATASETS, AsJson, DataDir, Device, OutputDir, Plugins, given_path
 
 
 def mix(
-    network: Annotated[Path, typer.Argument(help="Checkpoint or run of a network.")],
-    knn: Annotated[Path, typer.Argument(help="Checkpoint or run of model=session_knn.")],
+    network: Annotated[
+        Path,
+        typer.Argument(
+            parser=given_path, metavar="NETWORK", help="Checkpoint or run of a network."
+        ),
+    ],
+    knn: Annotated[
+        Path,
+        typer.Argument(
+            parser=given_path, metavar="KNN", help="Checkpoint or run of model=session_knn."
+        ),
+    ],
     data_dir: DataDir = DATASETS,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="Folder for the run's folder; default: runs.")
-    ] = None,
+    output_dir: OutputDir = None,
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
     plugin: Plugins = None,
     device: Device = "auto",

@@ -69,6 +69,12 @@ DataDir = Annotated[
         "--data-dir", parser=given_path, metavar="PATH", help="Folder of the prepared datasets."
     ),
 ]
+OutputDir = Annotated[
+    Path | None,
+    typer.Option(
+        parser=given_path, metavar="PATH", help="Folder for the run's folder; default: runs."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Overrides = Annotated[

@@ -14,6 +14,7 @@ from tron_cli.cli.options import (
     AsJson,
     DataDir,
     Device,
+    OutputDir,
     Overrides,
     Plugins,
     config_names,
@@ -27,12 +28,7 @@ def train(
         str | None, typer.Option(help=CONFIG_HELP, autocompletion=config_names)
     ] = None,
     data_dir: DataDir = DATASETS,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option(
-            parser=given_path, metavar="PATH", help="Folder for the run's folder; default: runs."
-        ),
-    ] = None,
+    output_dir: OutputDir = None,
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
     resume: Annotated[
         Path | None, typer.Option(parser=given_path, metavar="RUN", help="Run folder to resume.")
