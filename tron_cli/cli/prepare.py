@@ -191,7 +191,7 @@ def sequences(
     lines: Annotated[
         Literal["items", "user-items", "user-item"],
         typer.Option(
-            help="What a line holds: a session, a user and a history, or a user and one event."
+            help="Content of a line: a session, a user and a history, or a user and one event."
         ),
     ] = "items",
     val_users: LeaveOneOutUsers = None,

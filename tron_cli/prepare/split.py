@@ -21,7 +21,7 @@ Rule = Callable[[Sessions, float], np.ndarray]
 
 
 ValUsers = int | Literal["all"]
-"""How many users validate, each on the second last event of the history."""
+"""Number of users that validate, each on the second last event of the history."""
 
 
 @dataclass(frozen=True)
