@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import zipfile
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.datasets import tiny_settings, write_dataset
+from helpers.checkpoints import random_checkpoint
+from helpers.datasets import cyclic_sessions, tiny_settings, write_dataset
+from safetensors.numpy import load_file
 
 from tron_cli.checkpoint import (
     Checkpoint,
@@ -62,6 +65,63 @@ def test_a_model_may_map_its_weights_without_a_copy(tmp_path: Path) -> None:
     with torch.no_grad():
         model.item_table[2] += 1
     assert (tmp_path / "a.pt").read_bytes() == before
+
+
+def stored_in_half(path: Path, target: Path) -> Path:
+    content = torch.load(path, weights_only=True)
+    content["weights"] = {
+        name: values.half() if values.dtype == torch.float32 else values
+        for name, values in content["weights"].items()
+    }
+    torch.save(content, target)
+    return target
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_weights_stored_in_half_precision_are_computed_with_in_float32(
+    mapped: bool, tmp_path: Path
+) -> None:
+    model, _ = save(tmp_path / "a.pt")
+    found = load_checkpoint(stored_in_half(tmp_path / "a.pt", tmp_path / "half.pt"))
+    rebuilt = found.build_model(torch.device("cpu"), mapped=mapped).state_dict()
+    for name, values in model.state_dict().items():
+        rounded = torch.from_numpy(values.numpy().astype(np.float16).astype(np.float32))
+        assert rebuilt[name].dtype == torch.float32
+        assert torch.equal(rebuilt[name], rounded)
+
+
+@pytest.mark.parametrize("changes", [{}, {"reuse_item_embeddings": False}, {"score": "cosine"}])
+def test_every_command_reads_half_precision_as_the_rounded_weights(
+    changes: dict[str, Any], tmp_path: Path, command: Any
+) -> None:
+    """Figures, run files, lists and exports equal those of the same numbers stored as float32."""
+    data = write_dataset(tmp_path, train=cyclic_sessions(30, 1), test=cyclic_sessions(20, 2))
+    random_checkpoint(data, tmp_path / "a.pt", torch_seed=1, **changes)
+    half = stored_in_half(tmp_path / "a.pt", tmp_path / "half.pt")
+    content = torch.load(half, weights_only=True)
+    content["weights"] = {
+        name: values.float() if values.dtype == torch.float16 else values
+        for name, values in content["weights"].items()
+    }
+    torch.save(content, tmp_path / "rounded.pt")
+    found = []
+    for name in ("half", "rounded"):
+        file = tmp_path / f"{name}.pt"
+        words = ["evaluate", file, "--data-dir", tmp_path, "--run", tmp_path / "run", "--json"]
+        report = json.loads(run(command, *words))
+        lists = run(command, "recommend", file, "--history", "101 105", "--scores")
+        similar = run(command, "similar", file, "103")
+        run(command, "export", file, "--format", "safetensors", "--output", tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        exported = {key: values.tolist() for key, values in tensors.items()}
+        found.append((report["metrics"], (tmp_path / "run").read_text(), lists, similar, exported))
+    assert found[0] == found[1]
+
+
+def run(command: Any, *words: object) -> str:
+    code, out, err = command(*words)
+    assert code == 0, err
+    return out
 
 
 @pytest.mark.parametrize(

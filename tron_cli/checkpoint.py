@@ -39,9 +39,12 @@ _WITH_KNN = "+session_knn"  # of a mixed model
 class Checkpoint:
     """Content of a checkpoint file.
 
-    weights: those to evaluate; with ema_decay, the average. training: the state that resuming
-    needs, empty in a best checkpoint; with ema_decay, its "weights" are those to train on. origin:
-    records of what the weights come from besides the training sessions, such as "init_from".
+    weights: those to evaluate; with ema_decay, the average. A published file may store them as
+    float16; `build_model` returns a float32 network with these rounded values. training: the state
+    that resuming needs, empty in a best checkpoint; with ema_decay, its "weights" are those to
+    train on. origin: records of what the weights come from besides the training sessions, such as
+    "init_from".
+
     popularity: int64 [I + 1], training events of each item; None in files of earlier versions. knn:
     a session-kNN whose votes are added to the scores of a network: "weight", "settings" (its own)
     and "arrays"; None in all files but those of `tron mix`.
@@ -138,12 +141,15 @@ class Checkpoint:
     ) -> Model:
         """Return the model with its weights just as they were when the file was written.
 
-        mapped: they are `weights`, not copies. to_resume: they are those to train on.
+        mapped: they are `weights`, not copies, unless these are stored in half precision; the
+        model computes with float32 weights in both cases. to_resume: they are those to train on.
         """
         weights = self.training.get("weights", self.weights) if to_resume else self.weights
         with torch.device("meta"):  # no random weights, only to be replaced
             model = build_model(self.config, self.dataset["num_items"])
-        self._check_shapes(weights, model.state_dict())
+        expected = model.state_dict()
+        weights = _widened(weights, expected)
+        self._check_shapes(weights, expected)
         if not mapped:
             model.to_empty(device=device)
         model.load_state_dict(weights, assign=mapped)
@@ -172,6 +178,20 @@ class Checkpoint:
             lines = self.item_ids.numpy().tobytes().decode().split("\n")
             return np.array(lines[:-1], dtype=object)
         return self.item_ids.numpy()
+
+
+def _widened(
+    weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return float32 in place of weights that are stored as float16."""
+    return {
+        name: values.float()
+        if values.dtype == torch.float16
+        and name in expected
+        and expected[name].dtype == torch.float32
+        else values
+        for name, values in weights.items()
+    }
 
 
 def checkpoint_name(
