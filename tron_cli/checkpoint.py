@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import zipfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ from tron_cli.errors import InputError, RunError
 from tron_cli.files import LAST as LAST  # which was defined here
 from tron_cli.files import best_checkpoint, written_aside
 from tron_cli.models.base import Model, build_model
+from tron_cli.models.mixed import MixedNetworks
 from tron_cli.ops import row_adam
 from tron_cli.registry import BASELINES, settings_of
 
 FORMAT_VERSION = 1
-_WITH_KNN = "+session_knn"  # of a mixed model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,11 @@ class Checkpoint:
     train on. origin: records of what the weights come from besides the training sessions, such as
     "init_from".
 
-    popularity: int64 [I + 1], training events of each item; None in files of earlier versions. knn:
-    a session-kNN whose votes are added to the scores of a network: "weight", "settings" (its own)
-    and "arrays"; None in all files but those of `tron mix`.
+    popularity: int64 [I + 1], training events of each item; None in files of earlier versions.
+
+    Files of `tron mix` have one or both of these. knn: a session-kNN whose votes are added to the
+    scores: "weight", "settings" (its own) and "arrays". networks: the configurations of several
+    networks, whose scores are averaged; `config` is the first of them.
 
     The tensors are mapped: they are read when they are used, and as long as they exist the file
     occupies its space on the disk, even if it is deleted.
@@ -65,11 +68,30 @@ class Checkpoint:
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     popularity: torch.Tensor | None = None
     knn: dict[str, Any] | None = None
+    networks: tuple[ExperimentConfig, ...] = ()
+
+    @property
+    def configs(self) -> tuple[ExperimentConfig, ...]:
+        """Configurations of all networks, or of the baseline."""
+        return self.networks or (self.config,)
+
+    @property
+    def is_mixed(self) -> bool:
+        """True if `tron mix` wrote it."""
+        return bool(self.networks) or self.knn is not None
+
+    @property
+    def parts(self) -> list[str]:
+        """Files that a mixed model was made of, as they were called."""
+        mixed = self.origin.get("mixed", {})
+        # Earlier versions mixed a single "network".
+        records = [*mixed.get("networks", []), mixed.get("network"), mixed.get("session_knn")]
+        return [record["file"] for record in records if record]
 
     @property
     def method(self) -> str:
-        """Name of what was trained, such as tron, or tron+session_knn for a mixed model."""
-        return self.config.method + _WITH_KNN * (self.knn is not None)
+        """Name of what was trained, such as tron, or 2xtron+session_knn for a mixed model."""
+        return method_of(self.configs, with_knn=self.knn is not None)
 
     def build_model(self, device: torch.device, *, mapped: bool = False) -> Any:
         """Return the `Model` with its weights, ready to evaluate, or the `Baseline`, on the CPU.
@@ -146,7 +168,8 @@ class Checkpoint:
         """
         weights = self.training.get("weights", self.weights) if to_resume else self.weights
         with torch.device("meta"):  # no random weights, only to be replaced
-            model = build_model(self.config, self.dataset["num_items"])
+            models = [build_model(config, self.dataset["num_items"]) for config in self.configs]
+            model = MixedNetworks(models) if self.networks else models[0]
         expected = model.state_dict()
         weights = _widened(weights, expected)
         self._check_shapes(weights, expected)
@@ -194,6 +217,13 @@ def _widened(
     }
 
 
+def method_of(configs: Sequence[ExperimentConfig], *, with_knn: bool = False) -> str:
+    """Return the methods of a model's networks, each once with their number, and session_knn."""
+    counts = Counter(config.method for config in configs)
+    names = [f"{count}x{name}" if count > 1 else name for name, count in counts.items()]
+    return "+".join([*names, "session_knn"] if with_knn else names)
+
+
 def checkpoint_name(
     config: ExperimentConfig,
     step: int,
@@ -201,19 +231,20 @@ def checkpoint_name(
     *,
     final: bool = False,
     knn_weight: float | None = None,
+    networks: Sequence[ExperimentConfig] = (),
 ) -> str:
     """Return a name such as tron-otto-step=12000-loss=ssm-negs=16384+127-...-R@20=0.4720.pt.
 
     final: trained on validation sessions too, which the name then says. knn_weight: of a mixed
-    model's session-kNN.
+    model's session-kNN. networks: a mixed model's, if several.
     """
     is_mixed = knn_weight is not None
-    parts = [config.method + _WITH_KNN * is_mixed, config.dataset_name]
+    parts = [method_of(networks or (config,), with_knn=is_mixed), config.dataset_name]
     if config.is_baseline:
         settings = settings_of(BASELINES[config.model], config, num_items=0)
         own = settings.keys() - {"num_items", "sequence_length"}
         parts += [f"{name}={_shown(settings[name])}" for name in sorted(own)]
-    else:
+    elif not networks:  # the settings of each are its own
         parts += _settings_of_training(config, step)
     if is_mixed:
         parts.append(f"knn_weight={knn_weight:g}")
@@ -280,13 +311,12 @@ def save_checkpoint(
     origin: Mapping[str, Any] | None = None,
     popularity: torch.Tensor | None = None,
     knn: dict[str, Any] | None = None,
+    networks: Sequence[ExperimentConfig] = (),
 ) -> None:
     """Write a checkpoint atomically. Raises RunError where that fails."""
-    settings = dataclasses.asdict(config)
-    settings["metrics"] = list(config.metrics)
     content = {
         "format_version": FORMAT_VERSION,
-        "config": settings,
+        "config": _settings(config),
         "weights": _on_cpu(model.state_dict()),
         "step": step,
         "epoch": epoch,
@@ -300,6 +330,8 @@ def save_checkpoint(
         content["popularity"] = popularity
     if knn is not None:
         content["knn"] = knn
+    if networks:
+        content["networks"] = [_settings(each) for each in networks]
     try:
         with written_aside(path, "wb") as file:
             torch.save(content, file)  # a zip file with checksums, which load_checkpoint compares
@@ -308,6 +340,10 @@ def save_checkpoint(
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError where a disk is full
         reason = str(error).splitlines()[0]
         raise RunError(f"cannot write {path} ({reason}); make room for it") from error
+
+
+def _settings(config: ExperimentConfig) -> dict[str, Any]:
+    return {**dataclasses.asdict(config), "metrics": list(config.metrics)}
 
 
 def _on_cpu(state: Mapping[str, torch.Tensor | np.ndarray]) -> dict[str, torch.Tensor]:
@@ -349,7 +385,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     del content["format_version"]
     content.setdefault("origin", {})  # saved only if it is not empty
     expected = {field.name for field in dataclasses.fields(Checkpoint)} - {"path"}
-    wrong = ", ".join(sorted((set(content) ^ expected) - {"popularity", "knn"}))
+    wrong = ", ".join(sorted((set(content) ^ expected) - {"popularity", "knn", "networks"}))
     if wrong:
         raise InputError(f"{path} is not a whole tron checkpoint: {wrong} missing or unknown")
     flaw = _flaw(content)
@@ -357,6 +393,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"{path} is not a whole tron checkpoint: {flaw}")
     try:
         config = config_from_dict(content.pop("config"))
+        networks = tuple(config_from_dict(each) for each in content.pop("networks", ()))
     except UnnamedCodeError as error:
         raise UnnamedCodeError(f"{path} needs {error}") from error
     except (InputError, TypeError) as error:
@@ -366,7 +403,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
     if config.is_baseline:
         content["popularity"] = content["weights"].get("popularity")
-    return Checkpoint(path=path, config=config, **content)
+    return Checkpoint(path=path, config=config, networks=networks, **content)
 
 
 def damaged_part(path: Path) -> str | None:
@@ -387,6 +424,9 @@ def _flaw(content: dict[str, Any]) -> str | None:
     for name, kind in kinds.items():
         if not isinstance(content[name], kind):
             return f"{name} is no {kind.__name__}"
+    networks = content.get("networks", [])
+    if not isinstance(networks, list) or not all(isinstance(each, dict) for each in networks):
+        return "its networks are not a list of configurations"
     if not all(isinstance(values, torch.Tensor) for values in content["weights"].values()):
         return "its weights are not all tensors"
     training = content["training"]

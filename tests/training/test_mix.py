@@ -258,7 +258,7 @@ def test_validation_chooses_the_weight(data: Dataset, tmp_path: Path) -> None:
         values = {name: figure.value for name, figure in report.metrics.items()}
         assert values == pytest.approx(result.metrics_by_weight[weight], abs=1e-12)
     origin = json.loads((result.run_dir / "origin.json").read_text())["mixed"]
-    assert origin["network"]["file"] == str(network)
+    assert origin["networks"][0]["file"] == str(network)
     compared = tron_cli.compare([result.run_dir, network, knn], dataset=data, device="cpu")
     assert len(compared.models) == 3
 
@@ -287,12 +287,11 @@ def test_parts_that_do_not_fit_are_refused_in_a_sentence(data: Dataset, tmp_path
     random_checkpoint(other, elsewhere, model="session_knn")
     both = mixed(data, tmp_path).path
     refused = {
-        (network, network): "is model=sasrec; name the checkpoint of a network first",
-        (knn, knn): "is the baseline session_knn; name the checkpoint of a network first",
-        (knn, network): "is the baseline session_knn",
-        (network, popular): "is model=popular",
+        (network, network): f"{network} is named twice",
+        (knn, knn): "are session_knn, which boosts the scores of a network",
+        (network, popular): "is the baseline popular; name networks, and at most one session_knn",
         (network, elsewhere): r"different data: .*40 items.* and .*12 items",
-        (both, knn): f"mixed model already; name the network that it was made of, {network}",
+        (both, knn): f"mixed model already; name what it was made of: {network} {knn}",
         (network, tmp_path / "nothing.pt"): "no checkpoint at",
     }
     for pair, sentence in refused.items():
@@ -321,7 +320,7 @@ def test_final_models_last_weights_and_export_are_refused(data: Dataset, tmp_pat
     found = mixed(data, tmp_path)
     with pytest.raises(InputError, match="is a mixed model, and only networks can be exported"):
         export(found.path, format="torch", output=tmp_path / "exported")
-    with pytest.raises(InputError, match="is a mixed model, of which only the network"):
+    with pytest.raises(InputError, match="is a mixed model, which `tron mix` makes of"):
         final_start(found.path, data.path.parent)
     network, knn = tmp_path / "network.pt", tmp_path / "knn.pt"
     content = torch.load(network, weights_only=True)

@@ -36,7 +36,9 @@ def checked(function: Callable[Arguments, Result]) -> Callable[Arguments, Result
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         hints = typing.get_type_hints(function, include_extras=True)
         for name, value in signature.bind(*args, **kwargs).arguments.items():
-            check(name, value, hints[name])
+            is_many = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+            for each in value if is_many else [value]:
+                check(name, each, hints[name])
         return function(*args, **kwargs)
 
     return call

@@ -1,4 +1,4 @@
-"""`tron mix`: join a network and session-kNN in one model."""
+"""`tron mix`: join networks, and session-kNN, in one model."""
 
 from __future__ import annotations
 
@@ -12,16 +12,12 @@ from tron_cli.cli.options import DATASETS, AsJson, DataDir, Device, OutputDir, P
 
 
 def mix(
-    network: Annotated[
-        Path,
+    parts: Annotated[
+        list[Path],
         typer.Argument(
-            parser=given_path, metavar="NETWORK", help="Checkpoint or run of a network."
-        ),
-    ],
-    knn: Annotated[
-        Path,
-        typer.Argument(
-            parser=given_path, metavar="KNN", help="Checkpoint or run of model=session_knn."
+            parser=given_path,
+            metavar="PART PART ...",
+            help="Checkpoints or runs of networks, and of at most one model=session_knn.",
         ),
     ],
     data_dir: DataDir = DATASETS,
@@ -31,16 +27,15 @@ def mix(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Join a network and session-kNN in one model.
+    """Join networks, and session-kNN, in one model.
 
-    The votes of session-kNN are added to the network's scores, by the weight that scores highest
-    on validation. The new checkpoint holds both.
+    The scores of several networks are averaged. The votes of session-kNN are added to them, by the
+    weight that scores highest on validation. The new checkpoint holds all parts, and costs as much
+    time and memory as all of them.
     """
     from tron_cli.api.mixing import mix as mix_parts
 
-    result = mix_parts(
-        network, knn, data_dir=data_dir, output_dir=output_dir, name=name, device=device
-    )
+    result = mix_parts(*parts, data_dir=data_dir, output_dir=output_dir, name=name, device=device)
     if not as_json:
         print(result.checkpoint)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def _read(
             f"--one-pass does not apply to model={config.model}, which predicts from a mask after "
             "each history, so that one pass predicts one event; leave it out"
         )
-    if options.one_pass and config.block == "bsarec":
+    if options.one_pass and any(each.block == "bsarec" for each in checkpoint.configs):
         raise InputError(
             "--one-pass does not apply to block=bsarec, whose filter shows each event the later "
             "ones, which are to be predicted; leave it out"
@@ -165,7 +166,7 @@ def _report(inputs: _Inputs, predictions: Predictions) -> dict[str, Any]:
     report = {
         "metrics": _metrics(inputs, predictions, report["left_out"]),
         "checkpoint": str(inputs.checkpoint.path),
-        "positions": _positions(inputs.checkpoint.config, options.one_pass),
+        "positions": _positions(inputs.checkpoint.configs, options.one_pass),
         **report,
     }
     if inputs.checkpoint.origin:
@@ -449,9 +450,13 @@ def _write_files(inputs: _Inputs, predictions: Predictions) -> None:
         write_event_table(options.per_event, predictions, item_ids, session_ids, user_ids)
 
 
-def _positions(config: ExperimentConfig, one_pass: bool) -> str:
-    settings = settings_of(REGISTERED["model"][config.model], config, num_items=0)
-    positions = settings.get("positions", "none")
+def _positions(configs: Sequence[ExperimentConfig], one_pass: bool) -> str:
+    entries = [REGISTERED["model"][config.model] for config in configs]
+    settings = [
+        settings_of(entry, config, num_items=0)
+        for entry, config in zip(entries, configs, strict=True)
+    ]
+    positions = " and ".join(dict.fromkeys(each.get("positions", "none") for each in settings))
     if one_pass:
         return f"{positions}, one pass over the whole session"
     return f"{positions}, each event from its own history"

@@ -97,7 +97,7 @@ def predict(
     check_weights(model)
     was_training = model.training
     model.eval()
-    with float32_arithmetic(model.item_table.device):
+    with float32_arithmetic(next(model.parameters()).device):
         catalogue = Catalogue(model.scored_table())
 
         def predictions() -> Iterator[tuple[Histories, np.ndarray, np.ndarray | None]]:
@@ -193,7 +193,7 @@ def _hidden(
     model: Model, block: Histories, rows: _Rows, batch_size: int
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Yield events of a block with their hidden states, from batches of rows of similar length."""
-    device = model.item_table.device
+    device = next(model.parameters()).device
     order = np.argsort(rows.length_R, kind="stable")
     for low in range(0, len(order), batch_size):
         some = rows[order[low : low + batch_size]]

@@ -55,6 +55,12 @@ class Model(nn.Module):
         """Return the `scored_rows` of rows 0 to num_items, without gradients."""
         return self.scored_rows(self.item_table.detach()[: self.num_items + 1])
 
+    def compared_rows(self) -> torch.Tensor:
+        """Return the embeddings [num_items + 1, D] whose cosine says how similar items are."""
+        rows_ID = self.item_embedding.weight.detach()[: self.num_items + 1]
+        # A shared table may have one more column, of biases.
+        return rows_ID[:, : getattr(self, "embedding_dim", rows_ID.shape[1])]
+
 
 def build_model(config: ExperimentConfig, num_items: int) -> Model:
     """Return the network that `config.model` names, initialized from torch's random state."""

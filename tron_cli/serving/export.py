@@ -60,10 +60,10 @@ def export(
             f"{checkpoint.path} is the baseline {config.model}, and only networks can be exported; "
             "use it with `tron recommend` or `tron serve`"
         )
-    if checkpoint.knn is not None:
+    if checkpoint.is_mixed:
         raise InputError(
             f"{checkpoint.path} is a mixed model, and only networks can be exported; use it with "
-            "`tron recommend` or `tron serve`, or export the network that it was made of"
+            "`tron recommend` or `tron serve`, or export a network that it was made of"
         )
     if not MODELS[config.model].path.startswith("tron_cli."):
         raise InputError(

@@ -232,9 +232,7 @@ class Recommender:
     @cached_property
     def _neighbors(self) -> CosineNeighbors:
         assert not isinstance(self._model, Baseline)
-        table = self._model.item_embedding.weight[: self.num_items + 1]
-        # A shared table may have one more column, of biases.
-        return CosineNeighbors(table[:, : getattr(self._model, "embedding_dim", table.shape[1])])
+        return CosineNeighbors(self._model.compared_rows())
 
     def check_options(
         self, k: int, filter_rated: bool | None, on_unknown: str, on_empty: str

@@ -64,10 +64,10 @@ def final_start(path: Path, data_dir: Path, init_from: Path | None = None) -> Fi
 
 def _check_validated(checkpoint: Checkpoint) -> None:
     path, config = checkpoint.path, checkpoint.config
-    if checkpoint.knn is not None:
+    if checkpoint.is_mixed:
         raise InputError(
-            f"{path} is a mixed model, of which only the network could be trained again; name the "
-            "run of the network, or of session_knn"
+            f"{path} is a mixed model, which `tron mix` makes of trained ones; train final models "
+            f"of its parts, and mix these: {' '.join(checkpoint.parts) or 'its networks'}"
         )
     if "final" in checkpoint.origin:
         raise InputError(f"{path} is of a final model already; name the run that it came from")

@@ -1,8 +1,10 @@
-"""`tron mix`: a network whose scores session-kNN boosts, by a weight that validation chooses."""
+"""`tron mix`: networks whose scores are averaged, and boosted by session-kNN."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,14 @@ import torch
 from tqdm import tqdm
 
 from tron_cli.baselines.knn_boost import KNNBoost, weighted
-from tron_cli.checkpoint import Checkpoint, checkpoint_name, dataset_identity, save_checkpoint
+from tron_cli.checkpoint import (
+    Checkpoint,
+    checkpoint_name,
+    dataset_identity,
+    method_of,
+    save_checkpoint,
+)
+from tron_cli.config import ExperimentConfig
 from tron_cli.data.dataset import Dataset
 from tron_cli.data.histories import count_predicted
 from tron_cli.data.integrity import sha256_of_file
@@ -26,8 +35,10 @@ from tron_cli.evaluation.predict import (
 )
 from tron_cli.evaluation.ranking import Catalogue
 from tron_cli.models.base import Model
+from tron_cli.models.mixed import MixedNetworks
+from tron_cli.registry import REGISTERED
 from tron_cli.training.run import RunFiles
-from tron_cli.training.validation import with_measures
+from tron_cli.training.validation import validate, with_measures
 
 # Boosts of the item with the most votes, in units of logits. 0 is the network alone; the last ones
 # rank most items with votes above all others.
@@ -36,60 +47,97 @@ WEIGHTS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 11.0, 16.0, 23.0, 32.0)
 log = logging.getLogger("tron")
 
 
-def mix(
-    network: Checkpoint, knn: Checkpoint, dataset: Dataset, run_dir: Path, device: torch.device
-) -> tuple[Path, dict[float, dict[str, float]]]:
-    """Write a checkpoint of both; return its path and the validation figures of each weight.
+@dataclass(frozen=True)
+class Parts:
+    """Checkpoints of a mixed model: one or more networks, and a session-kNN or none."""
 
-    The weight is the one with the highest val_metric of the network's config, the lowest of equals.
+    networks: tuple[Checkpoint, ...]
+    knn: Checkpoint | None
+
+
+def mix(
+    parts: Parts, dataset: Dataset, run_dir: Path, device: torch.device
+) -> tuple[Path, dict[float, dict[str, float]]]:
+    """Write a checkpoint of all parts; return its path and validation figures by kNN weight.
+
+    The weight is the one with the highest val_metric of the first network's config, the lowest of
+    equals. Without a session-kNN it is 0.
     """
-    config, measures = with_measures(network.config)
-    model = network.build_model(device)
-    fitted = knn.build_model(torch.device("cpu"))
-    origin = {
-        **network.origin,
-        "mixed": {"network": _record(network), "session_knn": _record(knn)},
-    }
+    first, knn = parts.networks[0], parts.knn
+    config, measures = with_measures(first.config)
+    configs = tuple(network.config for network in parts.networks)
+    models = [network.build_model(device) for network in parts.networks]
+    model = MixedNetworks(models).eval() if len(models) > 1 else models[0]
+    origin = _origin(parts)
     run = RunFiles(run_dir, config, origin)
     with run.logged():
-        log.info("%s and session_knn on %s", config.method, dataset.name)
-        rank, session_E = _ranks(
-            model,
-            KNNBoost(fitted, 1.0),
-            dataset,
-            filter_rated=config.filter_rated,
-            limit=max(measure["cutoff"] for measure in measures),
-            batch_size=config.eval_batch_size,
-        )
-        values = {
-            weight: {
-                name: figure.value for name, figure in score(rank_E, session_E, measures).items()
-            }
-            for weight, rank_E in rank.items()
-        }
-        for weight, figures in values.items():
+        log.info("%s on %s", method_of(configs, with_knn=knn is not None), dataset.name)
+        if knn is None:
+            values = {0.0: validate(model, dataset.checked_split("val"), dataset, config, measures)}
+        else:
+            values = _by_weight(model, knn, dataset, config, measures)
+        for weight, figures in values.items() if any(values.values()) else ():
             shown = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
-            log.info("weight %g: %s", weight, shown)
-            run.write_metrics(weight=weight, validation=figures)
-        best = max(values, key=lambda weight: values[weight][config.val_metric])
-        path = run_dir / checkpoint_name(config, network.step, values[best], knn_weight=best)
-        settings = {"knn_neighbors": fitted.neighbors, "knn_sample_size": fitted.sample_size}
+            log.info("%s: %s", "validation" if knn is None else f"weight {weight:g}", shown)
+            named = {} if knn is None else {"weight": weight}
+            run.write_metrics(**named, validation=figures)
+        best = max(values, key=lambda weight: values[weight].get(config.val_metric, 0.0))
+        step = sum(network.step for network in parts.networks)
+        networks = configs if len(configs) > 1 else ()
+        name = checkpoint_name(
+            config,
+            step,
+            values[best],
+            knn_weight=None if knn is None else best,
+            networks=networks,
+        )
+        known = [part.popularity for part in (*parts.networks, knn) if part is not None]
         save_checkpoint(
-            path,
+            run_dir / name,
             config=config,
+            networks=networks,
             model=model,
-            step=network.step,
-            epoch=network.epoch,
+            step=step,
+            epoch=max(network.epoch for network in parts.networks),
             metrics=values[best],
-            dataset=network.dataset,
-            item_ids=network.item_ids,
+            dataset=first.dataset,
+            item_ids=first.item_ids,
             training={},
             origin=origin,
-            popularity=network.popularity if knn.popularity is None else knn.popularity,
-            knn={"weight": best, "settings": settings, "arrays": dict(knn.weights)},
+            popularity=next((counts for counts in known if counts is not None), None),
+            knn=None if knn is None else _kept(knn, best),
         )
-        log.info("checkpoint, with weight %g: %s", best, path)
-    return path, values
+        log.info("checkpoint: %s", run_dir / name)
+    return run_dir / name, values
+
+
+def _kept(knn: Checkpoint, weight: float) -> dict[str, Any]:
+    """Return what the new checkpoint holds of a session-kNN."""
+    fitted = knn.build_model(torch.device("cpu"))
+    settings = {"knn_neighbors": fitted.neighbors, "knn_sample_size": fitted.sample_size}
+    return {"weight": weight, "settings": settings, "arrays": dict(knn.weights)}
+
+
+def _by_weight(
+    model: Model,
+    knn: Checkpoint,
+    dataset: Dataset,
+    config: ExperimentConfig,
+    measures: list[Any],
+) -> dict[float, dict[str, float]]:
+    """Return the validation figures of each weight of session-kNN."""
+    rank, session_E = _ranks(
+        model,
+        KNNBoost(knn.build_model(torch.device("cpu")), 1.0),
+        dataset,
+        filter_rated=config.filter_rated,
+        limit=max(measure["cutoff"] for measure in measures),
+        batch_size=config.eval_batch_size,
+    )
+    return {
+        weight: {name: figure.value for name, figure in score(rank_E, session_E, measures).items()}
+        for weight, rank_E in rank.items()
+    }
 
 
 def _ranks(
@@ -104,7 +152,7 @@ def _ranks(
     """Return the ranks of all validation events by weight, and their sessions, both int64 [E]."""
     sessions = dataset.checked_split("val")
     check_weights(model)
-    device = model.item_table.device
+    device = next(model.parameters()).device
     parts: dict[float, list[np.ndarray]] = {weight: [] for weight in WEIGHTS}
     session: list[np.ndarray] = []
     expected = count_predicted(sessions, window=model.sequence_length, protocol=dataset.protocol)
@@ -128,55 +176,115 @@ def _ranks(
     return {weight: np.concatenate(each) for weight, each in parts.items()}, np.concatenate(session)
 
 
-def check_parts(network: Checkpoint, knn: Checkpoint) -> None:
-    """Raise InputError where the checkpoints are not a network and a session-kNN of one dataset."""
-    if network.config.is_baseline:
+def sorted_parts(checkpoints: Sequence[Checkpoint]) -> Parts:
+    """Return the parts of a mixed model. Raises InputError where they are none."""
+    if len(checkpoints) < 2:
         raise InputError(
-            f"{network.path} is the baseline {network.config.model}; name the checkpoint of a "
-            "network first, and then that of session_knn"
+            f"expected two or more checkpoints to mix, got {len(checkpoints)}; name networks, and "
+            "at most one session_knn"
         )
-    if knn.config.model != "session_knn":
+    for part in checkpoints:
+        _check_part(part)
+    networks = tuple(part for part in checkpoints if not part.config.is_baseline)
+    baselines = [part for part in checkpoints if part.config.is_baseline]
+    if not networks:
         raise InputError(
-            f"{knn.path} is model={knn.config.model}; name the checkpoint of a network first, and "
-            "then that of session_knn, which `tron train model=session_knn` fits"
+            f"{baselines[0].path} and all other parts are session_knn, which boosts the scores of "
+            "a network; name the checkpoint of at least one network"
         )
-    if network.knn is not None:
+    if len(baselines) > 1:
         raise InputError(
-            f"{network.path} is a mixed model already; name the network that it was made of, "
-            f"{network.origin['mixed']['network']['file']}"
+            f"{baselines[0].path} and {baselines[1].path} are both session_knn; name at most one"
         )
-    if network.training:
+    _check_distinct(checkpoints)
+    _check_data(checkpoints)
+    for other in networks[1:]:
+        _check_alike(networks[0], other)
+    return Parts(networks, baselines[0] if baselines else None)
+
+
+def _check_part(part: Checkpoint) -> None:
+    if part.is_mixed:
         raise InputError(
-            f"{network.path} holds the latest weights of a run, not those that validation chose; "
+            f"{part.path} is a mixed model already; name what it was made of: "
+            f"{' '.join(part.parts) or 'its networks'}"
+        )
+    if part.config.is_baseline and part.config.model != "session_knn":
+        raise InputError(
+            f"{part.path} is the baseline {part.config.model}; name networks, and at most one "
+            "session_knn, which `tron train model=session_knn` fits"
+        )
+    if part.training:
+        raise InputError(
+            f"{part.path} holds the latest weights of a run, not those that validation chose; "
             "name the run's folder or its best checkpoint"
         )
-    for part in (network, knn):
-        if "final" in part.origin:
-            raise InputError(
-                f"{part.path} is a final model, trained on the validation sessions that would "
-                "choose the weight; name the run that it came from"
-            )
-    names = ("catalogue_fingerprint", "train_fingerprint")
-    if [network.dataset.get(name) for name in names] != [knn.dataset.get(name) for name in names]:
-        shown = [
-            f"{part.path} on {part.dataset['name']} ({part.dataset['num_items']:,} items)"
-            for part in (network, knn)
-        ]
+    if "final" in part.origin:
         raise InputError(
-            f"the two were trained on different data: {' and '.join(shown)}; train both on the "
-            "same prepared dataset"
+            f"{part.path} is a final model, trained on the validation sessions that would "
+            "choose the weight; name the run that it came from"
         )
 
 
-def check_dataset(network: Checkpoint, dataset: Dataset) -> None:
-    """Raise InputError where the dataset is not that of the network, or validates nothing."""
+def _check_distinct(checkpoints: Sequence[Checkpoint]) -> None:
+    paths: dict[str, Path] = {}
+    for part in checkpoints:
+        earlier = paths.setdefault(sha256_of_file(part.path), part.path)
+        if earlier is not part.path:
+            raise InputError(
+                f"{part.path} {_same(earlier, part.path)}, and a part counts once; name another"
+            )
+
+
+def _same(earlier: Path, path: Path) -> str:
+    is_path = earlier.resolve() == path.resolve()
+    return "is named twice" if is_path else f"has the same content as {earlier}"
+
+
+def _check_data(checkpoints: Sequence[Checkpoint]) -> None:
+    names = ("catalogue_fingerprint", "train_fingerprint")
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        if any(first.dataset.get(name) != other.dataset.get(name) for name in names):
+            shown = [
+                f"{part.path} on {part.dataset['name']} ({part.dataset['num_items']:,} items)"
+                for part in (first, other)
+            ]
+            raise InputError(
+                f"the two were trained on different data: {' and '.join(shown)}; train both on the "
+                "same prepared dataset"
+            )
+
+
+def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
+    """Raise InputError where two networks predict from, or filter, different histories."""
+    for name in ("sequence_length", "filter_rated"):
+        values = [getattr(part.config, name) for part in (first, other)]
+        if values[0] != values[1]:
+            raise InputError(
+                f"{first.path} has {name}={values[0]} and {other.path} {name}={values[1]}; mix "
+                "networks that share it"
+            )
+    masks = [REGISTERED["model"][part.config.model].masks_inputs for part in (first, other)]
+    if masks[0] != masks[1]:
+        masked, causal = (first, other) if masks[0] else (other, first)
+        raise InputError(
+            f"{masked.path} is model={masked.config.model}, which predicts from a mask after each "
+            f"history, and {causal.path} is model={causal.config.model}, which predicts from the "
+            "last event; mix networks of one kind"
+        )
+
+
+def check_dataset(parts: Parts, dataset: Dataset) -> None:
+    """Raise InputError where the dataset is not that of the parts, or cannot choose the weight."""
+    network = parts.networks[0]
     if network.dataset != dataset_identity(dataset):
         raise InputError(
             f"{network.path} was trained on another version of {dataset.path}; prepare the dataset "
             "as it was, or train again"
         )
     validation = dataset.checked_split("val")
-    if not count_predicted(
+    if parts.knn is not None and not count_predicted(
         validation, window=network.config.sequence_length, protocol=dataset.protocol
     ):
         raise InputError(
@@ -185,10 +293,20 @@ def check_dataset(network: Checkpoint, dataset: Dataset) -> None:
         )
 
 
+def _origin(parts: Parts) -> dict[str, Any]:
+    """Return the records that the new checkpoint keeps of its parts."""
+    mixed: dict[str, Any] = {"networks": [_record(network) for network in parts.networks]}
+    if parts.knn is not None:
+        mixed["session_knn"] = _record(parts.knn)
+    return {"mixed": mixed}
+
+
 def _record(part: Checkpoint) -> dict[str, Any]:
     return {
         "file": str(part.path),
         "sha256": sha256_of_file(part.path),
+        "method": part.method,
         "metrics": part.metrics,
         "step": part.step,
+        **({"origin": part.origin} if part.origin else {}),
     }

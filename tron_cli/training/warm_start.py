@@ -36,6 +36,11 @@ def start_from(
     kept_items, new_items and dropped_items. Raises InputError where the weights do not fit.
     """
     earlier = load_checkpoint(path)
+    if earlier.is_mixed:
+        raise InputError(
+            f"{earlier.path} is a mixed model, and a run starts from the weights of one network; "
+            f"name one that it was made of: {' '.join(earlier.parts) or 'its networks'}"
+        )
     _check_settings(earlier, model, config)
     old_ids = earlier.decoded_item_ids()
     old_of_new = torch.from_numpy(numbers_among(old_ids, dataset.item_ids)).long()

@@ -1,0 +1,197 @@
+"""Several networks as one: ranks and lists against the mean of their scores in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.checkpoints import random_checkpoint
+from helpers.datasets import random_sessions, write_dataset
+
+import tron_cli
+from tron_cli.checkpoint import load_checkpoint
+from tron_cli.data.dataset import Dataset, Sessions
+from tron_cli.data.histories import latest_histories
+from tron_cli.errors import InputError
+from tron_cli.evaluation.predict import hidden_states
+from tron_cli.models.base import Model
+from tron_cli.serving.recommender import Recommender
+
+NUM_ITEMS, FIRST_ID = 30, 1001
+ITEM_IDS = np.arange(FIRST_ID, FIRST_ID + NUM_ITEMS)
+
+MIXES: dict[str, list[dict[str, Any]]] = {
+    "one kind": [{}, {}],
+    "other widths and kinds": [
+        {"positions": "start"},
+        {"model": "gru4rec", "embedding_dim": 12},
+        {"model": "gsasrec", "output_bias": True},
+    ],
+    "cosine and dot": [{"score": "cosine", "score_scale": 7.0, "output_bias": True}, {}],
+    "masks": [{"model": "bert4rec"}, {"model": "bert4rec", "embedding_dim": 12}],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    rng = np.random.default_rng(5)
+    return write_dataset(
+        tmp_path_factory.mktemp("data"),
+        train=random_sessions(rng, 30, NUM_ITEMS),
+        val=random_sessions(rng, 10, NUM_ITEMS),
+        test=random_sessions(rng, 10, NUM_ITEMS, longest=12),
+        item_ids=ITEM_IDS,
+    )
+
+
+def networks(data: Dataset, folder: Path, kinds: list[dict[str, Any]], **common: Any) -> list[Path]:
+    """Save a network of each kind; many items tie in all of them."""
+    paths = [folder / f"part{number}.pt" for number in range(len(kinds))]
+    for seed, (path, changes) in enumerate(zip(paths, kinds, strict=True)):
+        random_checkpoint(data, path, torch_seed=seed, with_ties=True, **{**common, **changes})
+    return paths
+
+
+def mix(data: Dataset, folder: Path, *parts: Path, **options: Any) -> tron_cli.MixResult:
+    return tron_cli.mix(
+        *parts, data_dir=data.path.parent, output_dir=folder, name="mixed", device="cpu", **options
+    )
+
+
+@torch.inference_mode()
+def mean_scores(paths: list[Path], history: list[int]) -> np.ndarray:
+    """Return the mean of the scores of items 1.. by each network alone, float64 [I]."""
+    scores = []
+    for path in paths:
+        model: Model = load_checkpoint(path).build_model(torch.device("cpu"))
+        items = np.array(history, dtype=np.int32)
+        block = latest_histories(Sessions(items, np.array([0, len(items)])), model.sequence_length)
+        ((_, hidden_1D),) = hidden_states(model, block, 1)
+        scores.append((model.scored_table()[1:].double() * hidden_1D.double()).sum(dim=1).numpy())
+    # Scores that are equal in each network stay equal.
+    return np.round(np.mean(scores, axis=0), 6)
+
+
+@pytest.mark.parametrize("filter_rated", [False, True])
+@pytest.mark.parametrize("kind", MIXES)
+def test_ranks_and_lists_are_those_of_the_mean_of_the_scores(
+    kind: str, filter_rated: bool, data: Dataset, tmp_path: Path
+) -> None:
+    paths = networks(data, tmp_path, MIXES[kind], filter_rated=filter_rated)
+    result = mix(data, tmp_path, *paths)
+    table = tmp_path / "events.csv"
+    report = tron_cli.evaluate(result.checkpoint, dataset=data, device="cpu", per_event=table)
+    ranks = np.genfromtxt(table, delimiter=",", names=True)["rank"]
+    test = data.split("test")
+    served = Recommender.load(result.checkpoint)
+    expected = []
+    for session in test:
+        for event in range(max(1, len(session) - 6), len(session)):
+            history, target = session[:event].tolist(), int(session[event])
+            score = mean_scores(paths, history)
+            barred = set(history) if filter_rated else set()
+            order = sorted(
+                {*range(1, NUM_ITEMS + 1)} - barred, key=lambda item: (-score[item - 1], item)
+            )
+            ahead = sum(score[item - 1] >= score[target - 1] for item in order)
+            expected.append(np.nan if target in barred else ahead)
+            (here,) = served.recommend([ITEM_IDS[session[:event] - 1].tolist()], k=NUM_ITEMS)
+            assert here.items == ITEM_IDS[np.array(order) - 1].tolist()
+            np.testing.assert_allclose(here.scores, score[np.array(order) - 1], atol=2e-6)
+    np.testing.assert_array_equal(ranks, expected)
+    assert report.events == len(expected) >= 40
+
+
+def test_validation_figures_are_those_of_evaluate(data: Dataset, tmp_path: Path) -> None:
+    paths = networks(data, tmp_path, [{}, {"embedding_dim": 12}])
+    result = mix(data, tmp_path, *paths)
+    assert (result.weight, result.metrics_by_weight) == (None, {})
+    report = tron_cli.evaluate(result.run_dir, dataset=data, split="val", device="cpu")
+    values = {name: figure.value for name, figure in report.metrics.items()}
+    assert values == pytest.approx(result.metrics, abs=1e-12)
+    assert result.checkpoint.name == f"2xtron-tiny-R@5={result.metrics['R@5']:.4f}.pt"
+    found = load_checkpoint(result.checkpoint)
+    assert found.parts == [str(path) for path in paths]
+    compared = tron_cli.compare([result.run_dir, *paths], dataset=data, device="cpu")
+    assert compared.models["mixed"].metrics.keys() == report.metrics.keys()
+
+
+def test_a_network_mixed_with_its_equal_is_itself(data: Dataset, tmp_path: Path) -> None:
+    (path,) = networks(data, tmp_path, [{}])
+    twin = tmp_path / "twin.pt"
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "step": 6}, twin)
+    histories = [[1003, 1009], [1011]]
+    both = Recommender.load(mix(data, tmp_path, path, twin).checkpoint)
+    alone = Recommender.load(path)
+    assert both.recommend(histories) == alone.recommend(histories)
+    assert both.similar(1003).items == alone.similar(1003).items
+
+
+def test_what_does_not_fit_is_refused_in_a_sentence(data: Dataset, tmp_path: Path) -> None:
+    kinds: list[dict[str, Any]] = [
+        {}, {"embedding_dim": 12}, {"sequence_length": 5}, {"filter_rated": True},
+        {"model": "bert4rec"}, {"model": "session_knn"},
+        {"model": "session_knn", "knn_neighbors": 3},
+    ]  # fmt: skip
+    paths = [tmp_path / f"part{number}.pt" for number in range(len(kinds))]
+    for path, changes in zip(paths, kinds, strict=True):
+        random_checkpoint(data, path, **changes)
+    first, second, short, filtered, masked, knn, other_knn = paths
+    copy = tmp_path / "copy.pt"
+    copy.write_bytes(first.read_bytes())
+    mixed = mix(data, tmp_path, first, second).run_dir
+    refused = {
+        (): "expected two or more checkpoints to mix, got 0",
+        (first,): "expected two or more checkpoints to mix, got 1",
+        (first, second, first): f"{first} is named twice",
+        (first, second, copy): f"{copy} has the same content as {first}",
+        (knn, first, other_knn): "are both session_knn; name at most one",
+        (knn, other_knn): "name the checkpoint of at least one network",
+        (first, short): f"{first} has sequence_length=6 and {short} sequence_length=5",
+        (first, filtered): f"{first} has filter_rated=False and {filtered} filter_rated=True",
+        (first, masked): "model=bert4rec, which predicts from a mask after each history",
+        (masked, second): "model=bert4rec, which predicts from a mask after each history",
+        (first, mixed): f"is a mixed model already; name what it was made of: {first} {second}",
+    }
+    for parts, sentence in refused.items():
+        with pytest.raises(InputError) as caught:
+            tron_cli.mix(*parts, data_dir=data.path.parent, output_dir=tmp_path, name="new")
+        assert sentence in str(caught.value)
+        assert len(str(caught.value)) < 500
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_mix_is_not_trained(data: Dataset, tmp_path: Path) -> None:
+    paths = networks(data, tmp_path, [{}, {"embedding_dim": 12}])
+    mixed = mix(data, tmp_path, *paths).run_dir
+    places: dict[str, Any] = {"data_dir": data.path.parent, "device": "cpu"}
+    with pytest.raises(InputError, match="is a mixed model, which `tron mix` makes of trained"):
+        tron_cli.train(final=mixed, output_dir=tmp_path, **places)
+    config = load_checkpoint(paths[0]).config
+    with pytest.raises(InputError, match=f"name one that it was made of: {paths[0]} {paths[1]}"):
+        tron_cli.train(config, init_from=mixed, output_dir=tmp_path, **places)
+    with pytest.raises(InputError, match="nothing to resume"):
+        tron_cli.train(resume=mixed, **places)
+
+
+@pytest.mark.parametrize(
+    ("networks_", "sentence"),
+    [
+        ("both", "its networks are not a list of configurations"),
+        ([{"model": "sasrec"}, 3], "its networks are not a list of configurations"),
+        ([{"model": "sasrec", "dataset_name": "tiny"}], "do not fit its configuration"),
+        ([{"modell": "sasrec"}], "written by another version of tron"),
+    ],
+)
+def test_damaged_networks_are_refused(
+    networks_: Any, sentence: str, data: Dataset, tmp_path: Path
+) -> None:
+    path = mix(data, tmp_path, *networks(data, tmp_path, [{}, {}])).checkpoint
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "networks": networks_}, path)
+    with pytest.raises(InputError, match=sentence):
+        load_checkpoint(path).build_model(torch.device("cpu"))
