@@ -326,7 +326,7 @@ def test_final_models_last_weights_and_export_are_refused(data: Dataset, tmp_pat
     content = torch.load(network, weights_only=True)
     content["origin"] = {"final": {}}
     torch.save(content, tmp_path / "final.pt")
-    with pytest.raises(InputError, match="is a final model"):
+    with pytest.raises(InputError, match="is a final model, trained on the validation sessions"):
         tron_cli.mix(tmp_path / "final.pt", knn, data_dir=data.path.parent, output_dir=tmp_path)
 
 

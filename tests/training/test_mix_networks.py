@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.checkpoints import random_checkpoint
-from helpers.datasets import random_sessions, write_dataset
+from helpers.datasets import random_sessions, tiny_settings, write_dataset
 
 import tron_cli
 from tron_cli.checkpoint import load_checkpoint
+from tron_cli.config import ExperimentConfig
 from tron_cli.data.dataset import Dataset, Sessions
 from tron_cli.data.histories import latest_histories
 from tron_cli.errors import InputError
@@ -165,6 +166,80 @@ def test_what_does_not_fit_is_refused_in_a_sentence(data: Dataset, tmp_path: Pat
         assert not (tmp_path / "new").exists()
 
 
+def test_a_given_weight_is_not_chosen(data: Dataset, tmp_path: Path) -> None:
+    network, second = networks(data, tmp_path, [{}, {}])
+    knn = tmp_path / "knn.pt"
+    random_checkpoint(data, knn, model="session_knn")
+    chosen = mix(data, tmp_path / "chosen", knn, second, network)
+    given = mix(data, tmp_path / "given", network, knn, second, weight=3)
+    assert given.weight == 3
+    assert given.metrics_by_weight == {3.0: given.metrics}
+    assert given.metrics == chosen.metrics_by_weight[3.0]
+    name = f"2xtron+session_knn-tiny-knn_weight=3-R@5={given.metrics['R@5']:.4f}.pt"
+    assert given.checkpoint.name == name
+    for weight in (-1, 257, float("nan")):
+        with pytest.raises(InputError, match="weight must be from 0 to 256, got"):
+            mix(data, tmp_path / "no", network, knn, weight=weight)
+    with pytest.raises(InputError, match="weight is that of session-kNN, and no part is one"):
+        mix(data, tmp_path / "no", network, second, weight=3)
+
+
+def test_without_validation_networks_and_given_weights_are_mixed(tmp_path: Path) -> None:
+    rows = random_sessions(np.random.default_rng(8), 30, NUM_ITEMS)
+    data = write_dataset(tmp_path, train=rows, test=rows[:5], item_ids=ITEM_IDS)
+    paths = networks(data, tmp_path, [{}, {}])
+    random_checkpoint(data, tmp_path / "knn.pt", model="session_knn")
+    alone = mix(data, tmp_path / "a", *paths)
+    assert (alone.metrics, alone.checkpoint.name) == ({}, "2xtron-tiny.pt")
+    both = mix(data, tmp_path / "b", *paths, tmp_path / "knn.pt", weight=2)
+    assert both.metrics == {}
+    assert both.checkpoint.name == "2xtron+session_knn-tiny-knn_weight=2.pt"
+    assert tron_cli.evaluate(both.run_dir, dataset=data, device="cpu").events > 5
+
+
+def final_parts(data: Dataset, folder: Path) -> tuple[list[Path], list[Path]]:
+    """Train two networks and session-kNN, and a final model of each; return runs and finals."""
+    settings = tiny_settings(max_epochs=1)
+    kinds = [{}, {"embedding_dim": 4, "seed": 7}, {"model": "session_knn"}]
+    places: dict[str, Any] = {"data_dir": data.path.parent, "output_dir": folder, "device": "cpu"}
+    runs, finals = [], []
+    for number, changes in enumerate(kinds):
+        config = ExperimentConfig(**{**settings, **changes})
+        runs.append(tron_cli.train(config, name=f"run{number}", **places).run_dir)
+        finals.append(tron_cli.train(final=runs[-1], name=f"final{number}", **places).run_dir)
+    return runs, finals
+
+
+def test_final_models_are_mixed_without_validation(data: Dataset, tmp_path: Path) -> None:
+    runs, finals = final_parts(data, tmp_path)
+    result = mix(data, tmp_path / "a", *finals[:2])
+    assert (result.metrics, result.checkpoint.name) == ({}, "2xtron-tiny-final.pt")
+    with_knn = mix(data, tmp_path / "b", *finals, weight=2.5)
+    assert with_knn.checkpoint.name == "2xtron+session_knn-tiny-knn_weight=2.5-final.pt"
+    found = load_checkpoint(with_knn.checkpoint)
+    sources = [record["origin"]["final"]["file"] for record in found.origin["mixed"]["networks"]]
+    assert [Path(source).parent for source in sources] == runs[:2]
+    assert found.dataset == load_checkpoint(finals[0]).dataset
+    # A final session-kNN counts the validation sessions too.
+    assert found.popularity is not None
+    events = sum(len(data.split(split).items) for split in ("train", "val"))
+    assert int(found.popularity.sum()) == events
+    assert tron_cli.evaluate(with_knn.checkpoint, dataset=data, device="cpu").events == 40
+    refused: list[tuple[list[Path], str]] = [
+        (finals, "give it with --weight, as `tron mix` chose it for the runs that they came from"),
+        ([finals[0], runs[1]], "is a final model, trained on the validation sessions too, and"),
+        ([runs[0], finals[2]], "mix final models with each other"),
+    ]
+    for parts, sentence in refused:
+        with pytest.raises(InputError, match=sentence) as caught:
+            mix(data, tmp_path / "c", *parts)
+        assert len(str(caught.value)) < 500
+    with pytest.raises(InputError, match="trained on the val split of"):
+        tron_cli.evaluate(with_knn.checkpoint, dataset=data, split="val", device="cpu")
+    with pytest.raises(InputError, match="is a mixed model already"):
+        mix(data, tmp_path / "c", with_knn.checkpoint, finals[0])
+
+
 def test_a_mix_is_not_trained(data: Dataset, tmp_path: Path) -> None:
     paths = networks(data, tmp_path, [{}, {"embedding_dim": 12}])
     mixed = mix(data, tmp_path, *paths).run_dir
@@ -175,6 +250,10 @@ def test_a_mix_is_not_trained(data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"name one that it was made of: {paths[0]} {paths[1]}"):
         tron_cli.train(config, init_from=mixed, output_dir=tmp_path, **places)
     with pytest.raises(InputError, match="nothing to resume"):
+        tron_cli.train(resume=mixed, **places)
+    (file,) = mixed.glob("*.pt")
+    file.rename(mixed / "last.pt")
+    with pytest.raises(InputError, match="holds only weights"):
         tron_cli.train(resume=mixed, **places)
 
 

@@ -25,9 +25,9 @@ from tron_cli.training.run import LOG, claimed
 class MixResult:
     """A mixed model's run and checkpoint.
 
-    weight: that of session-kNN, the one with the highest val_metric; None without session-kNN.
-    metrics: validation figures of the model by measure. metrics_by_weight: those of all weights
-    tried; 0.0 is the networks alone.
+    weight: that of session-kNN, the one with the highest val_metric unless it was given; None
+    without session-kNN. metrics: validation figures of the model by measure, empty without
+    validation. metrics_by_weight: those of all weights tried; 0.0 is the networks alone.
     """
 
     checkpoint: Path
@@ -40,6 +40,7 @@ class MixResult:
 @checked
 def mix(
     *parts: str | os.PathLike[str],
+    weight: float | None = None,
     data_dir: str | os.PathLike[str] = "datasets",
     output_dir: str | os.PathLike[str] | None = None,
     name: str | None = None,
@@ -49,10 +50,11 @@ def mix(
     """Average the scores of networks, and add the votes of session-kNN.
 
     parts: two or more checkpoints or runs, of networks and of at most one model=session_knn,
-    trained on the same dataset. Validation chooses the weight of session-kNN. The new checkpoint
-    holds all parts. output_dir: the folder for the run's folder, `runs` by default; name: the name
-    of the run's folder. plugins: code from outside tron that the networks need. device: auto, cpu,
-    cuda or cuda:N.
+    trained on the same dataset. The new checkpoint holds all of them. weight: that of session-kNN,
+    from 0 to 256; chosen on validation by default. Final models can be mixed with each other, with
+    a given weight and without validation figures. output_dir: the folder for the run's folder,
+    `runs` by default; name: the name of the run's folder. plugins: code from outside tron that the
+    networks need. device: auto, cpu, cuda or cuda:N.
 
     Raises InputError where the parts do not fit together, or validation is empty and must choose.
 
@@ -63,13 +65,16 @@ def mix(
     True
     """
     add_plugins(plugins)
-    found = sorted_parts([load_checkpoint(Path(part)) for part in parts])
-    dataset = Dataset.open(Path(data_dir) / found.networks[0].dataset["name"])
-    check_dataset(found, dataset)
+    found = sorted_parts([load_checkpoint(Path(part)) for part in parts], weight)
+    dataset_name, dataset = found.networks[0].dataset["name"], None
+    if not found.are_final:
+        dataset = Dataset.open(Path(data_dir) / dataset_name)
+        check_dataset(found, dataset, weight)
     parent = Path("runs" if output_dir is None else output_dir)
-    place = claimed(new_run_dir(parent, name, "mixed", dataset.name), numbered=name is None)
+    place = claimed(new_run_dir(parent, name, "mixed", dataset_name), numbered=name is None)
     with place as run_dir, explained(run_dir / LOG):
-        saved, values = mix_parts(found, dataset, run_dir, chosen_device(device))
+        saved, values = mix_parts(found, dataset, run_dir, chosen_device(device), weight=weight)
     mixed = load_checkpoint(saved)
-    weight = None if mixed.knn is None else mixed.knn["weight"]
-    return MixResult(saved, run_dir, weight, mixed.metrics, {} if weight is None else values)
+    if mixed.knn is None:
+        return MixResult(saved, run_dir, None, mixed.metrics, {})
+    return MixResult(saved, run_dir, mixed.knn["weight"], mixed.metrics, values)

@@ -20,6 +20,14 @@ def mix(
             help="Checkpoints or runs of networks, and of at most one model=session_knn.",
         ),
     ],
+    weight: Annotated[
+        float | None,
+        typer.Option(
+            metavar="W",
+            help="Weight of session-kNN, from 0 to 256; default: chosen on validation. Final "
+            "models need it.",
+        ),
+    ] = None,
     data_dir: DataDir = DATASETS,
     output_dir: OutputDir = None,
     name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None,
@@ -35,7 +43,9 @@ def mix(
     """
     from tron_cli.api.mixing import mix as mix_parts
 
-    result = mix_parts(*parts, data_dir=data_dir, output_dir=output_dir, name=name, device=device)
+    result = mix_parts(
+        *parts, weight=weight, data_dir=data_dir, output_dir=output_dir, name=name, device=device
+    )
     if not as_json:
         print(result.checkpoint)
         return

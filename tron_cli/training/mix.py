@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tron_cli.baselines.knn_boost import KNNBoost, weighted
+from tron_cli.baselines.knn_boost import MOST, KNNBoost, weighted
 from tron_cli.checkpoint import (
     Checkpoint,
     checkpoint_name,
@@ -54,14 +54,25 @@ class Parts:
     networks: tuple[Checkpoint, ...]
     knn: Checkpoint | None
 
+    @property
+    def are_final(self) -> bool:
+        """True if they are final models; then all of them are."""
+        return "final" in self.networks[0].origin
+
 
 def mix(
-    parts: Parts, dataset: Dataset, run_dir: Path, device: torch.device
+    parts: Parts,
+    dataset: Dataset | None,
+    run_dir: Path,
+    device: torch.device,
+    *,
+    weight: float | None = None,
 ) -> tuple[Path, dict[float, dict[str, float]]]:
     """Write a checkpoint of all parts; return its path and validation figures by kNN weight.
 
     The weight is the one with the highest val_metric of the first network's config, the lowest of
-    equals. Without a session-kNN it is 0.
+    equals, unless it is given. Without a session-kNN it is 0. dataset: the one to validate on; None
+    for final models, which have no figures.
     """
     first, knn = parts.networks[0], parts.knn
     config, measures = with_measures(first.config)
@@ -71,11 +82,16 @@ def mix(
     origin = _origin(parts)
     run = RunFiles(run_dir, config, origin)
     with run.logged():
-        log.info("%s on %s", method_of(configs, with_knn=knn is not None), dataset.name)
+        log.info("%s on %s", method_of(configs, with_knn=knn is not None), first.dataset["name"])
+        weights = WEIGHTS if weight is None else (float(weight),)
         if knn is None:
+            weights = (0.0,)
+        if dataset is None or not _validates(parts, dataset):
+            values: dict[float, dict[str, float]] = {each: {} for each in weights}
+        elif knn is None:
             values = {0.0: validate(model, dataset.checked_split("val"), dataset, config, measures)}
         else:
-            values = _by_weight(model, knn, dataset, config, measures)
+            values = _by_weight(model, knn, weights, dataset, config, measures)
         for weight, figures in values.items() if any(values.values()) else ():
             shown = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
             log.info("%s: %s", "validation" if knn is None else f"weight {weight:g}", shown)
@@ -90,6 +106,7 @@ def mix(
             values[best],
             knn_weight=None if knn is None else best,
             networks=networks,
+            final=parts.are_final,
         )
         known = [part.popularity for part in (*parts.networks, knn) if part is not None]
         save_checkpoint(
@@ -121,6 +138,7 @@ def _kept(knn: Checkpoint, weight: float) -> dict[str, Any]:
 def _by_weight(
     model: Model,
     knn: Checkpoint,
+    weights: Sequence[float],
     dataset: Dataset,
     config: ExperimentConfig,
     measures: list[Any],
@@ -129,6 +147,7 @@ def _by_weight(
     rank, session_E = _ranks(
         model,
         KNNBoost(knn.build_model(torch.device("cpu")), 1.0),
+        weights,
         dataset,
         filter_rated=config.filter_rated,
         limit=max(measure["cutoff"] for measure in measures),
@@ -143,6 +162,7 @@ def _by_weight(
 def _ranks(
     model: Model,
     boost: KNNBoost,
+    weights: Sequence[float],
     dataset: Dataset,
     *,
     filter_rated: bool,
@@ -153,7 +173,7 @@ def _ranks(
     sessions = dataset.checked_split("val")
     check_weights(model)
     device = next(model.parameters()).device
-    parts: dict[float, list[np.ndarray]] = {weight: [] for weight in WEIGHTS}
+    parts: dict[float, list[np.ndarray]] = {weight: [] for weight in weights}
     session: list[np.ndarray] = []
     expected = count_predicted(sessions, window=model.sequence_length, protocol=dataset.protocol)
     with (
@@ -166,7 +186,7 @@ def _ranks(
             model, sessions, protocol=dataset.protocol, batch_size=batch_size
         ):
             shares = boost.shares(histories)
-            for weight in WEIGHTS:
+            for weight in weights:
                 pairs = (torch.from_numpy(each).to(device) for each in weighted(*shares, weight))
                 boosted = BoostedCatalogue(catalogue, *pairs)
                 rank_E, _ = ranked(boosted, histories, hidden_ED, filter_rated, 0, limit)
@@ -176,8 +196,11 @@ def _ranks(
     return {weight: np.concatenate(each) for weight, each in parts.items()}, np.concatenate(session)
 
 
-def sorted_parts(checkpoints: Sequence[Checkpoint]) -> Parts:
-    """Return the parts of a mixed model. Raises InputError where they are none."""
+def sorted_parts(checkpoints: Sequence[Checkpoint], weight: float | None = None) -> Parts:
+    """Return the parts of a mixed model. Raises InputError where they are none.
+
+    weight: that of session-kNN, if it is given.
+    """
     if len(checkpoints) < 2:
         raise InputError(
             f"expected two or more checkpoints to mix, got {len(checkpoints)}; name networks, and "
@@ -197,10 +220,29 @@ def sorted_parts(checkpoints: Sequence[Checkpoint]) -> Parts:
             f"{baselines[0].path} and {baselines[1].path} are both session_knn; name at most one"
         )
     _check_distinct(checkpoints)
+    _check_final(checkpoints)
     _check_data(checkpoints)
     for other in networks[1:]:
         _check_alike(networks[0], other)
-    return Parts(networks, baselines[0] if baselines else None)
+    parts = Parts(networks, baselines[0] if baselines else None)
+    _check_weight(parts, weight)
+    return parts
+
+
+def _check_weight(parts: Parts, weight: float | None) -> None:
+    if weight is not None and parts.knn is None:
+        raise InputError(
+            f"weight is that of session-kNN, and no part is one; leave out weight={weight:g}, or "
+            "name a checkpoint of session_knn"
+        )
+    if weight is not None and not 0 <= weight <= MOST:
+        raise InputError(f"weight must be from 0 to {MOST:g}, got {weight:g}")
+    if weight is None and parts.knn is not None and parts.are_final:
+        raise InputError(
+            f"{parts.knn.path} and the other parts are final models, trained on the validation "
+            "sessions that would choose the weight of session-kNN; give it with --weight, as "
+            "`tron mix` chose it for the runs that they came from"
+        )
 
 
 def _check_part(part: Checkpoint) -> None:
@@ -219,10 +261,15 @@ def _check_part(part: Checkpoint) -> None:
             f"{part.path} holds the latest weights of a run, not those that validation chose; "
             "name the run's folder or its best checkpoint"
         )
-    if "final" in part.origin:
+
+
+def _check_final(checkpoints: Sequence[Checkpoint]) -> None:
+    final = [part.path for part in checkpoints if "final" in part.origin]
+    others = [part.path for part in checkpoints if "final" not in part.origin]
+    if final and others:
         raise InputError(
-            f"{part.path} is a final model, trained on the validation sessions that would "
-            "choose the weight; name the run that it came from"
+            f"{final[0]} is a final model, trained on the validation sessions too, and {others[0]} "
+            "is not; mix final models with each other, or name the runs that they came from"
         )
 
 
@@ -242,7 +289,7 @@ def _same(earlier: Path, path: Path) -> str:
 
 
 def _check_data(checkpoints: Sequence[Checkpoint]) -> None:
-    names = ("catalogue_fingerprint", "train_fingerprint")
+    names = ("catalogue_fingerprint", "train_fingerprint", "val_fingerprint")
     first = checkpoints[0]
     for other in checkpoints[1:]:
         if any(first.dataset.get(name) != other.dataset.get(name) for name in names):
@@ -275,7 +322,7 @@ def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
         )
 
 
-def check_dataset(parts: Parts, dataset: Dataset) -> None:
+def check_dataset(parts: Parts, dataset: Dataset, weight: float | None) -> None:
     """Raise InputError where the dataset is not that of the parts, or cannot choose the weight."""
     network = parts.networks[0]
     if network.dataset != dataset_identity(dataset):
@@ -283,14 +330,18 @@ def check_dataset(parts: Parts, dataset: Dataset) -> None:
             f"{network.path} was trained on another version of {dataset.path}; prepare the dataset "
             "as it was, or train again"
         )
-    validation = dataset.checked_split("val")
-    if parts.knn is not None and not count_predicted(
-        validation, window=network.config.sequence_length, protocol=dataset.protocol
-    ):
+    if parts.knn is not None and weight is None and not _validates(parts, dataset):
         raise InputError(
             f"the validation split of {dataset.path} has no event to predict, and only validation "
-            "can choose the weight of session-kNN; prepare the dataset with one"
+            "can choose the weight of session-kNN; prepare the dataset with one, or give --weight"
         )
+
+
+def _validates(parts: Parts, dataset: Dataset) -> bool:
+    """Return True if validation has events to predict."""
+    window = parts.networks[0].config.sequence_length
+    sessions = dataset.checked_split("val")
+    return count_predicted(sessions, window=window, protocol=dataset.protocol) > 0
 
 
 def _origin(parts: Parts) -> dict[str, Any]:
@@ -298,7 +349,9 @@ def _origin(parts: Parts) -> dict[str, Any]:
     mixed: dict[str, Any] = {"networks": [_record(network) for network in parts.networks]}
     if parts.knn is not None:
         mixed["session_knn"] = _record(parts.knn)
-    return {"mixed": mixed}
+    if not parts.are_final:
+        return {"mixed": mixed}
+    return {"mixed": mixed, "final": {"parts": len(parts.networks) + (parts.knn is not None)}}
 
 
 def _record(part: Checkpoint) -> dict[str, Any]:
