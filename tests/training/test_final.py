@@ -76,6 +76,23 @@ def test_it_is_a_run_on_both_splits_of_as_many_steps(data_dir: Path) -> None:
     assert "validation" not in (final.run_dir / "metrics.jsonl").read_text()
 
 
+def test_another_seed_changes_the_weights_and_not_the_steps(
+    command: Command, data_dir: Path
+) -> None:
+    best = validated(data_dir)
+    seed = load_checkpoint(best.checkpoint).config.seed + 1
+    code, out, err = command(
+        "train", "--final", best.run_dir, f"seed={seed}", "--data-dir", data_dir, "--output-dir",
+        data_dir.parent / "runs", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    found = load_checkpoint(Path(out.strip()))
+    first = load_checkpoint(run(data_dir, "first", final=best.run_dir).checkpoint)
+    assert found.config == replace(first.config, seed=seed)
+    assert found.step == best.step
+    assert not torch.equal(*(each.weights["item_embedding.weight"] for each in (found, first)))
+
+
 def test_each_step_has_the_learning_rate_that_it_had(data_dir: Path) -> None:
     """The schedule goes on to where it ended, though training does not."""
     best = validated(data_dir, lr_schedule="cosine", warmup_steps=5)

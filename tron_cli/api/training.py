@@ -73,10 +73,10 @@ def train(
     default; name: the name of the run's folder. resume: the folder of a run to continue,
     instead of a config; of its settings only max_epochs and early_stopping_patience can change.
     init_from: a checkpoint or run whose weights a new run starts with, items matched by original
-    id. final: a run or its best checkpoint, instead of a config; trains with its settings, on the
-    validation sessions too, for as many steps as validation chose. profile: profile this many
-    steps, and stop. plugins: code from outside tron that the config names. device: auto, cpu, cuda
-    or cuda:N.
+    id. final: a run or its best checkpoint, instead of a config; trains with its settings, of which
+    only seed can change, on the validation sessions too, for as many steps as validation chose.
+    profile: profile this many steps, and stop. plugins: code from outside tron that the config
+    names. device: auto, cpu, cuda or cuda:N.
 
     In the main thread, Ctrl-C and SIGTERM end the training after the current step, which is saved,
     with a RunError; in other threads signals are left alone. A process trains one model at a time.
@@ -102,7 +102,7 @@ def train(
     else:
         if final is not None:
             start = final_start(Path(final), datasets, earlier)
-            experiment, dataset = start.config, start.dataset
+            experiment, dataset = load_config(start.config, **settings), start.dataset
             earlier, record = start.init_from, start.record
         else:
             assert config is not None
@@ -168,9 +168,11 @@ def _check_together(
         raise InputError("a resumed run stays in its folder; leave out --name and --output-dir")
     if resume is not None and init_from is not None:
         raise InputError("a resumed run has its weights already; leave out --init-from")
-    if final is not None and settings:
+    fixed = sorted(set(settings) - {"seed"})
+    if final is not None and fixed:
         raise InputError(
-            f"a final model keeps the settings that were validated; leave out {min(settings)}"
+            "a final model keeps the settings that were validated, except the seed; leave out "
+            f"{fixed[0]}"
         )
 
 
