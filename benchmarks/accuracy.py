@@ -265,15 +265,12 @@ class Workplace:
             ]
         if is_finished(run_dir):
             checkpoint = load_checkpoint(run_dir)
-            identity = dataset_identity(Dataset.open(self.data_dir / variant.experiment.dataset))
-            differing += [
-                f"{key} of the dataset {checkpoint.dataset.get(key)} instead of {value}"
-                for key, value in identity.items()
-                if checkpoint.dataset.get(key) != value
-            ]
+            dataset = Dataset.open(self.data_dir / variant.experiment.dataset)
+            if not dataset_identity(dataset).items() <= checkpoint.dataset.items():
+                differing.append(f"it was trained on another version of {dataset.path}")
             made_of = re.findall(r'"sha256": "(\w+)"', json.dumps(checkpoint.origin))
             differing += [
-                f"made of another checkpoint than {self.run_dir(source)}"
+                f"it was made of another checkpoint than that in {self.run_dir(source)}"
                 for source in variant.sources
                 if sha256_of_file(best_checkpoint(self.run_dir(source))) not in made_of
             ]

@@ -18,6 +18,7 @@ from benchmarks import accuracy
 from benchmarks.accuracy import Experiment, table
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.errors import InputError
+from tron_cli.files import best_checkpoint
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -45,6 +46,7 @@ def bench(
         "net": Experiment("tiny", "Network", str(config), ("dropout_rate=0.3",)),
         "knn": Experiment("tiny", "kNN", str(config), ("model=session_knn",)),
         "mixed": Experiment("tiny", "Network + kNN", parts=("net", "knn")),
+        "seeds": Experiment("tiny", "Two seeds", parts=("net", "net-seed=43")),
     }
     monkeypatch.setattr(accuracy, "EXPERIMENTS", experiments)
     monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
@@ -119,6 +121,35 @@ def test_a_mixed_model_is_made_of_its_parts(bench, tmp_path) -> None:
         "tron evaluate runs/mixed-seed=43 --full-sessions",
     ]
     assert f"| Network + kNN | {mixed['test']['metrics']['R@20']['value']:.4f} (" in table()
+
+
+def test_the_final_mixed_model_has_the_weight_that_validation_chose(bench, tmp_path) -> None:
+    final = bench("mixed", "--final", "--test")
+    chosen, tested = (
+        load_checkpoint(tmp_path / "runs" / name) for name in ("mixed", "mixed-final")
+    )
+    assert chosen.knn is not None
+    assert tested.knn is not None
+    assert tested.knn["weight"] == chosen.knn["weight"]
+    assert final["validation"] == chosen.metrics
+    assert [command.split()[1:3] for command in final["commands"]] == [
+        ["train", "--config"], ["train", "--config"], ["mix", "runs/net"],
+        ["train", "--final"], ["train", "--final"], ["mix", "runs/net-final"],
+        ["evaluate", "runs/mixed-final"],
+    ]  # fmt: skip
+    assert f"--weight {chosen.knn['weight']} --name mixed-final" in final["commands"][5]
+
+
+def test_parts_may_be_seeds_of_one_experiment(bench, tmp_path, capfd) -> None:
+    found = bench("seeds", "--final")
+    assert set(found["runs"]) == {
+        "net", "net-seed=43", "seeds", "net-final", "net-final-seed=43", "seeds-final"
+    }  # fmt: skip
+    runs = tmp_path / "runs"
+    shutil.copy(best_checkpoint(runs / "net-final-seed=43"), best_checkpoint(runs / "net-final"))
+    with pytest.raises(SystemExit):
+        bench("seeds", "--final")
+    assert "another checkpoint than that in" in capfd.readouterr().err
 
 
 def test_a_run_from_elsewhere_is_recorded_if_it_is_the_experiment_s(
