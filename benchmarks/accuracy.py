@@ -324,16 +324,24 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def training_seconds(run_dir: Path, dataset: str) -> int:
-    """Return the time between the lines of train.log, without those between two processes."""
+    """Return the time between the lines of train.log, without those between two processes.
+
+    A final run logs nothing at its end, which is then the time of its checkpoint's file.
+    """
     from tron_cli.files import best_checkpoint
 
     lines = (run_dir / "train.log").read_text().splitlines()
-    begins = [f" on {dataset}: " in line for line in lines]
+    lines = [line for line in lines if re.match(r"\d{4}-\d\d-\d\d \d\d:", line)]
     times = [datetime.fromisoformat(line[:19]).timestamp() for line in lines]
-    # A final run logs nothing at its end.
-    times.append(max(times[-1], best_checkpoint(run_dir).stat().st_mtime))
-    spans = zip(pairwise(times), [*begins[1:], False], strict=True)
-    return round(sum(after - before for (before, after), begin in spans if not begin))
+    spent = sum(
+        after - before
+        for (before, after), line in zip(pairwise(times), lines[1:], strict=True)
+        if f" on {dataset}: " not in line
+    )
+    checkpoint = best_checkpoint(run_dir)
+    if checkpoint.stem.endswith("-final"):
+        spent += max(0.0, checkpoint.stat().st_mtime - times[-1])
+    return round(spent)
 
 
 def run(variant: Variant, workplace: Workplace, *, test: bool = False) -> Path:
@@ -438,10 +446,10 @@ def _place(row: list[dict[str, Any]], measure: str) -> tuple[bool, float]:
 def _cells(row: list[dict[str, Any]], shown: Sequence[str], lost: bool) -> Iterator[list[str]]:
     """Yield the cells of an experiment's line and, where it was tested in one pass, of another."""
     title = row[0]["title"] + ", final" * row[0].get("final", False)
-    seconds = [each["training_seconds"] for each in row]
+    seconds, steps = ([each[key] for each in row] for key in ("training_seconds", "steps"))
     described = [
         _mean([each["validation"][shown[0]] for each in row]),
-        f"{statistics.mean(each['steps'] for each in row):,.0f}",
+        f"{statistics.mean(steps):,.0f}" if any(steps) else "",
         "" if None in seconds else f"{statistics.mean(seconds) / 3600:.2f}",
         ", ".join(str(seed) for seed in sorted(each["seed"] for each in row)),
         ", ".join(dict.fromkeys(f"`{each['commit'][:9]}`" for each in row)),

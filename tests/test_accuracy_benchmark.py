@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -188,14 +190,20 @@ def test_a_run_of_earlier_settings_is_refused(bench, tmp_path, monkeypatch, capf
 
 
 def test_hours_leave_out_the_time_between_two_processes(tmp_path) -> None:
-    (tmp_path / "model.pt").touch()
     (tmp_path / "train.log").write_text(
-        "2999-01-01 10:00:00,000 INFO tron on shop: 9 sessions\n"
-        "2999-01-01 10:00:40,000 INFO epoch 1, step 5: R@20 0.1\n"
-        "2999-01-02 10:00:00,000 INFO tron on shop: 9 sessions\n"
-        "2999-01-02 10:00:02,000 INFO epoch 2, step 10: R@20 0.2\n"
+        "2026-01-01 10:00:00,000 INFO tron on shop: 9 sessions\n"
+        "2026-01-01 10:00:40,000 INFO epoch 1, step 5: R@20 0.1\n"
+        "2026-01-02 10:00:00,000 INFO tron on shop: 9 sessions\n"
+        "a line that a library wrote\n"
+        "2026-01-02 10:00:02,000 INFO epoch 2, step 10: R@20 0.2\n"
     )
+    checkpoint = tmp_path / "tron-shop-R@20=0.2.pt"  # its file may be a copy, which is newer
+    checkpoint.touch()
     assert accuracy.training_seconds(tmp_path, "shop") == 42
+    end = datetime.fromisoformat("2026-01-02 10:00:05").timestamp()
+    final = checkpoint.rename(tmp_path / "tron-shop-final.pt")
+    os.utime(final, (end, end))
+    assert accuracy.training_seconds(tmp_path, "shop") == 45
 
 
 def test_rows_follow_the_second_measure_and_untested_ones_come_last(tmp_path, monkeypatch) -> None:
