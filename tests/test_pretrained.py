@@ -18,6 +18,7 @@ from helpers.runs import start, write_config
 import tron_cli
 from benchmarks import accuracy, pretrained
 from tron_cli.checkpoint import load_checkpoint
+from tron_cli.errors import InputError
 
 PUBLISHED = sorted(pretrained.PRETRAINED.glob("*.pt"))
 SHOWN = re.compile(r"^\| (\S+) \| (\S+)(?: \((\S+)\))? \| (\S+) \((\S+)\) \|$", re.MULTILINE)
@@ -232,6 +233,8 @@ def test_paths_and_training_counts_are_not_published(place: Path) -> None:
     found = load_checkpoint(place / "PRETRAINED" / "net.pt")
     assert found.origin == {"mixed": {"networks": [{"file": "b.pt", "step": 3}]}}
     assert found.popularity is None
+    with pytest.raises(InputError, match="does not hold the popularity of items, as publi"):
+        tron_cli.Recommender.load(found.path).recommend([[]], k=3)
 
 
 def check(place: Path) -> int:

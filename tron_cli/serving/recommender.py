@@ -412,9 +412,9 @@ class Recommender:
             return self._model.popularity
         if self.checkpoint.popularity is None:
             raise InputError(
-                f"{self.checkpoint.path} was written by a version of tron that did not save the "
-                "popularity of items, so nothing can be recommended after a history without known "
-                "items; leave such histories out, or train again"
+                f"{self.checkpoint.path} does not hold the popularity of items, as published files "
+                "and those of early versions of tron, so that nothing can be recommended after a "
+                "history without known items; leave such histories out, or train again"
             )
         return Popularity(self.checkpoint.popularity.numpy())
 
