@@ -318,7 +318,7 @@ def test_a_dataset_that_validates_nothing_or_has_changed_is_refused(tmp_path: Pa
 
 def test_final_models_last_weights_and_export_are_refused(data: Dataset, tmp_path: Path) -> None:
     found = mixed(data, tmp_path)
-    with pytest.raises(InputError, match="is a mixed model, and only networks can be exported"):
+    with pytest.raises(InputError, match="holds session-kNN, and only networks can be exported"):
         export(found.path, format="torch", output=tmp_path / "exported")
     with pytest.raises(InputError, match="is a mixed model, which `tron mix` makes of"):
         final_start(found.path, data.path.parent)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from helpers.checkpoints import random_checkpoint
 from helpers.datasets import random_sessions, tiny_settings, write_dataset
+from helpers.servers import running_server, wait_for
+from safetensors import safe_open
 
 import tron_cli
 from tron_cli.checkpoint import load_checkpoint
-from tron_cli.config import ExperimentConfig
+from tron_cli.config import ExperimentConfig, config_from_dict
 from tron_cli.data.dataset import Dataset, Sessions
 from tron_cli.data.histories import latest_histories
 from tron_cli.errors import InputError
 from tron_cli.evaluation.predict import hidden_states
 from tron_cli.models.base import Model
+from tron_cli.serving.export import export
+from tron_cli.serving.program import Program
 from tron_cli.serving.recommender import Recommender
 
 NUM_ITEMS, FIRST_ID = 30, 1001
@@ -132,6 +140,22 @@ def test_a_network_mixed_with_its_equal_is_itself(data: Dataset, tmp_path: Path)
     assert both.similar(1003).items == alone.similar(1003).items
 
 
+def test_similar_items_are_those_of_the_mean_cosine(data: Dataset, tmp_path: Path) -> None:
+    kinds: list[dict[str, Any]] = [{}, {"embedding_dim": 12, "output_bias": True}]
+    paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    cosines = []
+    for path, changes in zip(paths, kinds, strict=True):
+        weights = random_checkpoint(data, path, **changes).weights["item_embedding.weight"]
+        rows = weights[1:, : changes.get("embedding_dim", 8)].double().numpy()
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        cosines.append(unit @ unit[2])
+    mean = np.mean(cosines, axis=0)
+    found = Recommender.load(mix(data, tmp_path, *paths).checkpoint).similar(1003, k=9)
+    order = [item for item in np.argsort(-mean).tolist() if item != 2][:9]
+    assert found.items == ITEM_IDS[order].tolist()
+    assert found.scores == pytest.approx(mean[order], abs=1e-6)
+
+
 def test_what_does_not_fit_is_refused_in_a_sentence(data: Dataset, tmp_path: Path) -> None:
     kinds: list[dict[str, Any]] = [
         {}, {"embedding_dim": 12}, {"sequence_length": 5}, {"filter_rated": True},
@@ -238,6 +262,137 @@ def test_final_models_are_mixed_without_validation(data: Dataset, tmp_path: Path
         tron_cli.evaluate(with_knn.checkpoint, dataset=data, split="val", device="cpu")
     with pytest.raises(InputError, match="is a mixed model already"):
         mix(data, tmp_path / "c", with_knn.checkpoint, finals[0])
+
+
+def in_onnxruntime(checkpoint: Path, histories: np.ndarray, filter_rated: bool) -> Any:
+    folder = checkpoint.parent / "onnx"
+    if not folder.exists():
+        found = load_checkpoint(checkpoint)
+        manifest = export(checkpoint, format="onnx", output=folder)
+        assert manifest["method"] == found.method
+        widths = [each["embedding_dim"] for each in manifest["networks"]]
+        assert widths == [config.embedding_dim for config in found.networks]
+    given = {"histories": histories, "k": np.array(9), "filter_rated": np.array(filter_rated)}
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    return session.run(["items", "scores"], given)
+
+
+@torch.inference_mode()
+def in_program(
+    checkpoint: Path, histories: np.ndarray, filter_rated: bool, table: str = "float32"
+) -> Any:
+    """Run what is exported, before it is."""
+    model = load_checkpoint(checkpoint).build_model(torch.device("cpu"))
+    program = Program(list(model.networks), table, None)
+    return program(torch.from_numpy(histories), torch.tensor(9), torch.tensor(filter_rated))
+
+
+@pytest.mark.parametrize(
+    ("run", "kinds"),
+    [
+        pytest.param(
+            in_onnxruntime,
+            [
+                {"embedding_dim": 12, "output_bias": True},
+                {"score": "cosine", "score_scale": 7.0, "output_bias": True},
+            ],
+            marks=pytest.mark.slow,
+        ),
+        *((in_program, kinds) for kinds in MIXES.values()),
+    ],
+)
+def test_exported_programs_list_the_best_by_the_mean_of_the_scores(
+    run: Callable[..., Any], kinds: list[dict[str, Any]], data: Dataset, tmp_path: Path
+) -> None:
+    paths = networks(data, tmp_path, kinds)
+    mixed = mix(data, tmp_path, *paths).checkpoint
+    histories = random_sessions(np.random.default_rng(3), 30, NUM_ITEMS, longest=10, shortest=1)
+    rows = np.array([history + [0] * (10 - len(history)) for history in histories])
+    scores = np.array([mean_scores(paths, history) for history in histories])
+    for filter_rated in (False, True):
+        items, found = run(mixed, rows, filter_rated)
+        for row, history in enumerate(histories):
+            score = scores[row].copy()
+            if filter_rated:
+                score[np.array(history) - 1] = -np.inf
+            order = np.argsort(-score, kind="stable")[:9]
+            assert items[row].tolist() == (order + 1).tolist()
+            np.testing.assert_allclose(found[row], score[order], atol=3e-6)
+
+
+def test_exported_tables_are_rounded_by_network(data: Dataset, tmp_path: Path) -> None:
+    """In one row, cosine's small numbers would be rounded to the steps of the large ones."""
+    cosine, dot = networks(data, tmp_path, [{"score": "cosine", "score_scale": 50.0}, {}])
+    content = torch.load(dot, weights_only=True)
+    for name in ("item_embedding.weight", "output_embedding.weight"):
+        content["weights"][name] *= 100
+    for name in ("norm.weight", "norm.bias"):
+        content["weights"][name] /= 100
+    torch.save(content, dot)
+    mixed = mix(data, tmp_path, cosine, dot).checkpoint
+    histories = [[item] for item in range(1, NUM_ITEMS + 1)]
+    items, found = in_program(mixed, np.array(histories), False, "int8")
+    scores = np.array([mean_scores([cosine, dot], history) for history in histories])
+    errors = found.numpy() - np.take_along_axis(scores, items.numpy() - 1, axis=1)
+    assert np.abs(errors).max() < 0.02 * np.abs(scores).max()
+
+
+def test_safetensors_hold_the_weights_of_all_networks(data: Dataset, tmp_path: Path) -> None:
+    mixed = mix(data, tmp_path, *networks(data, tmp_path, MIXES["other widths and kinds"]))
+    found = load_checkpoint(mixed.checkpoint)
+    scaled = set()
+    for table in ("float32", "int8"):
+        export(mixed.run_dir, format="safetensors", output=tmp_path / table, table=table)
+        with safe_open(tmp_path / table / "model.safetensors", "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        described = [config_from_dict(each) for each in json.loads(metadata["networks"])]
+        assert tuple(described) == found.networks
+        shared = json.loads(metadata["shared"])
+        for name, values in found.weights.items():
+            stored = tensors[shared.get(name, name)]
+            scale = tensors.get(f"{name}.scale")
+            if scale is not None:
+                scaled.add(name)
+                rows, kept = stored * scale[:, None], values[:, : stored.shape[1]]
+                assert ((rows - kept).abs().amax(1) <= kept.abs().amax(1) / 250).all()
+                assert (f"{name}.bias" in tensors) == (values.shape[1] > stored.shape[1])
+            elif stored.dtype != torch.int8:
+                assert torch.equal(stored, values)
+    kinds = ("0.item", "1.item", "2.item", "2.output")
+    assert scaled == {f"networks.{kind}_embedding.weight" for kind in kinds}
+
+
+def test_export_refuses_session_knn(data: Dataset, tmp_path: Path) -> None:
+    paths = networks(data, tmp_path, [{}, {}])
+    random_checkpoint(data, tmp_path / "knn.pt", model="session_knn")
+    mixed = mix(data, tmp_path, *paths, tmp_path / "knn.pt")
+    with pytest.raises(InputError, match="holds session-kNN, and only networks can be exported"):
+        export(mixed.run_dir, format="torch", output=tmp_path / "exported")
+
+
+def test_a_mix_is_served_and_replaced(data: Dataset, tmp_path: Path) -> None:
+    paths = networks(data, tmp_path, [{}, {"model": "gru4rec"}])
+    random_checkpoint(data, tmp_path / "knn.pt", model="session_knn")
+    mixes = [
+        mix(data, tmp_path / "a", *paths).checkpoint,
+        mix(data, tmp_path / "b", *paths, tmp_path / "knn.pt", weight=4).checkpoint,
+    ]
+    folder = tmp_path / "served"
+    folder.mkdir()
+    shutil.copy(mixes[0], folder)
+    histories = [[1003, 1009], [1011]]
+    with running_server(Recommender.load, folder) as server:
+        for path in mixes:
+            if server.get("/ready")[1]["checkpoint"] != path.name:
+                (folder / mixes[0].name).unlink()
+                shutil.copy(path, folder)
+                server.reload()
+                wait_for(lambda: server.get("/ready")[1]["checkpoint"] == mixes[1].name)
+            right = Recommender.load(path).recommend(histories, k=7)
+            for history, here in zip(histories, right, strict=True):
+                answer = server.post("/recommend", {"items": history, "k": 7})[1]
+                assert answer["items"] == here.items
 
 
 def test_a_mix_is_not_trained(data: Dataset, tmp_path: Path) -> None:

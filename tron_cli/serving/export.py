@@ -22,6 +22,7 @@ from tron_cli.data.integrity import sha256_of_file
 from tron_cli.errors import InputError, RunError
 from tron_cli.evaluation.predict import check_weights
 from tron_cli.files import locked
+from tron_cli.models.mixed import MixedNetworks
 from tron_cli.registry import MODELS
 from tron_cli.serving.program import Program, Table
 
@@ -60,18 +61,20 @@ def export(
             f"{checkpoint.path} is the baseline {config.model}, and only networks can be exported; "
             "use it with `tron recommend` or `tron serve`"
         )
-    if checkpoint.is_mixed:
+    if checkpoint.knn is not None:
         raise InputError(
-            f"{checkpoint.path} is a mixed model, and only networks can be exported; use it with "
-            "`tron recommend` or `tron serve`, or export a network that it was made of"
+            f"{checkpoint.path} holds session-kNN, and only networks can be exported; use it with "
+            "`tron recommend` or `tron serve`, or export its networks without session-kNN: "
+            f"{' '.join(checkpoint.parts)}"
         )
-    if not MODELS[config.model].path.startswith("tron_cli."):
-        raise InputError(
-            f"{checkpoint.path} is model={config.model}, code from outside tron, and only the "
-            f"networks of tron can be exported; use it with `tron recommend` and --plugin"
-        )
+    for each in checkpoint.configs:
+        if not MODELS[each.model].path.startswith("tron_cli."):
+            raise InputError(
+                f"{checkpoint.path} is model={each.model}, code from outside tron, and only the "
+                "networks of tron can be exported; use it with `tron recommend` and --plugin"
+            )
     if output is None:
-        output = Path(f"{config.method}-{config.dataset_name}-{format}")
+        output = Path(f"{checkpoint.method}-{config.dataset_name}-{format}")
     with _new_folder(output, force=force) as folder:
         _write_model(checkpoint, folder / _MODEL_FILE[format], format, table)
         _write_items(checkpoint, folder)
@@ -142,7 +145,7 @@ def _write_model(checkpoint: Checkpoint, file: Path, format: str, table: str) ->
         _write_safetensors(checkpoint, model, file, table)
         return
     popularity = checkpoint.popularity
-    program = Program(model, table, None if popularity is None else popularity[1:])
+    program = Program(_networks(model), table, None if popularity is None else popularity[1:])
     with _quiet():
         exported = torch.export.export(
             program.eval(),
@@ -185,6 +188,11 @@ def _stable_sort(self: Any, stable: bool = True, dim: int = -1, descending: bool
     return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
 
 
+def _networks(model: Any) -> list[Any]:
+    """Return the networks of a mixed model, or the network."""
+    return list(model.networks) if isinstance(model, MixedNetworks) else [model]
+
+
 def _write_safetensors(checkpoint: Checkpoint, model: Any, file: Path, table: str) -> None:
     """Write each tensor once; the metadata describes the model and names shared tensors."""
     from safetensors import SafetensorError
@@ -198,8 +206,9 @@ def _write_safetensors(checkpoint: Checkpoint, model: Any, file: Path, table: st
         first = places.setdefault((values.data_ptr(), values.shape), name)
         if first != name:
             shared[name] = first
-        elif name in tables and table != "float32":
-            has_bias = model.output_bias and values.shape[1] > model.embedding_dim
+        elif name.endswith(tables) and table != "float32":
+            network = model.get_submodule(".".join(name.split(".")[:-2]))
+            has_bias = network.output_bias and values.shape[1] > network.embedding_dim
             kept = Table(values, table, with_bias=has_bias)
             for part, suffix in (("values_VD", ""), ("scale_V", ".scale"), ("bias_V", ".bias")):
                 if getattr(kept, part) is not None:
@@ -208,6 +217,7 @@ def _write_safetensors(checkpoint: Checkpoint, model: Any, file: Path, table: st
             tensors[name] = values.contiguous()
     described = {
         "config": dataclasses.asdict(checkpoint.config),
+        **_networks_entry(checkpoint),
         "dataset": checkpoint.dataset,
         "metrics": checkpoint.metrics,
         "step": checkpoint.step,
@@ -256,7 +266,8 @@ def _manifest(checkpoint: Checkpoint, folder: Path, format: str, table: str) -> 
         "manifest_version": _MANIFEST_VERSION,
         "torch_version": torch.__version__,
         "checkpoint": checkpoint.path.name,
-        "method": config.method,
+        "method": checkpoint.method,
+        **_networks_entry(checkpoint),
         "step": checkpoint.step,
         "metrics": checkpoint.metrics,
         "dataset": checkpoint.dataset,
@@ -270,6 +281,12 @@ def _manifest(checkpoint: Checkpoint, folder: Path, format: str, table: str) -> 
             for file in sorted(folder.iterdir())
         },
     }
+
+
+def _networks_entry(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the entry with the configurations of a mixed model's networks."""
+    networks = [dataclasses.asdict(config) for config in checkpoint.networks]
+    return {"networks": networks} if networks else {}
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -1,13 +1,15 @@
-"""A network as one program: padded histories of item numbers in, the best items out.
+"""Networks as one program: padded histories of item numbers in, the best items out.
 
 It includes the rules of recommending: the window, BERT4Rec's mask, seen items, the order of ties.
-The network's own modules compute the states; to them the padded rows are those of a padded batch.
+The networks' own modules compute the states; to them the padded rows are those of a padded batch.
+The scores of several networks are averaged, as in `MixedNetworks`.
 
 Shapes: B histories, L places of a history, W places of the window, D width, M candidates, k items.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,20 +75,11 @@ class Table(nn.Module):
         return score_BM if self.bias_V is None else score_BM + self.bias_V[item_BM]
 
 
-class Program(nn.Module):
-    """A network as a function of padded histories; it takes over the network's tables.
+class _Part(nn.Module):
+    """A network without its tables, and these."""
 
-    kind: float32, float16 or int8, the number format of the item tables. popularity_I: int64,
-    training events of each item, for empty histories; None: nothing is recommended after these.
-    """
-
-    popular_V: torch.Tensor
-
-    def __init__(self, model: ItemTables, kind: str, popularity_I: torch.Tensor | None) -> None:
+    def __init__(self, model: ItemTables, kind: str) -> None:
         super().__init__()
-        self.num_items = model.num_items
-        self.window = model.sequence_length
-        self.mask_item = model.mask_item
         inputs, outputs = model.item_embedding, model.output_embedding
         scored_VD = model.scored_rows(outputs.weight.detach())
         self.outputs = Table(scored_VD, kind, with_bias=model.output_bias)
@@ -100,8 +93,35 @@ class Program(nn.Module):
         del model.item_embedding, model.output_embedding
         model.output_bias = False
         self.model = model.requires_grad_(False)
+
+    def last_states(self, packed: Batch, window_BW: torch.Tensor) -> torch.Tensor:
+        """Return the state of the last event of each window, [B, D]."""
+        batch, width = window_BW.shape
+        hidden_ND = self.model(packed, self.inputs.rows(window_BW.flatten()))
+        return hidden_ND[torch.arange(batch) * width + packed.lengths_B - 1]
+
+
+class Program(nn.Module):
+    """Networks as a function of padded histories; it takes over their tables.
+
+    models: one network, or several with the same items, window and mask. kind: float32, float16 or
+    int8, the number format of the item tables. popularity_I: int64, training events of each item,
+    for empty histories; None: nothing is recommended after these.
+    """
+
+    popular_V: torch.Tensor
+
+    def __init__(
+        self, models: Sequence[ItemTables], kind: str, popularity_I: torch.Tensor | None
+    ) -> None:
+        super().__init__()
+        self.num_items = models[0].num_items
+        self.window = models[0].sequence_length
+        self.mask_item = models[0].mask_item
+        parts = [_Part(model, kind) for model in models]
+        self.parts = nn.ModuleList(parts)
         # Minus the place of each item by popularity, which is unique.
-        popular_V = torch.full((len(self.outputs.values_VD),), -torch.inf)
+        popular_V = torch.full((len(parts[0].outputs.values_VD),), -torch.inf)
         if popularity_I is not None:
             order_I = popularity_I.argsort(descending=True, stable=True)
             popular_V[order_I + 1] = -torch.arange(self.num_items, dtype=torch.float32)
@@ -123,9 +143,14 @@ class Program(nn.Module):
         item_BL = F.pad(torch.where(known_BL, histories, 0), (0, 2))
         length_B = (item_BL > 0).sum(dim=1)
         is_empty_B1 = length_B[:, None] == 0
-        hidden_BD = self._last_states(*self._windows(item_BL, length_B))
+        window_BW, shown_B = self._windows(item_BL, length_B)
+        packed = _padded(window_BW, shown_B)
+        # A part and the last states of its network, [B, D], each with its own D.
+        parts: Any = self.parts
+        states = [(part, part.last_states(packed, window_BW)) for part in parts]
 
-        score_BV = torch.where(is_empty_B1, self.popular_V, self.outputs.scores(hidden_BD))
+        score_BV = _mean([part.outputs.scores(hidden_BD) for part, hidden_BD in states])
+        score_BV = torch.where(is_empty_B1, self.popular_V, score_BV)
         # Row 0 is no item, and neither is the mask.
         barred_BL = torch.where(filter_rated, item_BL, 0)
         if self.mask_item is not None:
@@ -140,7 +165,7 @@ class Program(nn.Module):
         coarse_BM, item_BM = score_BV.topk(kept, dim=1)
         item_BM, order_BM = item_BM.sort(dim=1)
         coarse_BM = coarse_BM.gather(1, order_BM)
-        exact_BM = self.outputs.exact_scores(hidden_BD, item_BM)
+        exact_BM = _mean([part.outputs.exact_scores(state, item_BM) for part, state in states])
         exact_BM = torch.where(is_empty_B1, coarse_BM.double(), exact_BM)
         exact_BM = torch.where(coarse_BM == -torch.inf, -torch.inf, exact_BM)
         exact_BM, order_BM = exact_BM.sort(dim=1, descending=True, stable=True)
@@ -171,23 +196,26 @@ class Program(nn.Module):
         mask = torch.full_like(shown_B, self.mask_item)[:, None]
         return F.pad(window_BW, (0, 1)).scatter(1, shown_B[:, None], mask), shown_B + 1
 
-    def _last_states(self, window_BW: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
-        """Return the state of the last event of each window, [B, D]."""
-        batch, width = window_BW.shape
-        row_BW = torch.arange(batch)[:, None].expand(batch, width)
-        place_BW = torch.arange(width).expand(batch, width)
-        # Padding counts as the first event of its row, as in a padded batch.
-        place_BW = torch.where(place_BW < length_B[:, None], place_BW, 0)
-        index_BW = torch.arange(batch * width).view(batch, width)
-        whole = AttentionGroup(0, batch * width, index_BW, (row_BW * width + place_BW).flatten())
-        packed = Batch(
-            inputs_N=index_BW.flatten(),
-            targets_N=None,
-            lengths_B=length_B,
-            rows_N=row_BW.flatten(),
-            places_N=place_BW.flatten(),
-            groups=(whole,),
-            padded=True,
-        )
-        hidden_ND = self.model(packed, self.inputs.rows(window_BW.flatten()))
-        return hidden_ND[torch.arange(batch) * width + length_B - 1]
+
+def _padded(window_BW: torch.Tensor, length_B: torch.Tensor) -> Batch:
+    """Return the windows as one padded batch, whose inputs are places among all B * W."""
+    batch, width = window_BW.shape
+    row_BW = torch.arange(batch)[:, None].expand(batch, width)
+    place_BW = torch.arange(width).expand(batch, width)
+    # Padding counts as the first event of its row, as in a padded batch.
+    place_BW = torch.where(place_BW < length_B[:, None], place_BW, 0)
+    index_BW = torch.arange(batch * width).view(batch, width)
+    whole = AttentionGroup(0, batch * width, index_BW, (row_BW * width + place_BW).flatten())
+    return Batch(
+        inputs_N=index_BW.flatten(),
+        targets_N=None,
+        lengths_B=length_B,
+        rows_N=row_BW.flatten(),
+        places_N=place_BW.flatten(),
+        groups=(whole,),
+        padded=True,
+    )
+
+
+def _mean(scores: list[torch.Tensor]) -> torch.Tensor:
+    return scores[0] if len(scores) == 1 else sum(scores[1:], scores[0]) / len(scores)
