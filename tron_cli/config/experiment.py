@@ -479,8 +479,7 @@ class ExperimentConfig:
         # Lists and ir-measures objects (as gSASRec's configs have them) become tuples of names.
         if isinstance(self.metrics, list | tuple):
             object.__setattr__(self, "metrics", tuple(str(name) for name in self.metrics))
-        if not isinstance(self.val_metric, str):
-            object.__setattr__(self, "val_metric", str(self.val_metric))
+        object.__setattr__(self, "val_metric", str(self.val_metric))
         for name, declared in FIELDS.items():
             value = declared.typed(getattr(self, name))
             if name in GROUPS:

@@ -223,14 +223,13 @@ def _check_recency(config: ExperimentConfig, dataset: Dataset, sessions: Session
 
 def _rows(config: ExperimentConfig, sessions: Sessions) -> str:
     """Describe the rows of a pass: sessions, and their windows where they are other than these."""
-    count = f"{len(sessions):,} sessions"
+    count = counted(len(sessions), "session")
     if config.training_windows == "last":
         return count
     if config.training_windows == "random":
         return f"{count} (a random window of each)"
     rows = "prefixes" if config.training_windows == "prefixes" else "windows"
     return f"{count} ({len(windows_of(config, sessions)):,} {rows})"
-    count = counted(len(sessions), "session")
 
 
 def _first(sessions: Sessions, count: int) -> Sessions:
