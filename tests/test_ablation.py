@@ -94,3 +94,12 @@ def test_the_ablation_names_its_runs(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         ablation.main(["run", "8192x"])
     assert "no run named 8192x; there are 1e-bce" in capsys.readouterr().err
+
+
+def test_the_page_and_its_plot_show_the_committed_results() -> None:
+    page, plot = ablation.PAGE.read_text(), ablation.PLOT.read_text()
+    shown = page.partition(ablation.BEGIN)[2].partition(ablation.END)[0].strip()
+    assert shown == ablation.table()
+    for name in ablation.results():
+        assert ablation.RUNS[name].negatives in plot
+    assert "(ablation.svg)" in page
