@@ -140,6 +140,24 @@ def test_a_network_mixed_with_its_equal_is_itself(data: Dataset, tmp_path: Path)
     assert both.similar(1003).items == alone.similar(1003).items
 
 
+def test_the_command_mixes(
+    data: Dataset, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    paths = networks(data, tmp_path, [{}, {"model": "gru4rec"}])
+    random_checkpoint(data, tmp_path / "knn.pt", model="session_knn")
+    places = ["--data-dir", data.path.parent, "--output-dir", tmp_path, "--device", "cpu"]
+    words = [tmp_path / "knn.pt", *paths, "--weight", 2, "--name", "all", "--json", *places]
+    code, out, _ = command("mix", *words)
+    assert code == 0
+    printed = json.loads(out)
+    assert Path(printed["checkpoint"]).parent == tmp_path / "all"
+    assert printed["weight"] == 2
+    assert printed["validation_by_weight"] == {"2": printed["validation"]}
+    code, out, error = command("mix", paths[0], *places)
+    assert (code, out) == (2, "")
+    assert "expected two or more checkpoints to mix, got 1" in error
+
+
 def test_similar_items_are_those_of_the_mean_cosine(data: Dataset, tmp_path: Path) -> None:
     kinds: list[dict[str, Any]] = [{}, {"embedding_dim": 12, "output_bias": True}]
     paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
@@ -404,7 +422,7 @@ def test_a_mix_is_not_trained(data: Dataset, tmp_path: Path) -> None:
     config = load_checkpoint(paths[0]).config
     with pytest.raises(InputError, match=f"name one that it was made of: {paths[0]} {paths[1]}"):
         tron_cli.train(config, init_from=mixed, output_dir=tmp_path, **places)
-    with pytest.raises(InputError, match="nothing to resume"):
+    with pytest.raises(InputError, match=r"nothing to resume.*mixed models"):
         tron_cli.train(resume=mixed, **places)
     (file,) = mixed.glob("*.pt")
     file.rename(mixed / "last.pt")

@@ -56,7 +56,7 @@ def claimed(run_dir: Path, *, resume: bool = False, numbered: bool = False) -> I
     if resume and not (run_dir / LAST).is_file():
         raise InputError(
             f"nothing to resume: expected {run_dir / LAST}, written by tron train (but not for "
-            "baselines, which are fitted at once: start these anew)"
+            "baselines and mixed models, which are made at once: make these anew)"
         )
     made = [folder for folder in run_dir.parents if not folder.exists()]
     try:
