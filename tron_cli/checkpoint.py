@@ -89,6 +89,11 @@ class Checkpoint:
         return [record["file"] for record in records if record]
 
     @property
+    def network_files(self) -> list[str]:
+        """Files of the networks among `parts`, which are the first of them."""
+        return self.parts[: len(self.configs)]
+
+    @property
     def method(self) -> str:
         """Name of what was trained, such as tron, or 2xtron+session_knn for a mixed model."""
         return method_of(self.configs, with_knn=self.knn is not None)

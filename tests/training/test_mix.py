@@ -27,6 +27,7 @@ from tron_cli.serving.export import export
 from tron_cli.serving.recommender import Recommender
 from tron_cli.training.final import final_start
 from tron_cli.training.mix import WEIGHTS
+from tron_cli.training.warm_start import start_from
 
 NUM_ITEMS, FIRST_ID = 40, 1001
 ITEM_IDS = np.arange(FIRST_ID, FIRST_ID + NUM_ITEMS)
@@ -318,8 +319,9 @@ def test_a_dataset_that_validates_nothing_or_has_changed_is_refused(tmp_path: Pa
 
 def test_final_models_last_weights_and_export_are_refused(data: Dataset, tmp_path: Path) -> None:
     found = mixed(data, tmp_path)
-    with pytest.raises(InputError, match="holds session-kNN, and only networks can be exported"):
+    with pytest.raises(InputError, match="holds session-kNN, and only networks can") as error:
         export(found.path, format="torch", output=tmp_path / "exported")
+    assert str(error.value).endswith(f"without session-kNN: {tmp_path / 'network.pt'}")
     with pytest.raises(InputError, match="is a mixed model, which `tron mix` makes of"):
         final_start(found.path, data.path.parent)
     network, knn = tmp_path / "network.pt", tmp_path / "knn.pt"
@@ -328,6 +330,23 @@ def test_final_models_last_weights_and_export_are_refused(data: Dataset, tmp_pat
     torch.save(content, tmp_path / "final.pt")
     with pytest.raises(InputError, match="is a final model, trained on the validation sessions"):
         tron_cli.mix(tmp_path / "final.pt", knn, data_dir=data.path.parent, output_dir=tmp_path)
+
+
+def test_only_networks_are_named_to_start_from(data: Dataset, tmp_path: Path) -> None:
+    found = mixed(data, tmp_path)
+    model = found.build_model(torch.device("cpu"))
+    with pytest.raises(InputError) as error:
+        start_from(found.path, model, found.config, data)
+    assert str(error.value).endswith(f"it was made of: {tmp_path / 'network.pt'}")
+
+
+def test_a_mix_that_was_killed_leaves_its_folder_usable(data: Dataset, tmp_path: Path) -> None:
+    places = {"data_dir": data.path.parent, "output_dir": tmp_path, "name": "both"}
+    (tmp_path / "both").mkdir()
+    half_written = tmp_path / "both" / "sasrec+session_knn-tiny-knn_weight=1.pt.partial"
+    half_written.write_bytes(b"half")
+    result = tron_cli.mix(*parts(data, tmp_path), **places, device="cpu")
+    assert load_checkpoint(tmp_path / "both").path == result.checkpoint
 
 
 @pytest.mark.parametrize(

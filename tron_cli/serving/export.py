@@ -65,7 +65,7 @@ def export(
         raise InputError(
             f"{checkpoint.path} holds session-kNN, and only networks can be exported; use it with "
             "`tron recommend` or `tron serve`, or export its networks without session-kNN: "
-            f"{' '.join(checkpoint.parts)}"
+            f"{' '.join(checkpoint.network_files)}"
         )
     for each in checkpoint.configs:
         if not MODELS[each.model].path.startswith("tron_cli."):

@@ -64,7 +64,9 @@ def claimed(run_dir: Path, *, resume: bool = False, numbered: bool = False) -> I
             run_dir, is_made = _made(run_dir, numbered)
             made = [run_dir, *made] if is_made else made
         with locked(run_dir / LOCK, run_dir, "choose another --name"):
-            held = sorted({entry.name for entry in run_dir.iterdir()} - _UNSAVED)
+            names = {entry.name for entry in run_dir.iterdir()} - _UNSAVED
+            # A run that was killed while it saved its first checkpoint saved none.
+            held = sorted(name for name in names if not name.endswith(".pt.partial"))
             if held and not resume:
                 is_run = any(name.endswith(".pt") for name in held)
                 found = "holds a run already" if is_run else f"is not empty (it holds {held[0]})"
