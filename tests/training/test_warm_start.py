@@ -275,3 +275,24 @@ def test_the_optimizer_starts_anew(data_dir: Path, tmp_path: Path) -> None:
     warm = train(data_dir, config, start, "warm")
     a, b = (load_checkpoint(path).weights for path in (scratch, warm))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"relative_positions": True},
+        {"block": "bsarec", "training_windows": "prefixes", "low_frequencies": 3},
+        {"key_padding_mask": False},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_the_window_must_be_the_same_where_more_than_position_embeddings_depends_on_it(
+    settings: dict[str, Any], data_dir: Path, tmp_path: Path
+) -> None:
+    tiny, newer = (Dataset.open(data_dir / name) for name in ("tiny", "newer"))
+    settings = {"positions": "none", **settings}
+    old = random_checkpoint(tiny, tmp_path / "old.pt", **settings).path
+    settings |= {"dataset_name": "newer", "sequence_length": 9}
+    config = ExperimentConfig(**tiny_settings(**settings))
+    with pytest.raises(InputError, match="with sequence_length=6, but the new run has sequence_le"):
+        start_from(old, build_model(config, newer.num_items), config, newer)

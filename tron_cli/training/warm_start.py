@@ -39,7 +39,7 @@ def start_from(
     if earlier.is_mixed:
         raise InputError(
             f"{earlier.path} is a mixed model, and a run starts from the weights of one network; "
-            f"name one that it was made of: {' '.join(earlier.parts) or 'its networks'}"
+            f"name one that it was made of: {' '.join(earlier.network_files) or 'its networks'}"
         )
     _check_settings(earlier, model, config)
     old_ids = earlier.decoded_item_ids()
@@ -108,7 +108,13 @@ def _check_settings(earlier: Checkpoint, model: Model, config: ExperimentConfig)
             f"of {config.model}"
         )
     ignored = _OF_TRAINING | {"num_items"}
-    if getattr(model, "position_embedding", None) is None:
+    depends_on_window = (
+        getattr(model, "position_embedding", None) is not None
+        or config.relative_positions
+        or config.block == "bsarec"
+        or not config.key_padding_mask
+    )
+    if not depends_on_window:
         ignored = ignored | {"sequence_length"}  # how far training and prediction look back
     theirs, ours = (
         settings_of(MODELS[of.model], of, num_items=0, reuse_item_embeddings=of.shares_table)
