@@ -368,8 +368,10 @@ def largest_difference(
 
 def check(name: str, data_dir: Path, work_dir: Path) -> bool:
     """Train a published checkpoint again, print how it compares, and return True for equal bits."""
-    result = read_result(name)
-    published = _read(PRETRAINED / f"{name}.pt")
+    result, path = read_result(name), PRETRAINED / f"{name}.pt"
+    if not path.exists():
+        raise InputError(f"{path} does not exist; name a published checkpoint")
+    published = _read(path)
     print(f"published: {result['hardware']}\nhere:      {hardware()}")
     again = train_again(name, result, data_dir, work_dir)
     weights = stored(_read(again)["weights"], storage_of(published))

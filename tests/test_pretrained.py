@@ -237,6 +237,13 @@ def test_paths_and_training_counts_are_not_published(place: Path) -> None:
         tron_cli.Recommender.load(found.path).recommend([[]], k=3)
 
 
+def test_a_check_of_what_is_not_published_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check(place) == 2
+    assert "net.pt does not exist" in capsys.readouterr().err
+
+
 def check(place: Path) -> int:
     """Train the published checkpoint again; return the exit code."""
     place = place.resolve()
