@@ -36,7 +36,7 @@ def test_gradients_are_those_of_finite_differences(form: Form) -> None:
 @FORMS
 def test_rows_of_almost_nothing_stay_so_and_have_finite_gradients(form: Form) -> None:
     table = torch.zeros(2, 5)
-    table[1] = 3e-13  # shorter than what it is divided by, so that its length is not constant
+    table[1] = 3e-13  # shorter than 1e-12, by which it is divided: its length still counts
     table.requires_grad_()
     unit = form(table)
     assert not unit[0].any()
