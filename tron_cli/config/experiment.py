@@ -534,7 +534,7 @@ class ExperimentConfig:
             )
         if self.score == "dot":
             self._need(
-                "score=dot has no scale",
+                "score=dot has no scale, unlike score=cosine",
                 {name: FIELDS[name].default for name in ("score_scale", "learn_score_scale")},
             )
         if self.relative_positions:
