@@ -143,7 +143,7 @@ def test_bf16_autocast_stays_near_float32(loss: str) -> None:
 @pytest.mark.parametrize("changes", [{"score_scale": 14.0}, {"learn_score_scale": True}])
 def test_a_scale_without_effect_is_refused(changes: dict[str, Any]) -> None:
     (name,) = changes
-    with pytest.raises(InputError, match=rf"score=dot has no scale, but got {name}="):
+    with pytest.raises(InputError, match=rf"unlike score=cosine, but got {name}="):
         make_config(**changes)
 
 
