@@ -100,6 +100,18 @@ def _with_knn(dataset: str, config: str) -> dict[str, Experiment]:
     }
 
 
+# SASRec's own block with cross-entropy, as in arXiv 2309.07602.
+_SASREC_CE = (
+    "dataset_name=ml1m_all", "model=gsasrec", "loss=ce", "num_uniform_negatives=0",
+    "train_batch_size=128", "positions=end", "initialization=normal",
+    "reuse_item_embeddings=true", "num_heads=1",
+)  # fmt: skip
+# What validation chose for it, beside random windows of long histories.
+_LONGER = (
+    "early_stopping_patience=15", "dropout_rate=0.2", "lr=0.002", "lr_schedule=cosine",
+    "training_windows=random", "ema_decay=0.999", "weight_decay=0.01", "precision=bf16",
+)  # fmt: skip
+
 EXPERIMENTS = {
     # A week of sessions overfits at TRON's dropout: 0.4 is better than 0.05 on validation, for
     # SASRec too.
@@ -108,18 +120,37 @@ EXPERIMENTS = {
     **_with_knn("yoochoose1_64", "config_yoochoose"),
     **_session_experiments("diginetica", "diginetica"),
     **_with_knn("diginetica", "config_diginetica"),
+    "diginetica-tron-cosine-dropout": Experiment(
+        "diginetica", "TRON, cosine, dropout 0.4", "config_diginetica",
+        ("dataset_name=diginetica", "score=cosine", "score_scale=14", "dropout_rate=0.4"),
+    ),
+    "diginetica-tron-cosine-two-knn": Experiment(
+        "diginetica", "TRON, cosine, dropout 0.2 and 0.4, + session-kNN",
+        parts=("diginetica-tron-cosine", "diginetica-tron-cosine-dropout",
+               "diginetica-session_knn"),
+    ),
     "ml1m-tron-end": Experiment("ml1m", "TRON, positions=end", "config_ml1m", ("positions=end",)),
     "ml1m-tron-start": Experiment(
         "ml1m", "TRON, positions=start", "config_ml1m", ("positions=start",)
     ),
     "ml1m-sasrec": Experiment("ml1m", "SASRec, BCE, 1 negative", "config_ml1m_sasrec"),
-    # The setting of arXiv 2309.07602. tron prepare ml1m --val-users all --name ml1m_all
+    # tron prepare ml1m --val-users all --name ml1m_all
     "ml1m_all-sasrec-ce": Experiment(
         "ml1m_all", "SASRec, cross-entropy", "config_ml1m",
-        ("dataset_name=ml1m_all", "model=gsasrec", "loss=ce", "num_uniform_negatives=0",
-         "train_batch_size=128", "dropout_rate=0.1", "positions=end", "key_padding_mask=false",
-         "initialization=normal", "reuse_item_embeddings=true", "num_heads=1", "max_epochs=100",
+        (*_SASREC_CE, "dropout_rate=0.1", "key_padding_mask=false", "max_epochs=100",
          "early_stopping_patience=8"),
+    ),
+    "ml1m_all-sasrec-ce-long": Experiment(
+        "ml1m_all", "SASRec, cross-entropy, long training", "config_ml1m",
+        (*_SASREC_CE, *_LONGER, "key_padding_mask=false", "max_epochs=120"),
+    ),
+    "ml1m_all-sasrec-ce-relative": Experiment(
+        "ml1m_all", "SASRec, cross-entropy, relative positions", "config_ml1m",
+        (*_SASREC_CE, *_LONGER, "relative_positions=true", "max_epochs=80"),
+    ),
+    "ml1m_all-sasrec-ce-two": Experiment(
+        "ml1m_all", "SASRec, long training and relative positions, joined",
+        parts=("ml1m_all-sasrec-ce-long", "ml1m_all-sasrec-ce-relative"),
     ),
     "beauty-bsarec": Experiment("beauty", "BSARec", "config_beauty_bsarec"),
 }  # fmt: skip
