@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tron_cli.api.mixing import mix as mix
     from tron_cli.api.preparation import prepare as prepare
     from tron_cli.api.settings import load_config as load_config
+    from tron_cli.api.shards import join_shards as join_shards
+    from tron_cli.api.shards import write_shard as write_shard
     from tron_cli.api.training import TrainingResult as TrainingResult
     from tron_cli.api.training import train as train
     from tron_cli.config import ExperimentConfig as ExperimentConfig
@@ -50,10 +52,12 @@ __all__ = [
     "TrainingResult",
     "compare",
     "evaluate",
+    "join_shards",
     "load_config",
     "mix",
     "prepare",
     "train",
+    "write_shard",
 ]
 
 _MODULES = {
@@ -69,9 +73,11 @@ _MODULES = {
     "TrainingResult": "api.training",
     "compare": "api.evaluation",
     "evaluate": "api.evaluation",
+    "join_shards": "api.shards",
     "load_config": "api.settings",
     "mix": "api.mixing",
     "train": "api.training",
+    "write_shard": "api.shards",
 }
 
 

@@ -19,6 +19,7 @@ from tron_cli.errors import InputError
 
 if TYPE_CHECKING:
     from tron_cli.data.dataset import Dataset
+    from tron_cli.prepare.sources.table_reader import TableColumns
 
 AnyPath = str | os.PathLike[str]
 Words = str | Sequence[str]
@@ -83,12 +84,22 @@ def prepare(
     check("name", name, str | None)
     if name is None and source in ("table", "sequences"):
         raise InputError(f"prepare({source!r}) needs the name of the dataset")
-    known = options_of(source)
+    check_options(f"prepare({source!r})", options_of(source), options)
+    return SOURCES[source](Path(data_dir), name or source, **options)
+
+
+def check_options(
+    function: str, known: dict[str, tuple[Any, Any]], options: dict[str, Any]
+) -> None:
+    """Raise InputError unless the options are known, of their types, and none is missing.
+
+    known: as `options_of` returns them.
+    """
     for option, value in options.items():
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"
-            raise InputError(f"prepare({source!r}) has no option {option!r}; {hint}")
+            raise InputError(f"{function} has no option {option!r}; {hint}")
         check(option, value, known[option][0], *BOUNDS.get(option, ()))
     missing = [
         option
@@ -96,8 +107,7 @@ def prepare(
         if default is inspect.Parameter.empty and option not in options
     ]
     if missing:
-        raise InputError(f"prepare({source!r}) needs {' and '.join(missing)}")
-    return SOURCES[source](Path(data_dir), name or source, **options)
+        raise InputError(f"{function} needs {' and '.join(missing)}")
 
 
 def options_of(source: str) -> dict[str, tuple[Any, Any]]:
@@ -106,7 +116,7 @@ def options_of(source: str) -> dict[str, tuple[Any, Any]]:
     name = own.args[0] if isinstance(own, partial) else source
     below = _prepare_function(name)
     found = {}
-    hidden = {"leave_one_out", "frames"} if source == "table" else set()
+    hidden = {"leave_one_out", "frames", "reader"} if source == "table" else set()
     for function in (below, own):
         plain = function
         while isinstance(plain, partial):
@@ -176,24 +186,23 @@ def _table(
     **options: Any,
 ) -> Dataset:
     from tron_cli.prepare.sources.table import prepare_table
-    from tron_cli.prepare.sources.table_reader import NULL_TOKENS, TableColumns
 
-    columns = TableColumns(
-        item=item_col,
-        time=time_col,
+    columns = table_columns(
+        item_col=item_col,
+        time_col=time_col,
         time_unit=time_unit,
         time_format=time_format,
-        session=session_col,
-        user=user_col,
+        session_col=session_col,
+        user_col=user_col,
         session_gap=session_gap,
-        event=event_col,
-        keep_events=_words(keep_events or ()),
-        null_tokens=NULL_TOKENS if null_tokens is None else _words(null_tokens),
+        event_col=event_col,
+        keep_events=keep_events,
+        null_tokens=null_tokens,
     )
     wanted = [name for name in (item_col, time_col, session_col, user_col, event_col) if name]
-    with _frames_folder() as folder:
+    with frames_folder() as folder:
         given = {"input": input, "train": train, "val": val, "test": test}
-        files = {each: _files(each, tables, folder, wanted) for each, tables in given.items()}
+        files = {each: files_of(each, tables, folder, wanted) for each, tables in given.items()}
         if bool(files["input"]) == bool(files["train"]) or (
             bool(files["train"]) != bool(files["test"])
         ):
@@ -209,6 +218,32 @@ def _table(
             frames=folder,
             **_texts(options),
         )
+
+
+def table_columns(
+    *,
+    item_col: str,
+    time_col: str,
+    session_col: str | None,
+    user_col: str | None,
+    event_col: str | None,
+    keep_events: Words | None,
+    null_tokens: Words | None,
+    **options: Any,
+) -> TableColumns:
+    """Return the columns of a table by the options of `tron prepare table`."""
+    from tron_cli.prepare.sources.table_reader import NULL_TOKENS, TableColumns
+
+    return TableColumns(
+        item=item_col,
+        time=time_col,
+        session=session_col,
+        user=user_col,
+        event=event_col,
+        keep_events=_words(keep_events or ()),
+        null_tokens=NULL_TOKENS if null_tokens is None else _words(null_tokens),
+        **options,
+    )
 
 
 SOURCES: dict[str, Callable[..., Dataset]] = {
@@ -233,7 +268,7 @@ def _texts(options: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _frames_folder() -> Iterator[Path]:
+def frames_folder() -> Iterator[Path]:
     """Yield a temporary folder for data frames, which errors then name without it."""
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -244,16 +279,16 @@ def _frames_folder() -> Iterator[Path]:
             raise InputError(str(error).replace(folder + os.sep, "")) from error
 
 
-def _files(name: str, tables: Any, folder: Path, wanted: list[str]) -> list[Path]:
+def files_of(name: str, tables: Any, folder: Path, wanted: list[str]) -> list[Path]:
     """Return the files of a table; the wanted columns of data frames are written first."""
     if tables is None:
         return []
-    is_one = isinstance(tables, str | os.PathLike) or _is_frame(tables)
+    is_one = isinstance(tables, str | os.PathLike) or is_frame(tables)
     if not is_one and not isinstance(tables, Iterable):
         raise InputError(f"{name} must be a path, a list of them or a data frame, got {tables!r}")
     files = []
     for number, table in enumerate([tables] if is_one else tables, start=1):
-        if _is_frame(table):
+        if is_frame(table):
             files.append(folder / f"the data frame {name}{'' if is_one else f' {number}'}")
             _write_frame(table, files[-1], wanted)
         else:
@@ -262,7 +297,8 @@ def _files(name: str, tables: Any, folder: Path, wanted: list[str]) -> list[Path
     return files
 
 
-def _is_frame(table: Any) -> bool:
+def is_frame(table: Any) -> bool:
+    """Return True for a data frame of polars or pandas."""
     package = type(table).__module__.split(".")[0]
     return package in ("polars", "pandas") and type(table).__name__ == "DataFrame"
 

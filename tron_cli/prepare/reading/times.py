@@ -59,6 +59,11 @@ class TimeParser(Parser):
         self._is_checked = False
         self._unread: str | None = None  # a time, while none was readable
 
+    @property
+    def unit(self) -> str | None:
+        """Unit of the times, or iso; None with auto, while no time was readable."""
+        return self._unit
+
     def check(self, file: Path) -> None:
         """Refuse a column of unreadable times, or mostly of another kind than its first block."""
         if self._unit is None and self._unread is not None:

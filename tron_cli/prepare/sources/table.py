@@ -82,6 +82,7 @@ def prepare_table(
     max_session_length: int | None = None,
     catalogue: str | None = None,
     frames: Path | None = None,
+    reader: TableReader | None = None,
 ) -> Dataset:
     """Prepare a table of events, split by time, or leave-one-out (then val_days 0: no validation).
 
@@ -89,7 +90,8 @@ def prepare_table(
     trains, and validates in its last stretch where `val` is not given. val_days, test_days: 1
     unless a stretch begins at a date (val_from, test_from: ISO 8601, UTC where it names no zone).
     val_users: with leave-one-out, how many users validate; default: at most max_val_sessions.
-    frames: a folder of files that hold data frames, which dataset.json names without it.
+    frames: a folder of files that hold data frames, which dataset.json names without it. reader:
+    reads the inputs instead of a `TableReader` of the columns and bad lines.
 
     The filters are those of the session-based literature: short sessions, rare items (fewer than
     min_item_count events: 5, or 1 where the splits, of which test does not count, or an earlier
@@ -129,9 +131,8 @@ def prepare_table(
     with DatasetWriter(dataset_path(data_dir, name, *files), force=force) as writer:
         earlier = earlier_catalogue(catalogue, data_dir)
         steps = Steps()
-        log = _read_log(
-            tables, columns, gap, steps, BadLines(skip=skip_bad_lines, max_share=max_bad_share)
-        )
+        bad = BadLines(skip=skip_bad_lines, max_share=max_bad_share)
+        log = _read_log(tables, reader or TableReader(columns, bad), gap, steps)
         least = max(min_session_length, 3 if leave_one_out else 2)
         of_histories = earlier if leave_one_out else None
         parts = _filtered(log, cleaning, of_histories, steps, least, min_item_count)
@@ -190,11 +191,9 @@ class _Log:
     reader: TableReader
 
 
-def _read_log(
-    tables: list[list[Path]], columns: TableColumns, gap: int | None, steps: Steps, bad: BadLines
-) -> _Log:
+def _read_log(tables: list[list[Path]], reader: TableReader, gap: int | None, steps: Steps) -> _Log:
     """Read the tables and record what they hold."""
-    reader, index = TableReader(columns, bad), ItemIndex()
+    columns, bad, index = reader.columns, reader.bad, ItemIndex()
     logs = [collect_events(files[0], reader.read(files), bad, index) for files in tables]
     reader.check(tables[0][0])
     bad.check_share(reader.rows)

@@ -19,9 +19,7 @@ from tron_cli.prepare.reading.header import find_separator, header_line
 from tron_cli.prepare.reading.ids import ids_of
 from tron_cli.prepare.reading.parquet import read_parquet
 from tron_cli.prepare.reading.times import FormatParser, TimeParser
-from tron_cli.prepare.sessions import (
-    IdKeys,
-)
+from tron_cli.prepare.sessions import IdKeys
 
 NULL_TOKENS = ("NULL", "null", "None", "NA", "N/A", "NaN", "nan", "\\N")  # of databases, pandas, R
 _TYPED = r"[^\t]+:(?:token|float)(?:_seq)?"
@@ -73,7 +71,8 @@ class TableReader:
         self.rows = 0
         self.sessions, self.users = IdKeys(), IdKeys()
         self._ids = [name for name in (columns.session, columns.user, columns.item) if name]
-        self._wanted = [*self._ids, columns.time, *([columns.event] if columns.event else [])]
+        self.columns_read = [*self._ids, columns.time]
+        self._wanted = [*self.columns_read, *([columns.event] if columns.event else [])]
         if not columns.item or not columns.time:
             raise InputError("expected the name of a column for --item-col and --time-col")
         if len(set(self._wanted)) < len(self._wanted):
@@ -81,28 +80,38 @@ class TableReader:
         self._times = _time_parser(columns)
         ids = Parser(ids_of, "an id without line breaks", columns.null_tokens)
         self._parsers = {**dict.fromkeys(self._ids, ids), columns.time: self._times}
-        self._kinds: set[str] = set()
+        self.kinds: set[str] = set()
         self._first: tuple[Path, dict[str, pl.DataType]] | None = None
 
     def read(self, files: Sequence[Path]) -> Iterator[Columns]:
         """Yield the int64 columns session, time and perhaps user, and the ids in item."""
         kept = 0
+        for block in self.parsed(files):
+            kept += len(block.lines)
+            self._check_types(block.file, block.frame)
+            yield replace(block, frame=self._keyed(block.frame))
+        if not kept:
+            self.check(files[0])  # may raise the reason
+
+    def parsed(self, files: Sequence[Path]) -> Iterator[Columns]:
+        """Yield `columns_read` of the kept events: ids as int64 or text, times in ms."""
         for file in files:
             for block in self._blocks(file):
                 if self.columns.event:
                     # Other kinds, such as searches, may lack an item, so only their kind is read.
                     kind = block.parse({self.columns.event: _KIND}, self.bad).frame.to_series()
-                    self._kinds.update(kind.unique().to_list())
+                    self.kinds.update(kind.unique().to_list())
                     is_kept = kind.is_in(self.columns.keep_events).to_numpy()
                     self.rows += int(np.count_nonzero(~is_kept))
                     block = block.where(is_kept)
                 block = block.parse(self._parsers, self.bad)
                 self.rows += len(block.lines)
-                kept += len(block.lines)
-                self._check_types(file, block.frame)
-                yield replace(block, frame=self._keyed(block.frame))
-        if not kept:
-            self.check(files[0])  # may raise the reason
+                yield block
+
+    @property
+    def time_unit(self) -> str | None:
+        """Unit of the times as they were read, iso, or None while it is not known."""
+        return self._times.unit if isinstance(self._times, TimeParser) else None
 
     def _keyed(self, frame: pl.DataFrame) -> pl.DataFrame:
         session, user = self.columns.session, self.columns.user
@@ -130,15 +139,19 @@ class TableReader:
 
     def check(self, file: Path) -> None:
         """Refuse times that are mostly of another kind, and kinds of events that do not occur."""
-        self._times.check(file)
-        missing = [kind for kind in self.columns.keep_events if kind not in self._kinds]
+        self.check_times(file)
+        missing = [kind for kind in self.columns.keep_events if kind not in self.kinds]
         if missing:
-            found = ", ".join(kind or "nothing" for kind in sorted(self._kinds)[:10])
+            found = ", ".join(kind or "nothing" for kind in sorted(self.kinds)[:10])
             raise InputError(
                 f"{file} has no event of the kind {' or '.join(missing)}: its "
-                f"{self.columns.event} holds {found}{', ...' if len(self._kinds) > 10 else ''}; "
+                f"{self.columns.event} holds {found}{', ...' if len(self.kinds) > 10 else ''}; "
                 "correct --keep-events"
             )
+
+    def check_times(self, file: Path) -> None:
+        """Refuse times that are mostly of another kind than the first."""
+        self._times.check(file)
 
     def _blocks(self, file: Path) -> Iterator[Columns]:
         """Read a file by its content, whatever its name."""
