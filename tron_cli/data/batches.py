@@ -30,12 +30,40 @@ class AttentionGroup:
     of the padded rows (places past a row's end repeat its last event: causal attention never looks
     there). keep: int64 [end - start], places of the padded rows that are events; None when the rows
     have one length and nothing is padded. In a padded batch its padding has the first place.
+    whole: in a share of a batch, the number of the group's rows in the whole batch, and which of
+    them these are, int64 [R], maybe none.
     """
 
     start: int
     end: int
     gather_RW: torch.Tensor
     keep: torch.Tensor | None
+    whole: tuple[int, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some rows of a batch, which one of several processes computes (`shares.py`).
+
+    whole: the batch. rows_B, events_N, targets_P: int64, the places of the share's rows, events and
+    targets among those of the whole. counts: False where a batch has fewer rows than there are
+    processes, and this one has a row of another, which adds nothing to loss and gradients.
+    """
+
+    whole: Batch
+    rows_B: torch.Tensor
+    events_N: torch.Tensor
+    targets_P: torch.Tensor
+    counts: bool
+
+    def to(self, device: torch.device) -> Share:
+        return Share(
+            whole=self.whole.to(device),
+            rows_B=self.rows_B.to(device),
+            events_N=self.events_N.to(device),
+            targets_P=self.targets_P.to(device),
+            counts=self.counts,
+        )
 
 
 @dataclass(frozen=True)
@@ -51,6 +79,7 @@ class Batch:
     padded: shapes are rounded up, for a device that computes the same shapes again and again: the
     last events may be padding, with item 0, target 0, row 0 and place 0, and all rows are one
     group. memory: int64, the tensor that all others are views of; None where each has its own.
+    share: how the rows came from a larger batch; None where they are all rows.
     """
 
     inputs_N: torch.Tensor
@@ -63,6 +92,7 @@ class Batch:
     memory: torch.Tensor | None = None
     predicting_P: torch.Tensor | None = None
     lanes_B: torch.Tensor | None = None
+    share: Share | None = None
 
     @property
     def target_rows_P(self) -> torch.Tensor:
@@ -76,7 +106,8 @@ class Batch:
 
         whole = self if self.memory is not None else self.in_one_piece(pinned=True)
         assert whole.memory is not None
-        return whole._over(whole.memory.to(device, non_blocking=True))
+        there = whole._over(whole.memory.to(device, non_blocking=True))
+        return replace(there, share=None if self.share is None else self.share.to(device))
 
     def in_one_piece(self, *, pinned: bool) -> Batch:
         """Return the batch with all of its tensors in one stretch of memory, for a single copy."""
@@ -120,6 +151,7 @@ class Batch:
             ),
             padded=self.padded,
             memory=memory,
+            share=self.share,
         )
 
 

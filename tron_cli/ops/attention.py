@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tron_cli.ops.dropout import drop
+from tron_cli.ops.dropout import RowsOfWhole, drop
 
 if TYPE_CHECKING:
     from tron_cli.data.batches import AttentionGroup
@@ -75,13 +75,15 @@ def packed_attention(
     """
     attended = []
     first_row = 0
+    head_dim = query_key_value_N3D.shape[1] // (3 * num_heads)
     for group in groups:
         rows, width = group.gather_RW.shape
         if group.keep is None:
             qkv = query_key_value_N3D[group.start : group.end]
         else:
             qkv = query_key_value_N3D.index_select(0, group.gather_RW.flatten())
-        q_RHWd, k_RHVd, v_RHVd = qkv.view(rows, width, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+        qkv_RW3Hd = qkv.view(rows, width, 3, num_heads, head_dim)
+        q_RHWd, k_RHVd, v_RHVd = qkv_RW3Hd.permute(2, 0, 3, 1, 4)
         bias = None
         if not causal and group.keep is not None:
             bias = _hidden_padding(qkv, group.keep, rows, width)
@@ -93,8 +95,10 @@ def packed_attention(
             count_R = padding.count_B[first_row : first_row + rows]
             k_RHVd, v_RHVd, bias = _with_padding(padding, count_R, k_RHVd, v_RHVd, bias, causal)
         first_row += rows
-        out_RHWd = attention(q_RHWd, k_RHVd, v_RHVd, dropout_rate, causal=causal, bias=bias)
-        out_ND = out_RHWd.transpose(1, 2).reshape(rows * width, -1)
+        out_RHWd = attention(
+            q_RHWd, k_RHVd, v_RHVd, dropout_rate, causal=causal, bias=bias, whole=group.whole
+        )
+        out_ND = out_RHWd.transpose(1, 2).reshape(rows * width, num_heads * head_dim)
         attended.append(out_ND if group.keep is None else out_ND.index_select(0, group.keep))
     return torch.cat(attended)
 
@@ -107,11 +111,12 @@ def attention(
     *,
     causal: bool = True,
     bias: torch.Tensor | None = None,
+    whole: RowsOfWhole | None = None,
 ) -> torch.Tensor:
     """Return `F.scaled_dot_product_attention`, computed faster where the CPU drops weights.
 
     causal: without a bias, place w sees the keys up to w. bias: added to the scores [R, H, W, V],
-    to whose shape it is broadcast; -inf hides a key.
+    to whose shape it is broadcast; -inf hides a key. whole: see `drop`.
 
     Saves 8 % of a gSASRec step at MovieLens-1M's lengths, one thread; 1 % at OTTO's.
     """
@@ -125,7 +130,7 @@ def attention(
         bias = _hidden_future(q_RHWd)
     if bias is not None:
         scores_RHWV = scores_RHWV + bias
-    return drop(scores_RHWV.softmax(dim=3), dropout_rate) @ v_RHVd
+    return drop(scores_RHWV.softmax(dim=3), dropout_rate, whole) @ v_RHVd
 
 
 def _with_padding(

@@ -43,11 +43,11 @@ class FrequencyFilter(nn.Module):
         rows, width = group.gather_RW.shape
         kernel_WW = self._kernel(width, x_ND)
         if group.keep is None:
-            x_RWD = x_ND[group.start : group.end].view(rows, width, -1)
+            x_RWD = x_ND[group.start : group.end].view(rows, width, x_ND.shape[1])
             return (kernel_WW @ x_RWD).flatten(0, 1)
         x_MD = x_ND.index_select(0, group.gather_RW.flatten())
         is_event_M1 = x_ND.new_zeros(rows * width, 1).index_fill_(0, group.keep, 1.0)
-        x_RWD = (x_MD * is_event_M1).view(rows, width, -1)
+        x_RWD = (x_MD * is_event_M1).view(rows, width, x_ND.shape[1])
         return (kernel_WW @ x_RWD).flatten(0, 1).index_select(0, group.keep)
 
     def _kernel(self, width: int, like: torch.Tensor) -> torch.Tensor:

@@ -138,7 +138,8 @@ class _Candidates:
     def _in_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits and ids [N, M]; the events of a session share its candidates."""
         batch, negatives = self.batch, self.negatives
-        ids_BM = batch.inputs_N[negatives.in_batch_BM]
+        candidates_N = batch.inputs_N if negatives.candidates_N is None else negatives.candidates_N
+        ids_BM = candidates_N[negatives.in_batch_BM]
         rows_N = batch.target_rows_P
         ids_NM = ids_BM[rows_N]
         if batch.predicting_P is None:

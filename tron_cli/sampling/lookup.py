@@ -44,28 +44,30 @@ def look_up(
     sparse: bool,
     before: BeforeLookup | None = None,
 ) -> Looked:
-    """Look up the rows of the inputs, targets and uniform negatives.
+    """Look up the rows of the inputs, targets, uniform negatives and candidates.
 
     sparse: the table's gradient is a sparse tensor of the rows looked up, each once. Otherwise it
     is dense, and if more ids are needed than the table has rows, the table itself is returned.
     """
     assert batch.targets_N is not None
-    num_events = len(batch.inputs_N)
-    num_ids = num_events + len(batch.targets_N)
-    ids = torch.cat([batch.inputs_N, batch.targets_N, negatives.uniform.flatten()])
+    parts = [batch.inputs_N, batch.targets_N, negatives.uniform.flatten()]
+    if negatives.candidates_N is not None:
+        parts.append(negatives.candidates_N)
+    ids = torch.cat(parts)
     if not sparse and len(ids) >= len(table_VD):
         return Looked(table_VD, batch, negatives)
     ids_U, place = _distinct(ids, len(table_VD), same_shape=batch.padded)
     if before is not None:
         before(table_VD, ids_U)
+    inputs_N, targets_N, uniform, *candidates = place.split([*map(len, parts)])
     return Looked(
         _Rows.apply(table_VD, ids_U, sparse),
+        dataclasses.replace(batch, inputs_N=inputs_N, targets_N=targets_N),
         dataclasses.replace(
-            batch,
-            inputs_N=place[:num_events],
-            targets_N=place[num_events:num_ids],
+            negatives,
+            uniform=uniform.view(negatives.uniform.shape),
+            candidates_N=candidates[0] if candidates else None,
         ),
-        dataclasses.replace(negatives, uniform=place[num_ids:].view(negatives.uniform.shape)),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from tron_cli.data.batches import Batch
+    from tron_cli.data.batches import Batch, Share
 
 # Weights of items are whole numbers of about this sum, so that drawing under rejection is exact.
 _TOTAL_WEIGHT = 1 << 50
@@ -83,10 +83,11 @@ class Negatives:
 
     uniform: int64 item ids, [K] of the batch, [B, K] of each session, or [N, K] of each event.
     uniform_keep: bool, [1], [B] or [N]; False where rejection left no item; None: all True.
-    in_batch_BM: int64, indices into the batch's inputs_N, for each session.
+    in_batch_BM: int64, indices into candidates_N, for each session.
     in_batch_keep_BM: bool, False where a session had fewer candidates than M; None: all True.
     uniform_log_expected, in_batch_log_expected_BM: float32, of the same shapes, log of the expected
     number of negatives of a position that are that item; None where the loss does not need it.
+    candidates_N: int64, inputs of the whole batch in a share of it; None: the batch's inputs_N.
     """
 
     uniform: torch.Tensor
@@ -95,6 +96,33 @@ class Negatives:
     in_batch_keep_BM: torch.Tensor | None
     uniform_log_expected: torch.Tensor | None = None
     in_batch_log_expected_BM: torch.Tensor | None = None
+    candidates_N: torch.Tensor | None = None
+
+    def of_share(self, share: Share) -> Negatives:
+        """Return the negatives of a share, where these are those of the whole batch."""
+
+        def of_sets(values: torch.Tensor | None) -> torch.Tensor | None:
+            if values is None or self.uniform.dim() == 1:
+                return values
+            # With as many targets as rows, each row has one.
+            per_target = len(values) == len(share.whole.target_rows_P)
+            return values[share.targets_P if per_target else share.rows_B]
+
+        def of_rows(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values[share.rows_B]
+
+        uniform, in_batch_BM = of_sets(self.uniform), of_rows(self.in_batch_BM)
+        assert uniform is not None
+        assert in_batch_BM is not None
+        return Negatives(
+            uniform,
+            of_sets(self.uniform_keep),
+            in_batch_BM,
+            of_rows(self.in_batch_keep_BM),
+            of_sets(self.uniform_log_expected),
+            of_rows(self.in_batch_log_expected_BM),
+            share.whole.inputs_N if in_batch_BM.shape[1] else None,
+        )
 
 
 def sample_negatives(

@@ -22,7 +22,17 @@ from tron_cli.text_table import format_table
 
 TRACE = "trace.json"
 WARM_UP = 5  # steps before those that count
-PHASES = ("batch", "negatives", "lookup", "forward", "logits", "loss", "backward", "optimizer")
+PHASES = (
+    "batch",
+    "negatives",
+    "lookup",
+    "forward",
+    "logits",
+    "loss",
+    "backward",
+    "exchange",
+    "optimizer",
+)
 BETWEEN_STEPS = ("validation", "save")  # in the trace, but no part of a step
 
 _OPERATORS_SHOWN = 20

@@ -6,21 +6,26 @@ was stopped and resumed ends with the weights of one that never was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.batches import Batch
+from tron_cli.distributed.gradients import add_up_gradients
+from tron_cli.distributed.processes import ALONE, Processes
 from tron_cli.errors import InputError
 from tron_cli.losses.sampled import build_loss
 from tron_cli.models.base import Model
+from tron_cli.ops.dropout import dropping_as_part
 from tron_cli.registry import CATALOGUE_LOSSES
 from tron_cli.sampling.logits import sampled_logits
 from tron_cli.sampling.lookup import BeforeLookup, look_up, look_up_inputs
-from tron_cli.sampling.negatives import Distribution, sample_negatives
+from tron_cli.sampling.negatives import Distribution, Negatives, sample_negatives
 from tron_cli.training.optim import RowAdam, clip_gradients, gradients_are_sparse
 from tron_cli.training.profile import phase
 
@@ -52,25 +57,33 @@ def accumulated_step(
     config: ExperimentConfig,
     distribution: Distribution,
     dtype: torch.dtype,
+    processes: Processes = ALONE,
 ) -> torch.Tensor:
     """Take a step along the gradients of the mean loss over the positions of some batches.
 
-    Each batch draws its own negatives. Returns that loss, without gradients.
+    Each batch draws its own negatives. Returns that loss, without gradients. With several
+    processes, batches are this one's shares of them; all take the same step, and the losses that
+    they return add up to that of the batches.
     """
     before_lookup = optimizer.catch_up if isinstance(optimizer, RowAdam) else None
-    several = len(batches) > 1
-    total = sum(map(_num_targets, batches)) if several else 1
+    several = len(batches) > 1 or processes.count > 1
+    total = sum(_num_targets(_whole(batch)) for batch in batches) if several else 1
     losses: list[torch.Tensor] = []
     for batch in batches:
         with torch.autocast(batch.inputs_N.device.type, dtype, enabled=dtype != torch.float32):
             loss = training_loss(model, batch, config, distribution, before_lookup=before_lookup)
         if several:
-            loss = loss * (_num_targets(batch) / total)
+            counts = batch.share is None or batch.share.counts
+            loss = loss * (_num_targets(batch) / total * counts)
         with phase("backward"):
             if not losses:
                 optimizer.zero_grad()
             scaler.scale(loss).backward()
         losses.append(loss.detach())
+    if processes.count > 1:
+        with phase("exchange"):
+            sparse = gradients_are_sparse(config.optimizer)
+            add_up_gradients(model.parameters(), processes, sparse=sparse)
     with phase("optimizer"):
         if several:
             _merge_rows(model)
@@ -80,6 +93,10 @@ def accumulated_step(
         scaler.step(optimizer)
         scaler.update()
     return torch.stack(losses).sum() if several else losses[0]
+
+
+def _whole(batch: Batch) -> Batch:
+    return batch if batch.share is None else batch.share.whole
 
 
 def _num_targets(batch: Batch) -> int | torch.Tensor:
@@ -135,7 +152,7 @@ def _sampled_loss(
     """Return the loss of each position with a target, among sampled negatives."""
     with phase("negatives"):
         negatives = sample_negatives(
-            batch,
+            _whole(batch),
             distribution,
             num_uniform=config.num_uniform_negatives,
             num_batch=config.num_batch_negatives,
@@ -144,16 +161,20 @@ def _sampled_loss(
             reject_in_batch_items=config.reject_in_batch_items,
         )
     with phase("lookup"):
-        sparse = gradients_are_sparse(config.optimizer)
+        # Of a dense gradient, processes would exchange all rows.
+        sparse = gradients_are_sparse(config.optimizer) or batch.share is not None
         before = before_lookup if sparse else None
+        if batch.share is not None:
+            # Rows have the same pending updates in every process, to the last digit.
+            _catch_up_whole(model, batch.share.whole, negatives, config, before)
+            negatives, before = negatives.of_share(batch.share), None
         looked = look_up(model.item_table, batch, negatives, sparse=sparse, before=before)
         inputs, rows_UD = looked.batch, looked.rows_UD
         if not config.shares_table:
             inputs, rows_UD = look_up_inputs(
                 model.item_embedding.weight, batch, sparse=sparse, before=before
             )
-    with phase("forward"):
-        hidden_ND = _with_target(model(inputs, rows_UD), batch)
+    hidden_ND = _hidden(model, inputs, rows_UD)
     with phase("logits"):
         positive_N, negative_NK, keep_NK = sampled_logits(
             hidden_ND,
@@ -175,19 +196,63 @@ def _catalogue_loss(
 ) -> torch.Tensor:
     """Return the loss of each position with a target, among all items."""
     with phase("lookup"):
-        sparse = gradients_are_sparse(config.optimizer) and not config.shares_table
+        sparse = gradients_are_sparse(config.optimizer) or batch.share is not None
+        sparse = sparse and not config.shares_table
+        before = before_lookup if sparse else None
+        if batch.share is not None and before is not None:
+            before(model.item_embedding.weight, batch.share.whole.inputs_N.unique())
+            before = None
         inputs, rows_UD = look_up_inputs(
-            model.item_embedding.weight,
-            batch,
-            sparse=sparse,
-            before=before_lookup if sparse else None,
+            model.item_embedding.weight, batch, sparse=sparse, before=before
         )
-    with phase("forward"):
-        hidden_ND = _with_target(model(inputs, rows_UD), batch)
+    hidden_ND = _hidden(model, inputs, rows_UD)
     with phase("loss"):
         loss = build_loss(config, model.num_items)
         return loss(hidden_ND, model.scored_rows(model.item_table), batch.targets_N)
 
 
-def _with_target(hidden_ND: torch.Tensor, batch: Batch) -> torch.Tensor:
-    return hidden_ND if batch.predicting_P is None else hidden_ND[batch.predicting_P]
+def _catch_up_whole(
+    model: Model,
+    whole: Batch,
+    negatives: Negatives,
+    config: ExperimentConfig,
+    before: BeforeLookup | None,
+) -> None:
+    """Do for the rows that a whole batch needs what a step does before it looks them up."""
+    if before is None:
+        return
+    assert whole.targets_N is not None
+    ids = torch.cat([whole.inputs_N, whole.targets_N, negatives.uniform.flatten()])
+    before(model.item_table, ids.unique())
+    if not config.shares_table:
+        before(model.item_embedding.weight, whole.inputs_N.unique())
+
+
+def _hidden(model: Model, inputs: Batch, rows_UD: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states of the events with a target."""
+    with phase("forward"), _dropout_of(inputs, model):
+        hidden_ND = model(inputs, rows_UD)
+        return hidden_ND if inputs.predicting_P is None else hidden_ND[inputs.predicting_P]
+
+
+@contextmanager
+def _dropout_of(batch: Batch, model: Model) -> Iterator[None]:
+    """Let a share of a batch drop what it would in the whole, where dropout is ours, on the CPU.
+
+    On CUDA, and between the layers of torch's GRU, each process draws its own random numbers, and
+    then goes on with those of all.
+    """
+    share = batch.share
+    if share is None:
+        yield
+        return
+    device = batch.inputs_N.device
+    drops_inside = any(isinstance(each, nn.GRU) and each.dropout for each in model.modules())
+    if device.type == "cpu" and not drops_inside:
+        with dropping_as_part((len(share.whole.inputs_N), share.events_N)):
+            yield
+        return
+    seed = int(torch.randint(1 << 62, (), device=device)) + int(share.rows_B[0])
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

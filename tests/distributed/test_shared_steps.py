@@ -1,0 +1,135 @@
+"""Steps that several processes share end with the weights of one process's steps."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.datasets import pack_sessions, random_sessions, tiny_settings
+from helpers.processes import alone, in_processes
+
+from tron_cli.config import ExperimentConfig
+from tron_cli.data.shares import share_of
+from tron_cli.distributed.processes import Processes
+from tron_cli.models.base import build_model
+from tron_cli.sampling.negatives import Distribution
+from tron_cli.training.feed import build_feed
+from tron_cli.training.optim import catch_up_all, optimizer_of
+from tron_cli.training.step import accumulated_step, seed_generators
+
+ITEMS = 60
+STEPS = 5
+CE = {"loss": "ce", "num_uniform_negatives": 0, "num_batch_negatives": 0, "topk_sampling": False}
+GBCE = {
+    "gbce_t": 0.75, "topk_sampling": False, "num_batch_negatives": 0,
+    "reject_in_batch_items": False, "reject_uniform_session_items": False,
+}  # fmt: skip
+BASE = {"dropout_rate": 0.3, "num_heads": 2, "clip_norm": 0.5, "train_batch_size": 7}
+
+# Losses, sampling styles and optimizers, each with each.
+CASES: list[dict[str, Any]] = [
+    {
+        "loss": loss,
+        "sampling_style": style,
+        "optimizer": optimizer,
+        **(GBCE if loss == "gbce" else {}),
+    }
+    for loss, style, optimizer in itertools.product(
+        ("ssm", "bce", "bpr", "bpr-max", "gbce"),
+        ("batchwise", "sessionwise", "eventwise"),
+        ("adam", "row_adam", "adagrad"),
+    )
+]
+CASES += [
+    {**more, "optimizer": optimizer}
+    for more in (
+        CE,
+        {**CE, "reuse_item_embeddings": False},
+        {"reuse_item_embeddings": False, "weight_decay": 0.1},
+        {"accumulate_batches": 2, "sampling_style": "sessionwise"},
+        {"train_batch_size": 1},
+        {"model": "gsasrec", "relative_positions": True},
+        {"model": "gru4rec", "num_heads": 1},
+        {"model": "gru4rec", "num_heads": 1, "session_parallel": True},
+        {"model": "bert4rec"},
+        {"block": "bsarec", "training_windows": "prefixes"},
+        {"key_padding_mask": False},
+        {"logq_correction": True, "topk_sampling": False, "reject_in_batch_items": False},
+        {"score": "cosine", "output_bias": True},
+        {"dropout_rate": 0.0},
+    )
+    for optimizer in ("adam", "row_adam")
+    if not (more.get("output_bias") and more.get("weight_decay"))
+]
+
+
+def config_of(case: dict[str, Any]) -> ExperimentConfig:
+    return ExperimentConfig(**tiny_settings(**{**BASE, **case}))
+
+
+def train_all(
+    processes: Processes, cases: list[dict[str, Any]], dtype: torch.dtype
+) -> list[dict[str, torch.Tensor]]:
+    """Take some steps of each case; return the loss of each step and the weights."""
+    rng = np.random.default_rng(5)
+    sessions = pack_sessions(random_sessions(rng, 24, ITEMS))
+    found = []
+    for case in cases:
+        config = config_of(case)
+        seed_generators(config.seed, step=0)
+        model = build_model(config, ITEMS).to(dtype)
+        optimizer = optimizer_of(config, model)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        feed = build_feed(config, sessions, model, padded=False)
+        distribution = (
+            Distribution.of(
+                np.arange(1.0, ITEMS + 1),
+                expected_of=(config.num_uniform_negatives, np.ones(ITEMS)),
+                device=torch.device("cpu"),
+            )
+            if config.logq_correction
+            else Distribution(ITEMS)
+        )
+        model.train()
+        losses = []
+        for step in range(STEPS):
+            seed_generators(config.seed, step=step + 1)
+            many = range(step * config.accumulate_batches, (step + 1) * config.accumulate_batches)
+            batches = [feed.batch(number) for number in many]
+            if processes.count > 1:
+                batches = [share_of(batch, processes.rank, processes.count) for batch in batches]
+            loss = accumulated_step(
+                model, optimizer, scaler, batches, config, distribution, torch.float32, processes
+            )
+            losses.append(processes.add_up(loss.detach().clone()))
+        catch_up_all(optimizer)
+        weights = {name: felt(name, each.detach()) for name, each in model.named_parameters()}
+        found.append({"loss": torch.stack(losses), **weights})
+    return found
+
+
+def felt(name: str, values: torch.Tensor) -> torch.Tensor:
+    """Leave out the bias of keys: no score depends on it, and its moves follow roundings."""
+    for layer, parts, key in (("query_key_value.bias", 3, 1), ("key_value.bias", 2, 0)):
+        if name.endswith(f".{layer}"):
+            return torch.cat([*values.chunk(parts)[:key], *values.chunk(parts)[key + 1 :]])
+    return values
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_take_the_steps_of_one(
+    count: int, dtype: torch.dtype, rtol: float, tmp_path: Path
+) -> None:
+    expected = alone(train_all, CASES, dtype)
+    first, *others = in_processes(count, train_all, tmp_path, CASES, dtype)
+    for case, found, wanted, *same in zip(CASES, first, expected, *others, strict=True):
+        for name, values in wanted.items():
+            error = (found[name] - values).abs().max() / values.abs().max()
+            assert error <= rtol, (case, name, error)
+            for other in same:
+                assert torch.equal(other[name], found[name]), (case, name)
