@@ -132,17 +132,18 @@ MAY_IMPORT = {
     "models": "errors losses ops registry sampling",
     "sampling": "errors losses models ops registry",
     "losses": "errors models ops registry sampling",
+    "distributed": "errors",
     "baselines": "config data errors registry",
     "checkpoint": "baselines config data errors files models ops registry",
     "prepare": "data errors files text_table",
     "evaluation": "baselines checkpoint config data errors files models ops registry text_table",
-    "training": "baselines checkpoint config data errors evaluation files losses models ops "
-    "registry sampling text_table",
+    "training": "baselines checkpoint config data distributed errors evaluation files losses "
+    "models ops registry sampling text_table",
     "serving": "baselines checkpoint config data errors evaluation files models ops prepare "
     "registry",
     "importing": "checkpoint config data errors files models",
-    "api": "checkpoint config data errors evaluation files models ops prepare registry serving "
-    "training",
+    "api": "checkpoint config data distributed errors evaluation files models ops prepare registry "
+    "serving training",
 }
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tron_cli.ops.dropout import Dropout, drop
+from tron_cli.ops.dropout import Dropout, drop, dropping_as_part
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.5, 0.9])
@@ -55,3 +55,18 @@ def test_a_seed_decides_and_evaluation_drops_nothing() -> None:
     assert torch.equal(Dropout(0.0)(x), x)
     assert drop(torch.ones(0, 3), 0.5).shape == (0, 3)
     assert drop(torch.ones(4000), 1 - 1e-9).isfinite().all()
+
+
+def test_a_part_drops_what_it_drops_in_the_whole() -> None:
+    x, layer = torch.randn(11, 2, 3), Dropout(0.4)
+    torch.manual_seed(4)
+    whole, after = layer(x), torch.rand(3)
+    for rows in (torch.tensor([1, 4, 10]), torch.arange(0)):
+        torch.manual_seed(4)
+        assert torch.equal(drop(x[rows], 0.4, (11, rows)), whole[rows])
+        assert torch.equal(torch.rand(3), after)
+        torch.manual_seed(4)
+        with dropping_as_part((11, rows)):
+            assert torch.equal(layer(x[rows]), whole[rows])
+    torch.manual_seed(4)
+    assert torch.equal(layer(x), whole)

@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tron_cli.checkpoint import dataset_identity, load_checkpoint
 from tron_cli.config import ExperimentConfig, requested_accelerator
 from tron_cli.data.dataset import Dataset
 from tron_cli.data.final import TrainAndValidation
+from tron_cli.distributed.processes import Processes, device_of_process, joined
 from tron_cli.errors import InputError, RunError, explained
 from tron_cli.files import LAST
 from tron_cli.ops.device import chosen_device
@@ -78,6 +80,9 @@ def train(
     profile: profile this many steps, and stop. plugins: code from outside tron that the config
     names. device: auto, cpu, cuda or cuda:N.
 
+    Processes that torchrun starts train together, each on rows of every batch; the first one writes
+    the run's folder, which the others can read.
+
     In the main thread, Ctrl-C and SIGTERM end the training after the current step, which is saved,
     with a RunError; in other threads signals are left alone. A process trains one model at a time.
 
@@ -113,15 +118,23 @@ def train(
             new_run_dir(parent, name, experiment.method, experiment.dataset_name),
             numbered=name is None,
         )
-    used_device = training_device(device, config)
-    with place as run_dir, explained(run_dir / LOG):
+    used_device = device_of_process(training_device(device, config))
+    with (
+        joined(used_device) as processes,
+        _claimed_once(place, processes) as run_dir,
+        explained(run_dir / LOG),
+    ):
         if resume is not None:
             experiment, dataset = _resumed(run_dir, settings, datasets)
         if not experiment.is_baseline:
             saved = train_model(
                 experiment, dataset, run_dir, device=used_device, resume=resume is not None,
-                profiler=profiler, init_from=earlier, final=record,
+                profiler=profiler, init_from=earlier, final=record, processes=processes,
             )  # fmt: skip
+        elif processes.count > 1:
+            raise InputError(
+                f"model={experiment.model} is fitted at once, by one process; leave out torchrun"
+            )
         elif earlier is not None:
             raise InputError(
                 f"model={experiment.model} is fitted anew and has no weights to start from; leave "
@@ -147,6 +160,13 @@ def train(
         epochs=epochs,
         profile=None if profiler is None else profiler.result,
     )
+
+
+@contextmanager
+def _claimed_once(place: AbstractContextManager[Path], processes: Processes) -> Iterator[Path]:
+    """Claim the folder of a run in the first of several processes, and name it to the others."""
+    with ExitStack() as stack:
+        yield processes.of_first(lambda: stack.enter_context(place))
 
 
 def _check_together(

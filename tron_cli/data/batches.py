@@ -155,6 +155,11 @@ class Batch:
         )
 
 
+def whole(batch: Batch) -> Batch:
+    """Return the batch of which a batch is a share, or the batch itself."""
+    return batch if batch.share is None else batch.share.whole
+
+
 def pack(
     items: np.ndarray,
     starts_B: np.ndarray,

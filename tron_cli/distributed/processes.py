@@ -120,6 +120,15 @@ def started_by_torchrun() -> Processes:
     return Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
+def device_of_process(device: torch.device) -> torch.device:
+    """Return the GPU of this process where several share a machine's GPUs; else the device."""
+    if started_by_torchrun().count == 1 or device.type != "cuda":
+        return device
+    own = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    torch.cuda.set_device(own)
+    return own
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
     """Join the processes that torchrun started, if it did; only the first one logs.

@@ -67,6 +67,7 @@ def predict(
     rank_limit: int | None = None,
     batch_size: int = 512,
     progress: str | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Predictions:
     """Rank the targets of `sessions` among the whole catalogue, in float32 throughout.
 
@@ -80,6 +81,8 @@ def predict(
     rank_limit: ranks up to it are exact, and larger ones need only be larger than it, which is
     enough for measures with a cutoff; large catalogues are then ranked several times as fast on the
     CPU.
+    share: (rank, processes) predicts only the events of one of several processes. These are ranked
+    together in one process too, so that the ranks are equal to the last digit.
     Sessions of fewer than two events predict nothing. Raises RunError where scores are not finite.
     """
     top_items = min(top_items, model.num_items)
@@ -108,6 +111,7 @@ def predict(
                 full_sessions=full_sessions,
                 one_pass=one_pass,
                 batch_size=batch_size,
+                share=share,
             ):
                 scored = boosted(catalogue, model.boost, histories)
                 yield (
@@ -134,8 +138,13 @@ def predicted_states(
     full_sessions: bool = False,
     one_pass: bool = False,
     batch_size: int,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Histories, torch.Tensor]]:
-    """Yield all predicted events with the hidden states that predict them, as `hidden_states`."""
+    """Yield all predicted events with the hidden states that predict them, as `hidden_states`.
+
+    share: see `predict`.
+    """
+    yielded_before = 0
     for low in range(0, len(sessions), _SESSIONS_AT_ONCE):
         block = predicted_events(
             sessions,
@@ -146,9 +155,13 @@ def predicted_states(
             first=low,
             last=low + _SESSIONS_AT_ONCE,
         )
-        shared = one_pass or model.one_row_serves_all
-        for index_E, hidden_ED in hidden_states(model, block, batch_size, shared=shared):
-            yield block[index_E], hidden_ED
+        rows = _rows(block, shared=one_pass or model.one_row_serves_all)
+        together = _ranked_together(rows, batch_size)
+        for number, batches in enumerate(together, start=yielded_before):
+            if number % share[1] == share[0]:
+                index_E, hidden_ED = _joined(_hidden(model, block, rows, batches))
+                yield block[index_E], hidden_ED
+        yielded_before += len(together)
 
 
 def check_weights(model: Model) -> None:
@@ -186,17 +199,33 @@ def hidden_states(
     Some thousands at a time. shared: histories that begin at the same place are parts of one row,
     whose hidden states serve them all. Call it within `float32_arithmetic`.
     """
-    return _gathered(_hidden(model, block, _rows(block, shared=shared), batch_size))
+    rows = _rows(block, shared=shared)
+    for batches in _ranked_together(rows, batch_size):
+        yield _joined(_hidden(model, block, rows, batches))
+
+
+def _ranked_together(rows: _Rows, batch_size: int) -> list[list[np.ndarray]]:
+    """Return batches of rows of similar length, in lists of at least _EVENTS_AT_ONCE events."""
+    order = np.argsort(rows.length_R, kind="stable")
+    together: list[list[np.ndarray]] = []
+    left = 0  # events that the last list still takes
+    for low in range(0, len(order), batch_size):
+        batch = order[low : low + batch_size]
+        if left <= 0:
+            together.append([])
+            left = _EVENTS_AT_ONCE
+        together[-1].append(batch)
+        left -= int(rows.count_R[batch].sum())
+    return together
 
 
 def _hidden(
-    model: Model, block: Histories, rows: _Rows, batch_size: int
+    model: Model, block: Histories, rows: _Rows, batches: list[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """Yield events of a block with their hidden states, from batches of rows of similar length."""
+    """Yield events of a block with their hidden states, batch by batch of rows."""
     device = next(model.parameters()).device
-    order = np.argsort(rows.length_R, kind="stable")
-    for low in range(0, len(order), batch_size):
-        some = rows[order[low : low + batch_size]]
+    for chosen_R in batches:
+        some = rows[chosen_R]
         batch = pack(
             block.items,
             some.start_R,
@@ -210,20 +239,12 @@ def _hidden(
         yield index_E, model(batch.to(device))[torch.from_numpy(chosen_E).to(device)]
 
 
-def _gathered(
+def _joined(
     batches: Iterable[tuple[np.ndarray, torch.Tensor]],
-) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """Join batches until they hold at least _EVENTS_AT_ONCE events."""
-    indices: list[np.ndarray] = []
-    states: list[torch.Tensor] = []
-    for index_E, hidden_ED in batches:
-        indices.append(index_E)
-        states.append(hidden_ED)
-        if sum(map(len, indices)) >= _EVENTS_AT_ONCE:
-            yield np.concatenate(indices), torch.cat(states)
-            indices, states = [], []
-    if indices:
-        yield np.concatenate(indices), torch.cat(states)
+) -> tuple[np.ndarray, torch.Tensor]:
+    """Join events and hidden states of several batches."""
+    indices, states = zip(*batches, strict=True)
+    return np.concatenate(indices), torch.cat(states)
 
 
 def ranked(

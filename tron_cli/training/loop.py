@@ -16,6 +16,7 @@ import torch
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.batches import prepared_ahead
 from tron_cli.data.dataset import Dataset
+from tron_cli.distributed.processes import ALONE, Processes
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import LAST
 from tron_cli.training.optim import catch_up_all, set_rate
@@ -60,21 +61,25 @@ def train(
     profiler: StepProfiler | None = None,
     init_from: Path | None = None,
     final: dict[str, Any] | None = None,
+    processes: Processes = ALONE,
 ) -> Path:
     """Train, choose the best checkpoint on validation, and return its path.
 
     run_dir is created if it does not exist, once config and dataset have been checked. resume:
     continue the run saved there. init_from: a checkpoint whose weights a new run starts with.
     final: the record of a `FinalStart`, whose number of steps the run takes. With a profiler,
-    training ends after its last step, and the path is that of last.pt. Raises InputError where the
+    training ends after its last step, and the path is that of last.pt. processes: those that train
+    together, each of which calls this with the same arguments. Raises InputError where the
     arguments do not fit or another training is running in this process, RunError where the loss is
     not finite, InterruptedRunError after Ctrl-C.
     """
     profiler = profiler or StepProfiler(0)
-    start = start_training(config, dataset, run_dir, device, resume, profiler, init_from, final)
+    start = start_training(
+        config, dataset, run_dir, device, resume, profiler, init_from, final, processes
+    )
     config, run, progress = start.config, start.run, start.run.progress
     step_log = StepLog(run, start.steps_per_epoch)
-    steps = range(progress.step, start.last_step)
+    steps, stops = range(progress.step, start.last_step), False
     with (
         run.logged(),
         _stop_signals() as stop,
@@ -102,9 +107,10 @@ def train(
 
             # Log.
             logs = progress.step % _LOG_EVERY == 0
-            saves = run.is_save_due(logs)
             epoch_ends = progress.step % start.steps_per_epoch == 0
-            stops = bool(stop) or profiler.result is not None
+            saves, stops = processes.any(
+                run.is_save_due(logs), bool(stop) or profiler.result is not None
+            )
             step_log.add(loss, batches)
             if logs or saves or epoch_ends or stops:
                 step_log.write(epoch, rate)
@@ -112,17 +118,21 @@ def train(
             # Validate, keep the best and save; or only save, so that little is lost.
             if epoch_ends:
                 catch_up_all(run.optimizer)
-                values = validate(run.kept_model, start.validation, dataset, config, start.measures)
+                values = validate(
+                    run.kept_model, start.validation, dataset, config, start.measures, processes
+                )
                 run.finish_epoch(epoch, values)
+                (stops,) = processes.any(stops or bool(stop))
             elif saves or stops:
                 run.save_last(epoch)
 
             # Stop, also if this was requested during validation.
-            if stops or (epoch_ends and stop):
+            if stops:
                 break
+    processes.wait()  # for the last save
     if profiler.result is not None:
         return run_dir / LAST
-    if stop and progress.step < start.last_step:
+    if stops and progress.step < start.last_step:
         raise InterruptedRunError(
             f"stopped at step {progress.step:,} of {start.last_step:,} and saved; resume with "
             f"`tron train --resume {run_dir}`"

@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from tron_cli.checkpoint import LAST, checkpoint_name, dataset_identity, save_checkpoint
 from tron_cli.config import ExperimentConfig
-from tron_cli.data.batches import Batch
+from tron_cli.data.batches import Batch, whole
 from tron_cli.data.dataset import Dataset
+from tron_cli.distributed.processes import ALONE, Processes
 from tron_cli.errors import InputError, RunError, counted
 from tron_cli.files import locked, written_aside
 from tron_cli.models.base import Model
@@ -114,9 +115,19 @@ class Progress:
 class RunFiles:
     """Files of every run besides its checkpoints: settings, figures and log output."""
 
-    def __init__(self, run_dir: Path, config: ExperimentConfig, origin: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: ExperimentConfig,
+        origin: dict[str, Any],
+        processes: Processes = ALONE,
+    ) -> None:
+        """Write the settings. processes: those of the run, of which only the first one writes."""
         self.run_dir = run_dir
         self.metrics_file = run_dir / METRICS
+        self.processes = processes
+        if not processes.is_first:
+            return
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             settings = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
@@ -131,6 +142,9 @@ class RunFiles:
     @contextmanager
     def logged(self) -> Iterator[None]:
         """Copy log output into the run's train.log during the block."""
+        if not self.processes.is_first:
+            yield
+            return
         handler = logging.FileHandler(self.run_dir / LOG, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
@@ -141,6 +155,8 @@ class RunFiles:
             handler.close()
 
     def write_metrics(self, **values: Any) -> None:
+        if not self.processes.is_first:
+            return
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
@@ -161,9 +177,10 @@ class RunFolder(RunFiles):
         progress: Progress,
         origin: dict[str, Any] | None = None,
         average: Model | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         """Write the settings. average: the averaged model, which is then the one to keep."""
-        super().__init__(run_dir, config, origin or {})
+        super().__init__(run_dir, config, origin or {}, processes)
         self.origin = origin or {}
         self.config = config
         self.model = model
@@ -221,6 +238,8 @@ class RunFolder(RunFiles):
 
     def drop_leftovers(self) -> None:
         """Delete earlier bests and half-written files of a killed run; the user's copies stay."""
+        if not self.processes.is_first:
+            return
         bests = f"{self.config.method}-{self.config.dataset_name}-step=*.pt"
         whole = (bests, LAST, "config.json", "origin.json", METRICS)
         own = (bests, *(f"{pattern}.partial" for pattern in whole))
@@ -285,6 +304,9 @@ class RunFolder(RunFiles):
             # The loss was finite before the last step, but the weights may not be after it.
             if not all(map(_is_finite, self.model.parameters())):
                 raise self.diverged("the weights are not finite")
+            self._collect_lanes()
+            if not self.processes.is_first:
+                return
             save_checkpoint(
                 path,
                 config=self.config,
@@ -299,6 +321,16 @@ class RunFolder(RunFiles):
                 origin=self.origin,
             )
 
+    def _collect_lanes(self) -> None:
+        """Bring together the states of session-parallel lanes, which are those of their rows."""
+        if self.processes.count == 1 or not self.config.session_parallel:
+            return
+        own = slice(self.processes.rank, None, self.processes.count)
+        for values in dict.fromkeys([*self.model.buffers(), *self.kept_model.buffers()]):
+            states = torch.zeros_like(values)
+            states[:, own] = values[:, own]
+            values.copy_(self.processes.add_up(states))
+
     @cached_property
     def popularity(self) -> torch.Tensor:
         """Training events of each item, counted at the first save: a start need not wait for it."""
@@ -306,7 +338,7 @@ class RunFolder(RunFiles):
 
     def _drop_later_metrics(self) -> None:
         """Drop metrics that are newer than the last save, and lines that cannot be read."""
-        if not self.metrics_file.exists():
+        if not self.processes.is_first or not self.metrics_file.exists():
             return
         lines = self.metrics_file.read_bytes().splitlines(keepends=True)
         steps = [_step_of(line) for line in lines]
@@ -350,7 +382,7 @@ class StepLog:
                 initial=done,
                 desc=f"epoch {epoch + 1}/{self._run.config.max_epochs}",
                 unit=" steps",
-                disable=None,
+                disable=None if self._run.processes.is_first else True,
             )
             self._start_anew()
 
@@ -360,15 +392,17 @@ class StepLog:
         self._bar.update()
         self._loss_sum = self._loss_sum + loss
         self._steps += 1
-        self._events += sum(int(batch.lengths_B.sum()) for batch in batches)
+        self._events += sum(int(whole(batch).lengths_B.sum()) for batch in batches)
 
     def write(self, epoch: int, rate: float) -> None:
         """Write the means of these steps; rate: the learning rate of the last one.
 
+        With several processes, the losses are shares that add up to that of a step.
         Raises RunError where the loss is not finite.
         """
         assert self._bar is not None
-        mean_loss = float(self._loss_sum) / self._steps
+        assert isinstance(self._loss_sum, torch.Tensor)
+        mean_loss = float(self._run.processes.add_up(self._loss_sum)) / self._steps
         if not math.isfinite(mean_loss):
             raise self._run.diverged(f"the loss is {mean_loss}")
         speed = self._events / (time.perf_counter() - self._clock)

@@ -17,6 +17,8 @@ from tron_cli.checkpoint import LAST, Checkpoint, encode_item_ids, load_checkpoi
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.batches import Batch
 from tron_cli.data.dataset import Dataset, Sessions, count_events
+from tron_cli.data.shares import share_of
+from tron_cli.distributed.processes import ALONE, Processes
 from tron_cli.errors import InputError, counted
 from tron_cli.models.base import Model, build_model
 from tron_cli.registry import CATALOGUE_LOSSES, SAMPLERS, load, settings_of
@@ -64,13 +66,16 @@ def start_training(
     profiler: StepProfiler,
     init_from: Path | None = None,
     final: dict[str, Any] | None = None,
+    processes: Processes = ALONE,
 ) -> Training:
     """Build a model, or load the one saved in run_dir, and the other parts of its training.
 
     init_from: a checkpoint whose weights a new model starts with. final: record of `FinalStart`.
+    processes: those that train together; each builds the same model.
     Raises InputError, before it writes anything, where config and dataset do not fit.
     """
     sessions, validation = training_splits(config, dataset)
+    _check_processes(config, processes, profiler)
     _check_recency(config, dataset, sessions)
     item_ids = encode_item_ids(dataset.item_ids)
     config, measures = with_measures(config)
@@ -100,7 +105,9 @@ def start_training(
         if config.ema_decay:
             average = copy.deepcopy(model)
     on_gpu = device.type == "cuda"
-    feed = build_feed(config, sessions, model, padded=on_gpu and model.fixed_shapes)
+    feed = build_feed(
+        config, sessions, model, padded=on_gpu and model.fixed_shapes and processes.count == 1
+    )
     per_step = config.accumulate_batches
     steps_per_pass = math.ceil(feed.steps_per_pass / per_step)
     steps_per_epoch = min(steps_per_pass, config.max_batches_per_epoch or steps_per_pass)
@@ -126,13 +133,16 @@ def start_training(
         progress,
         origin,
         average,
+        processes,
     )
 
     def prepare(step: int) -> list[Batch]:
-        batches = map(feed.batch, range(step * per_step, (step + 1) * per_step))
+        batches = [feed.batch(number) for number in range(step * per_step, (step + 1) * per_step)]
+        if processes.count > 1:
+            batches = [share_of(batch, processes.rank, processes.count) for batch in batches]
         return [each.in_one_piece(pinned=True) if on_gpu else each for each in batches]
 
-    records = model.fixed_shapes and not profiler.steps and per_step == 1
+    records = model.fixed_shapes and not profiler.steps and per_step == processes.count == 1
     graphed_step = GraphedSteps(
         lambda batch: training_step(model, optimizer, scaler, batch, config, distribution, dtype),
         device,
@@ -141,11 +151,13 @@ def start_training(
     )
 
     def take_step(batches: list[Batch]) -> torch.Tensor:
-        if per_step == 1:
+        if per_step == processes.count == 1:
             loss = graphed_step(batches[0])
         else:
             there = [batch.to(device) for batch in batches]
-            loss = accumulated_step(model, optimizer, scaler, there, config, distribution, dtype)
+            loss = accumulated_step(
+                model, optimizer, scaler, there, config, distribution, dtype, processes
+            )
         if average is not None:
             step = progress.step + 1
             add_to_average(average, model, decay=config.ema_decay, step=step)
@@ -201,6 +213,22 @@ def training_splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Session
     limit = config.limit_val_batches
     whole = len(validation) if limit <= 1 else config.train_batch_size
     return sessions, _spread(validation, math.ceil(min(limit * whole, len(validation))))
+
+
+def _check_processes(
+    config: ExperimentConfig, processes: Processes, profiler: StepProfiler
+) -> None:
+    """Raise InputError where several processes cannot share the training."""
+    if processes.count == 1:
+        return
+    cure = "train it in one process, without torchrun"
+    if config.loss == "sce":
+        raise InputError(
+            "loss=sce chooses its buckets among all positions of a batch, which several processes "
+            f"do not see; {cure}, or take loss=ce"
+        )
+    if profiler.steps:
+        raise InputError(f"--profile measures the steps of one process; {cure}")
 
 
 def _check_recency(config: ExperimentConfig, dataset: Dataset, sessions: Sessions) -> None:

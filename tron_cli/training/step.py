@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tron_cli.config import ExperimentConfig
-from tron_cli.data.batches import Batch
+from tron_cli.data.batches import Batch, whole
 from tron_cli.distributed.gradients import add_up_gradients
 from tron_cli.distributed.processes import ALONE, Processes
 from tron_cli.errors import InputError
@@ -67,7 +67,7 @@ def accumulated_step(
     """
     before_lookup = optimizer.catch_up if isinstance(optimizer, RowAdam) else None
     several = len(batches) > 1 or processes.count > 1
-    total = sum(_num_targets(_whole(batch)) for batch in batches) if several else 1
+    total = sum(_num_targets(whole(batch)) for batch in batches) if several else 1
     losses: list[torch.Tensor] = []
     for batch in batches:
         with torch.autocast(batch.inputs_N.device.type, dtype, enabled=dtype != torch.float32):
@@ -93,10 +93,6 @@ def accumulated_step(
         scaler.step(optimizer)
         scaler.update()
     return torch.stack(losses).sum() if several else losses[0]
-
-
-def _whole(batch: Batch) -> Batch:
-    return batch if batch.share is None else batch.share.whole
 
 
 def _num_targets(batch: Batch) -> int | torch.Tensor:
@@ -152,7 +148,7 @@ def _sampled_loss(
     """Return the loss of each position with a target, among sampled negatives."""
     with phase("negatives"):
         negatives = sample_negatives(
-            _whole(batch),
+            whole(batch),
             distribution,
             num_uniform=config.num_uniform_negatives,
             num_batch=config.num_batch_negatives,

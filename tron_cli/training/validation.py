@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+import torch
+
 from tron_cli.baselines.base import Baseline
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.dataset import Dataset, Sessions
+from tron_cli.distributed.processes import ALONE, Processes
 from tron_cli.evaluation.metrics import parse_measures, score
 from tron_cli.evaluation.predict import predict
 from tron_cli.models.base import Model
@@ -27,8 +31,12 @@ def validate(
     dataset: Dataset,
     config: ExperimentConfig,
     measures: list[Any],
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
-    """Return figures on the validation sessions, ranked as in serving; empty without sessions."""
+    """Return figures on the validation sessions, ranked as in serving; empty without sessions.
+
+    Each process ranks some of the events, and all return the figures of all events.
+    """
     if not len(sessions):
         return {}
     with phase("validation"):
@@ -39,7 +47,14 @@ def validate(
             filter_rated=config.filter_rated,
             rank_limit=max(measure["cutoff"] for measure in measures),
             batch_size=config.eval_batch_size,
-            progress="validation",
+            progress="validation" if processes.is_first else None,
+            share=(processes.rank, processes.count),
         )
-        figures = score(found.rank_E, found.session_E, measures)
+        columns = (found.session_E, found.event_E, found.rank_E)
+        if processes.count > 1:
+            parts = processes.gathered(torch.from_numpy(np.stack(columns, axis=1)))
+            session_E, event_E, rank_E = torch.cat(parts).numpy().T
+            order = np.lexsort((event_E, session_E))
+            columns = session_E[order], event_E[order], rank_E[order]
+        figures = score(columns[2], columns[0], measures)
     return {name: figure.value for name, figure in figures.items()}
