@@ -333,3 +333,29 @@ def test_ranks_up_to_a_limit_and_lists_do_not_depend_on_int8_products(
     assert np.minimum(found.rank_E, 5).tolist() == np.minimum(expected.rank_E, 5).tolist()
     assert found.top_EK.tolist() == expected.top_EK.tolist()
     assert found.rank_E.tolist() != expected.rank_E.tolist()  # int8 was used
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("protocol", ["every-step", "last-item"])
+def test_shares_of_several_processes_are_all_events_with_the_same_ranks(
+    protocol: str, processes: int, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """Blocks of 30 sessions, whose events are ranked some ten at a time."""
+    monkeypatch.setattr(evaluate, "_SESSIONS_AT_ONCE", 30)
+    monkeypatch.setattr(evaluate, "_EVENTS_AT_ONCE", 10)
+    model = random_model(SASRec, positions="end")
+    sessions = pack_sessions(random_sessions(rng, 70, 40))
+    options: dict[str, Any] = {"protocol": protocol, "batch_size": 4, "rank_limit": 5}
+    whole = predict(model, sessions, **options)
+    parts = [
+        predict(model, sessions, share=(rank, processes), **options) for rank in range(processes)
+    ]
+    assert min(len(part.rank_E) for part in parts) > len(whole.rank_E) / processes / 2
+    session_E, event_E, rank_E = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("session_E", "event_E", "rank_E")
+    )
+    order = np.lexsort((event_E, session_E))
+    np.testing.assert_array_equal(session_E[order], whole.session_E)
+    np.testing.assert_array_equal(event_E[order], whole.event_E)
+    np.testing.assert_array_equal(rank_E[order], whole.rank_E)

@@ -48,8 +48,7 @@ def _summed_rows(gradient: torch.Tensor, processes: Processes) -> torch.Tensor:
     ids_U, values_UD = gradient._indices()[0], gradient._values()
     # Most negatives that were looked up are not among the top-k; NaN counts as touched.
     touched = (values_UD.norm(dim=1) != 0).nonzero()[:, 0]
-    ids = torch.cat(processes.gathered(ids_U[touched]))
-    values = torch.cat(processes.gathered(values_UD[touched]))
+    ids, values = processes.gathered(ids_U[touched], values_UD[touched])
     return torch.sparse_coo_tensor(
         ids[None], values, gradient.shape, check_invariants=False
     ).coalesce()

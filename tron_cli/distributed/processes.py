@@ -57,23 +57,26 @@ class Processes:
         sums = self.add_up(torch.tensor([int(flag) for flag in flags]))
         return [count > 0 for count in sums.tolist()]
 
-    def gathered(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """Return the tensors of all processes, which differ in the size of their first dimension.
+    def gathered(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Return each tensor with the rows of all processes, in the order of their ranks.
 
-        Each is sent with as many rows as the longest has.
+        The tensors of one process have equally many rows; each is sent with as many as any has.
         """
         if self.count == 1:
-            return [values]
-        size = torch.tensor([len(values)])
+            return [*tensors]
+        size = torch.tensor([len(tensors[0])])
         sizes = [torch.empty_like(size) for _ in range(self.count)]
         with _together():
             dist.all_gather(sizes, size)
             lengths = [int(each) for each in sizes]
-            padded = values.new_zeros(max(lengths), *values.shape[1:])
-            padded[: len(values)] = values
-            parts = [torch.empty_like(padded) for _ in range(self.count)]
-            dist.all_gather(parts, padded)
-        return [part[:length] for part, length in zip(parts, lengths, strict=True)]
+            return [self._gathered_rows(values, lengths) for values in tensors]
+
+    def _gathered_rows(self, values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        padded = values.new_zeros(max(lengths), *values.shape[1:])
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def of_first(self, work: Callable[[], Value]) -> Value:
         """Return what `work` returns in the first process, or raise what it raises there."""

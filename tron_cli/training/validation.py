@@ -52,8 +52,8 @@ def validate(
         )
         columns = (found.session_E, found.event_E, found.rank_E)
         if processes.count > 1:
-            parts = processes.gathered(torch.from_numpy(np.stack(columns, axis=1)))
-            session_E, event_E, rank_E = torch.cat(parts).numpy().T
+            found_E3 = torch.from_numpy(np.stack(columns, axis=1))
+            session_E, event_E, rank_E = processes.gathered(found_E3)[0].numpy().T
             order = np.lexsort((event_E, session_E))
             columns = session_E[order], event_E[order], rank_E[order]
         figures = score(columns[2], columns[0], measures)
