@@ -13,8 +13,8 @@ import torch
 from helpers.datasets import random_sessions, write_dataset
 from helpers.runs import logged, resume, start, write_config
 
+from tron_cli.api.settings import load_config
 from tron_cli.checkpoint import load_checkpoint
-from tron_cli.config import load_config
 from tron_cli.data.dataset import Dataset
 from tron_cli.distributed.processes import Processes
 from tron_cli.errors import InputError
