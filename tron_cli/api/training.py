@@ -131,21 +131,8 @@ def train(
                 experiment, dataset, run_dir, device=used_device, resume=resume is not None,
                 profiler=profiler, init_from=earlier, final=record, processes=processes,
             )  # fmt: skip
-        elif processes.count > 1:
-            raise InputError(
-                f"model={experiment.model} is fitted at once, by one process; leave out torchrun"
-            )
-        elif earlier is not None:
-            raise InputError(
-                f"model={experiment.model} is fitted anew and has no weights to start from; leave "
-                "out --init-from"
-            )
-        elif profiler is not None:
-            raise InputError(
-                f"model={experiment.model} is fitted at once and has no steps to profile; leave "
-                "out --profile"
-            )
         else:
+            _check_fitted(experiment.model, processes, earlier, profiler)
             saved = fit(experiment, dataset, run_dir, final=record)
     if profiler is not None and profiler.result is None:
         raise RunError("the run stopped early, before all steps were profiled; profile fewer")
@@ -160,6 +147,19 @@ def train(
         epochs=epochs,
         profile=None if profiler is None else profiler.result,
     )
+
+
+def _check_fitted(
+    model: str, processes: Processes, init_from: Path | None, profiler: StepProfiler | None
+) -> None:
+    """Raise InputError where a baseline is to be trained in a way that only networks are."""
+    for given, why in (
+        (processes.count > 1, "at once, by one process; leave out torchrun"),
+        (init_from is not None, "anew and has no weights to start from; leave out --init-from"),
+        (profiler is not None, "at once and has no steps to profile; leave out --profile"),
+    ):
+        if given:
+            raise InputError(f"model={model} is fitted {why}")
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from tron_cli.training.profile import StepProfiler, phase
 from tron_cli.training.run import StepLog
 from tron_cli.training.start import scheduled_rate, start_training
 from tron_cli.training.step import seed_generators
-from tron_cli.training.validation import validate
 
 _LOG_EVERY = 20  # steps; also how often the loss is checked, since reading it waits for the device
 
@@ -108,9 +107,8 @@ def train(
             # Log.
             logs = progress.step % _LOG_EVERY == 0
             epoch_ends = progress.step % start.steps_per_epoch == 0
-            saves, stops = processes.any(
-                run.is_save_due(logs), bool(stop) or profiler.result is not None
-            )
+            stops = bool(stop) or profiler.result is not None
+            saves, stops = processes.any(run.is_save_due(logs), stops)
             step_log.add(loss, batches)
             if logs or saves or epoch_ends or stops:
                 step_log.write(epoch, rate)
@@ -118,10 +116,7 @@ def train(
             # Validate, keep the best and save; or only save, so that little is lost.
             if epoch_ends:
                 catch_up_all(run.optimizer)
-                values = validate(
-                    run.kept_model, start.validation, dataset, config, start.measures, processes
-                )
-                run.finish_epoch(epoch, values)
+                run.finish_epoch(epoch, start.validated(dataset))
                 (stops,) = processes.any(stops or bool(stop))
             elif saves or stops:
                 run.save_last(epoch)
@@ -133,11 +128,15 @@ def train(
     if profiler.result is not None:
         return run_dir / LAST
     if stops and progress.step < start.last_step:
-        raise InterruptedRunError(
-            f"stopped at step {progress.step:,} of {start.last_step:,} and saved; resume with "
-            f"`tron train --resume {run_dir}`"
-        )
+        raise InterruptedRunError(_stopped(progress.step, start.last_step, run_dir))
     return run.best()
+
+
+def _stopped(step: int, last_step: int, run_dir: Path) -> str:
+    return (
+        f"stopped at step {step:,} of {last_step:,} and saved; resume with "
+        f"`tron train --resume {run_dir}`"
+    )
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from tron_cli.training.optim import faster_adam, learning_rate, optimizer_of
 from tron_cli.training.profile import StepProfiler
 from tron_cli.training.run import Progress, RunFolder
 from tron_cli.training.step import accumulated_step, seed_generators, training_step
-from tron_cli.training.validation import with_measures
+from tron_cli.training.validation import validate, with_measures
 from tron_cli.training.warm_start import start_from
 
 log = logging.getLogger("tron")
@@ -55,6 +55,13 @@ class Training:
     steps_per_epoch: int
     total_steps: int
     last_step: int
+
+    def validated(self, dataset: Dataset) -> dict[str, float]:
+        """Return the figures of the model to keep on the validation sessions."""
+        run, measures = self.run, self.measures
+        return validate(
+            run.kept_model, self.validation, dataset, self.config, measures, run.processes
+        )
 
 
 def start_training(
