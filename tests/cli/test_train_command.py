@@ -273,7 +273,7 @@ def test_a_run_that_ends_while_it_improves_says_what_may_help(
     values = iter([0.1, 0.2, 0.3, 0.25])
     if "lr=1e-12" not in settings:
         monkeypatch.setattr(
-            "tron_cli.training.loop.validate", lambda *_: {"R@5": next(values), "nDCG@5": 0.1}
+            "tron_cli.training.start.validate", lambda *_: {"R@5": next(values), "nDCG@5": 0.1}
         )
     code, _, err = command("train", *shop, "--name", "a", *settings, "val_metric=R@5")
     assert code == 0, err
