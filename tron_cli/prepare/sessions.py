@@ -31,10 +31,14 @@ class Events:
     times: np.ndarray
     item_ids: np.ndarray
     users: np.ndarray | None = None
-    latest: tuple[int, str] = (0, "")
+    latest: Latest = (0, "")
 
     def __len__(self) -> int:
         return len(self.items)
+
+
+Latest = tuple[int, str]
+"""Latest time of a log (ms), and its file and line."""
 
 
 class ItemIndex:
@@ -132,11 +136,9 @@ def collect_events(
     """
     index = index or ItemIndex()
     sessions, items, times, users = [], [], [], []
-    latest: tuple[int, str] | None = None
+    latest: Latest | None = None
     for block in blocks:
-        at = block.frame["time"].arg_max()
-        if at is not None and (latest is None or block.frame["time"][at] > latest[0]):
-            latest = block.frame["time"][at], f"{block.file}, {block.unit} {block.lines[at]}"
+        latest = later(latest, block)
         if "user" in block.frame.columns:
             users.append(block.frame["user"].to_numpy())
         sessions.append(block.frame["session"].to_numpy())
@@ -154,13 +156,26 @@ def collect_events(
     )
 
 
+def later(latest: Latest | None, block: Columns) -> Latest | None:
+    """Return the later of `latest` and the latest event of a block."""
+    at = block.frame["time"].arg_max()
+    if at is not None and (latest is None or block.frame["time"][at] > latest[0]):
+        return block.frame["time"][at], f"{block.file}, {block.unit} {block.lines[at]}"
+    return latest
+
+
 def to_sessions(events: Events) -> Sessions:
     """Group events into sessions, in order of first appearance in the file.
 
     The events of each are sorted by time; those of equal times keep the order of the file. The
     items stay positions in item_ids; session_ids and user_ids are the numbers of the events.
     """
-    codes, ids = _by_appearance(events.sessions)
+    return grouped(events)[0]
+
+
+def grouped(events: Events) -> tuple[Sessions, np.ndarray]:
+    """Return (sessions as `to_sessions` does, the position of each one's first event: int64)."""
+    codes, ids, first = _by_appearance(events.sessions)
     users = None
     if events.users is not None:
         users = np.empty(len(ids), np.int64)
@@ -170,7 +185,8 @@ def to_sessions(events: Events) -> Sessions:
     if not ((codes[1:] > codes[:-1]) | (same & (times[1:] >= times[:-1]))).all():
         order = np.lexsort((times, codes))
         items, times = items[order], times[order]
-    return Sessions(items, _offsets(np.bincount(codes, minlength=len(ids))), times, ids, users)
+    offsets = _offsets(np.bincount(codes, minlength=len(ids)))
+    return Sessions(items, offsets, times, ids, users), first
 
 
 def joined(parts: list[Sessions]) -> Sessions:
@@ -189,13 +205,8 @@ def joined(parts: list[Sessions]) -> Sessions:
     )
 
 
-def by_first_event(sessions: Sessions) -> Sessions:
-    """Sort sessions (none empty) stably by their start; without times they stay as they are."""
-    return take(sessions, order_by_first_event(sessions))
-
-
 def order_by_first_event(sessions: Sessions) -> np.ndarray:
-    """Return the order of rows that `by_first_event` takes: int64 [S]."""
+    """Return the order of sessions (none empty) by start, stably; as they are without times."""
     if sessions.times is None:
         return np.arange(len(sessions))
     return np.argsort(first_times(sessions), kind="stable")
@@ -271,12 +282,16 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
     return offsets
 
 
-def _by_appearance(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number keys in order of first appearance: (int64 [E], the distinct keys in that order)."""
+def _by_appearance(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Number keys in order of first appearance.
+
+    Returns (int64 [E], the distinct keys in that order, the position where each appears first).
+    """
     # Logs mostly keep a session's events together, so only runs of equal keys are sorted.
     starts = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
     distinct, first, inverse = np.unique(keys[starts], return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")
     number = np.empty(len(distinct), np.int64)
     number[order] = np.arange(len(distinct))
-    return np.repeat(number[inverse], np.diff(np.append(starts, len(keys)))), distinct[order]
+    codes = np.repeat(number[inverse], np.diff(np.append(starts, len(keys))))
+    return codes, distinct[order], starts[first[order]]

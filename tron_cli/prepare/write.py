@@ -20,7 +20,6 @@ from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.reading.bad_lines import BadLines
 from tron_cli.prepare.sessions import (
     IdKeys,
-    by_first_event,
     drop_events,
     order_by_first_event,
     take,
@@ -50,10 +49,13 @@ def dataset_path(data_dir: Path, name: str, *inputs: Path | None) -> Path:
 
 def in_order_of_appearance(sessions: Sessions) -> np.ndarray:
     """Return the distinct items in order of appearance, sessions sorted by first event: int64."""
-    sessions = by_first_event(sessions)
     events = len(sessions.items)
     first = np.full(int(sessions.items.max(initial=-1)) + 1, events)
-    first[sessions.items[::-1]] = np.arange(events)[::-1]  # the last one written wins
+    done = 0
+    for chunk in _by_first_event(sessions):
+        items, places = np.unique(chunk.items, return_index=True)
+        first[items] = np.minimum(first[items], done + places)
+        done += len(chunk.items)
     order = np.argsort(first, kind="stable")
     return order[: np.count_nonzero(first < events)]
 
@@ -175,9 +177,7 @@ def _chunks(
 ) -> Iterator[Sessions]:
     """Yield the sessions by their first event, with items and original ids, some at a time."""
     # Only now: dropped events may have been the first ones of their sessions.
-    ordered = by_first_event(sessions)
-    for start in range(0, len(ordered), CHUNK_SESSIONS):
-        chunk = take(ordered, np.arange(start, min(start + CHUNK_SESSIONS, len(ordered))))
+    for chunk in _by_first_event(sessions):
         yield Sessions(
             index[chunk.items],
             chunk.offsets,
@@ -185,6 +185,13 @@ def _chunks(
             _ids(session_keys, chunk.session_ids),
             _ids(user_keys, chunk.user_ids),
         )
+
+
+def _by_first_event(sessions: Sessions) -> Iterator[Sessions]:
+    """Yield the sessions by their first event, some at a time, so that few are copied."""
+    order = order_by_first_event(sessions)
+    for start in range(0, len(order), CHUNK_SESSIONS):
+        yield take(sessions, order[start : start + CHUNK_SESSIONS])
 
 
 def check_books(steps: Steps, written: list[dict[str, Any]], protocol: str) -> None:

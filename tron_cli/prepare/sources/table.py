@@ -20,17 +20,16 @@ import polars as pl
 from tron_cli.data.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
 from tron_cli.prepare.earlier import Earlier, earlier_catalogue
-from tron_cli.prepare.filters import Cleaning, Steps, apply_filters, are_duplicates
+from tron_cli.prepare.event_spool import EventSpool
+from tron_cli.prepare.filters import Cleaning, Steps, apply_filters
 from tron_cli.prepare.reading.bad_lines import BadLines
 from tron_cli.prepare.reading.inputs import check_distinct, input_files
 from tron_cli.prepare.reading.times import from_iso
 from tron_cli.prepare.sessions import (
     Events,
     ItemIndex,
-    collect_events,
     joined,
     split_at_gaps,
-    to_sessions,
 )
 from tron_cli.prepare.sources.table_reader import TableColumns, TableReader
 from tron_cli.prepare.split import (
@@ -132,13 +131,14 @@ def prepare_table(
         earlier = earlier_catalogue(catalogue, data_dir)
         steps = Steps()
         bad = BadLines(skip=skip_bad_lines, max_share=max_bad_share)
-        log = _read_log(tables, reader or TableReader(columns, bad), gap, steps)
+        reader = reader or TableReader(columns, bad)
+        parts, log = _read_log(tables, reader, gap, steps, writer.scratch)
         least = max(min_session_length, 3 if leave_one_out else 2)
         of_histories = earlier if leave_one_out else None
-        parts = _filtered(log, cleaning, of_histories, steps, least, min_item_count)
+        parts = _filtered(parts, log, cleaning, of_histories, steps, least, min_item_count)
         if val:
             refuse_empty_val(parts[1], tables[1][0], least)
-        splits = rule.apply(parts, steps, log.latest)
+        splits, parts = rule.apply(parts, steps, log.latest), []  # one copy less in memory
         return write_splits(
             writer,
             splits,
@@ -148,7 +148,7 @@ def prepare_table(
             protocol="last-item" if leave_one_out else "every-step",
             source="table",
             options=options,
-            duplicate_events=sum(int(are_duplicates(part).sum()) for part in log.parts),
+            duplicate_events=log.duplicates,
             shared_sessions=_shared_sessions(splits) if test else {},
             files=files,
             steps=steps,
@@ -180,33 +180,45 @@ def _files_of_tables(given: dict[str, Sequence[Path]]) -> list[list[Path]]:
 
 @dataclass(frozen=True)
 class _Log:
-    """Sessions of each table as they were read, before cleanings and filters.
+    """Log of all tables as it was read.
 
-    item_ids: original ids of the items of all tables; latest: as in `Events`, of the first table.
+    item_ids: original ids of the items; duplicates: events of equal session, item and time;
+    latest: as in `Events`, of the first table.
     """
 
-    parts: list[Sessions]
+    duplicates: int
     item_ids: np.ndarray
     latest: tuple[int, str]
     reader: TableReader
 
 
-def _read_log(tables: list[list[Path]], reader: TableReader, gap: int | None, steps: Steps) -> _Log:
-    """Read the tables and record what they hold."""
+def _read_log(
+    tables: list[list[Path]], reader: TableReader, gap: int | None, steps: Steps, scratch: Path
+) -> tuple[list[Sessions], _Log]:
+    """Read the tables and record what they hold; return the sessions of each."""
     columns, bad, index = reader.columns, reader.bad, ItemIndex()
-    logs = [collect_events(files[0], reader.read(files), bad, index) for files in tables]
+    spools = [
+        EventSpool(scratch / str(number), files, has_users=columns.user is not None)
+        for number, files in enumerate(tables)
+    ]
+    latest = [
+        spool.fill(files[0], reader.read(files), bad, index)
+        for spool, files in zip(spools, tables, strict=True)
+    ]
     reader.check(tables[0][0])
     bad.check_share(reader.rows)
     if columns.event:
         steps.count("read", None, reader.rows, None, "")
-    parts = [_sessions(events, columns, gap) for events in logs]
+    parts = [_sessions(spool, columns, gap) for spool in spools]
     refuse_copies([files[0] for files in tables], parts)
     kinds = f"only {', '.join(columns.keep_events)}" if columns.event else ""
     steps.record("kinds of events" if kinds else "read", parts, kinds)
-    return _Log(parts, logs[-1].item_ids, logs[0].latest, reader)
+    duplicates = sum(spool.duplicates for spool in spools)
+    return parts, _Log(duplicates, index.ids(), latest[0], reader)
 
 
 def _filtered(
+    parts: list[Sessions],
     log: _Log,
     cleaning: Cleaning,
     earlier: Earlier | None,
@@ -215,7 +227,7 @@ def _filtered(
     min_item_count: int,
 ) -> list[Sessions]:
     """Clean and filter the sessions of each table; earlier: the catalogue of whole histories."""
-    parts = cleaning.apply(log.parts, steps)
+    parts = cleaning.apply(parts, steps)
     if earlier is not None:
         parts = [earlier.known_histories(parts[0], log.item_ids, steps)]
     return apply_filters(
@@ -223,10 +235,13 @@ def _filtered(
     )
 
 
-def _sessions(events: Events, columns: TableColumns, gap: int | None) -> Sessions:
-    if gap is not None:
-        events = replace(events, sessions=split_at_gaps(events.sessions, events.times, gap))
-    sessions = to_sessions(events)
+def _sessions(spool: EventSpool, columns: TableColumns, gap: int | None) -> Sessions:
+    def cut(events: Events) -> Events:
+        if gap is None:
+            return events
+        return replace(events, sessions=split_at_gaps(events.sessions, events.times, gap))
+
+    sessions = spool.sessions(cut)
     if columns.session is None:  # parts of a log and whole histories have no ids
         sessions = replace(sessions, session_ids=None)
     return sessions

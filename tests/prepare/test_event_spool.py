@@ -1,0 +1,91 @@
+"""Events of a log spooled in parts: the same dataset, byte for byte, with any number of parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.tables import MINUTE, shop
+
+import tron_cli
+from tron_cli.prepare import event_spool
+
+
+def contents(dataset: tron_cli.Dataset) -> dict[str, bytes]:
+    files = [path for path in dataset.path.rglob("*") if path.is_file()]
+    found = {str(path.relative_to(dataset.path)): path.read_bytes() for path in files}
+    found["dataset.json"] = found["dataset.json"].replace(b'"parts"', b'"whole"')
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"user_col": "user", "session_gap": "30m", "val_from": "2023-11-20"},
+        {"session_col": "visit", "user_col": "user", "drop_duplicates": True},
+        {"session_col": "user", "test_days": 3, "min_item_count": 3},
+        {"user_col": "user", "split": "leave-one-out", "val_users": 20},
+    ],
+)
+@pytest.mark.parametrize("is_split", [False, True])
+def test_the_dataset_does_not_depend_on_the_number_of_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], is_split: bool
+) -> None:
+    """Logs with many ties of time, bad lines and quotes."""
+    rng = np.random.default_rng(len(options) + is_split)
+    rows = shop(rng, users=120, days=14)
+    lines = [
+        f'"{user}",{rng.integers(3)},"{item}",{at // (60 * MINUTE) * 60 * MINUTE}'
+        for user, item, at, _ in rows
+    ]
+    for at in rng.integers(len(lines), size=7).tolist():
+        lines[at] = str(rng.choice(["broken", "u1,1,,5", 'u1,1,"i3,yesterday']))
+    third = len(lines) // 3
+    files = []
+    for number in range(3):
+        files.append(tmp_path / f"{number}.csv")
+        part = lines[number * third : (number + 1) * third]
+        files[-1].write_text("\n".join(["user,visit,item,time", *part]) + "\n")
+    tables: dict[str, Any] = {"input": str(tmp_path / "*.csv")}
+    if is_split:
+        if not {"split", "test_days", "val_from"}.isdisjoint(options):
+            pytest.skip("only of tables that are split here")
+        tables = {"train": files[0], "val": files[1], "test": files[2]}
+
+    def prepared(name: str) -> dict[str, bytes]:
+        return contents(
+            tron_cli.prepare(
+                "table", name=name, data_dir=tmp_path / "data", item_col="item", time_col="time",
+                skip_bad_lines=True, **tables, **options,
+            )
+        )  # fmt: skip
+
+    whole = prepared("whole")
+    monkeypatch.setattr(event_spool, "PART_BYTES", 500)
+    assert sum(file.stat().st_size for file in files) > 20 * event_spool.PART_BYTES
+    assert prepared("parts") == whole
+
+
+def test_a_part_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part holds many more events than its share."""
+    rows = shop(np.random.default_rng(1), users=500, days=20)
+    file = tmp_path / "log.csv"
+    file.write_text("user,item,time\n" + "".join(f"{u},{i},{t}\n" for u, i, t, _ in rows))
+    monkeypatch.setattr(event_spool, "PART_BYTES", file.stat().st_size // 8)
+    sizes = []
+    grouped = event_spool.grouped
+
+    def counted(events: Any) -> Any:
+        sizes.append(len(events))
+        return grouped(events)
+
+    monkeypatch.setattr(event_spool, "grouped", counted)
+    tron_cli.prepare(
+        "table", name="log", data_dir=tmp_path, input=file, user_col="user", item_col="item",
+        time_col="time",
+    )  # fmt: skip
+    assert sum(sizes) == len(rows)
+    assert len(sizes) >= 8
+    assert max(sizes) < 2 * len(rows) / 8
