@@ -89,8 +89,8 @@ def test_tab_completes_commands_options_configs_and_settings(
     assert completions("tron prepare di") == ["diginetica"]
     assert completions("tron compare a.pt --filt") == ["--filter-rated"]
     assert completions("tron evaluate a.pt --protocol ") == ["every-step", "last-item"]
-    assert completions("tron train --config config_ml1m_s") == ["config_ml1m_sasrec"]
-    assert completions("tron config show config_ml1m_s") == ["config_ml1m_sasrec"]
+    assert completions("tron train --config config_ml1m_b") == ["config_ml1m_bert4rec"]
+    assert completions("tron config show config_ml1m_b") == ["config_ml1m_bert4rec"]
     assert completions("tron train --config config_otto embedding_") == ["embedding_dim=200"]
     names = [word.partition("=")[0] for word in completions("tron train lr=1 ")]
     assert names == list(FIELDS)

@@ -264,7 +264,7 @@ def test_idle_connections_outlive_those_of_proxies(server: RunningServer) -> Non
     assert connection.getresponse().read()
     (kept,) = server.server.server_state.connections
     left = kept.timeout_keep_alive_task.when() - kept.loop.time()
-    assert 60 < left <= 75
+    assert 60 < left < 76  # 75, and what clock and rounding add
     connection.close()
 
 
