@@ -289,6 +289,9 @@ class Workplace:
             # These are chosen when a run starts.
             chosen = ["optimizer"] * (expected["optimizer"] == "auto")
             chosen += ["max_batches_per_epoch"] * variant.final
+            # A final model has a number of steps; at a constant rate the limit of epochs is
+            # nothing to it.
+            chosen += ["max_epochs"] * (variant.final and expected["lr_schedule"] == "constant")
             differing = [
                 f"{key}={found[key]} instead of {value}"
                 for key, value in expected.items()

@@ -189,6 +189,22 @@ def test_a_run_of_earlier_settings_is_refused(bench, tmp_path, monkeypatch, capf
     assert "dropout_rate=0.3 instead of 0.1" in capfd.readouterr().err
 
 
+def test_a_final_model_at_a_constant_rate_may_have_had_another_limit_of_epochs(
+    bench, tmp_path, monkeypatch, capfd
+) -> None:
+    first = bench("net", "--final")
+    # Only the run that was validated went on to the new limit; the best step stayed the same.
+    config = tmp_path / "runs" / "net-final" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_epochs": 3}))
+    assert bench("net", "--final") == first
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lr": 0.5}))
+    with pytest.raises(SystemExit):
+        bench("net", "--final")
+    error = capfd.readouterr().err
+    assert "lr=0.5 instead of" in error
+    assert "max_epochs" not in error
+
+
 def test_hours_leave_out_the_time_between_two_processes(tmp_path) -> None:
     (tmp_path / "train.log").write_text(
         "2026-01-01 10:00:00,000 INFO tron on shop: 9 sessions\n"
