@@ -114,16 +114,22 @@ def options_of(source: str) -> dict[str, tuple[Any, Any]]:
     """Return type and default of each option of a source; empty for the default of a needed one."""
     own = SOURCES[source]
     name = own.args[0] if isinstance(own, partial) else source
-    below = _prepare_function(name)
-    found = {}
     hidden = {"leave_one_out", "frames", "reader"} if source == "table" else set()
-    for function in (below, own):
+    readers = [table_columns] if source == "table" else []
+    found = keyword_options(_prepare_function(name), own, *readers)
+    return {option: declared for option, declared in found.items() if option not in hidden}
+
+
+def keyword_options(*functions: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """Return type and default of each keyword-only parameter; of one name, the last one's."""
+    found = {}
+    for function in functions:
         plain = function
         while isinstance(plain, partial):
             plain = plain.func
-        hints = typing.get_type_hints(plain, localns={"Dataset": Any})
+        hints = typing.get_type_hints(plain, localns={"Dataset": Any, "TableColumns": Any})
         for parameter in inspect.signature(function).parameters.values():
-            if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in hidden:
+            if parameter.kind is parameter.KEYWORD_ONLY:
                 found[parameter.name] = hints[parameter.name], parameter.default
     return found
 
@@ -172,37 +178,18 @@ def _table(
     train: Any = (),
     val: Any = (),
     test: Any = (),
-    item_col: str,
-    time_col: str,
-    time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto",
-    time_format: str | None = None,
-    session_col: str | None = None,
-    user_col: str | None = None,
-    session_gap: str | None = None,
-    event_col: str | None = None,
-    keep_events: Words | None = None,
-    null_tokens: Words | None = None,
     split: Literal["time", "leave-one-out"] = "time",
     **options: Any,
 ) -> Dataset:
     from tron_cli.prepare.sources.table import prepare_table
 
-    columns = table_columns(
-        item_col=item_col,
-        time_col=time_col,
-        time_unit=time_unit,
-        time_format=time_format,
-        session_col=session_col,
-        user_col=user_col,
-        session_gap=session_gap,
-        event_col=event_col,
-        keep_events=keep_events,
-        null_tokens=null_tokens,
-    )
-    wanted = [name for name in (item_col, time_col, session_col, user_col, event_col) if name]
+    names = keyword_options(table_columns)
+    columns = table_columns(**{each: options.pop(each) for each in names if each in options})
     with frames_folder() as folder:
         given = {"input": input, "train": train, "val": val, "test": test}
-        files = {each: files_of(each, tables, folder, wanted) for each, tables in given.items()}
+        files = {
+            each: files_of(each, tables, folder, columns.wanted) for each, tables in given.items()
+        }
         if bool(files["input"]) == bool(files["train"]) or (
             bool(files["train"]) != bool(files["test"])
         ):
@@ -224,12 +211,14 @@ def table_columns(
     *,
     item_col: str,
     time_col: str,
-    session_col: str | None,
-    user_col: str | None,
-    event_col: str | None,
-    keep_events: Words | None,
-    null_tokens: Words | None,
-    **options: Any,
+    time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto",
+    time_format: str | None = None,
+    session_col: str | None = None,
+    user_col: str | None = None,
+    session_gap: str | None = None,
+    event_col: str | None = None,
+    keep_events: Words | None = None,
+    null_tokens: Words | None = None,
 ) -> TableColumns:
     """Return the columns of a table by the options of `tron prepare table`."""
     from tron_cli.prepare.sources.table_reader import NULL_TOKENS, TableColumns
@@ -239,10 +228,12 @@ def table_columns(
         time=time_col,
         session=session_col,
         user=user_col,
+        time_unit=time_unit,
+        time_format=time_format,
+        session_gap=session_gap,
         event=event_col,
         keep_events=_words(keep_events or ()),
         null_tokens=NULL_TOKENS if null_tokens is None else _words(null_tokens),
-        **options,
     )
 
 

@@ -47,6 +47,16 @@ class TableColumns:
     keep_events: tuple[str, ...] = ()
     null_tokens: tuple[str, ...] = NULL_TOKENS
 
+    @property
+    def ids(self) -> list[str]:
+        """Columns of original ids."""
+        return [name for name in (self.session, self.user, self.item) if name]
+
+    @property
+    def wanted(self) -> list[str]:
+        """All columns to read."""
+        return [*self.ids, self.time, *([self.event] if self.event else [])]
+
     def options(self, gap: int | None) -> dict[str, Any]:
         """Return the record of the columns in dataset.json; gap: the session gap in ms."""
         return {
@@ -70,9 +80,8 @@ class TableReader:
         self.columns, self.bad = columns, bad
         self.rows = 0
         self.sessions, self.users = IdKeys(), IdKeys()
-        self._ids = [name for name in (columns.session, columns.user, columns.item) if name]
+        self._ids, self._wanted = columns.ids, columns.wanted
         self.columns_read = [*self._ids, columns.time]
-        self._wanted = [*self.columns_read, *([columns.event] if columns.event else [])]
         if not columns.item or not columns.time:
             raise InputError("expected the name of a column for --item-col and --time-col")
         if len(set(self._wanted)) < len(self._wanted):
