@@ -11,12 +11,13 @@ from helpers.tables import MINUTE, shop
 
 import tron_cli
 from tron_cli.prepare import event_spool
+from tron_cli.prepare.event_spool import EventSpool
 
 
 def contents(dataset: tron_cli.Dataset) -> dict[str, bytes]:
     files = [path for path in dataset.path.rglob("*") if path.is_file()]
     found = {str(path.relative_to(dataset.path)): path.read_bytes() for path in files}
-    found["dataset.json"] = found["dataset.json"].replace(b'"parts"', b'"whole"')
+    found["dataset.json"] = found["dataset.json"].replace(f'"{dataset.name}"'.encode(), b'""')
     return found
 
 
@@ -60,9 +61,19 @@ def test_the_dataset_does_not_depend_on_the_number_of_parts(
         )  # fmt: skip
 
     whole = prepared("whole")
-    monkeypatch.setattr(event_spool, "PART_BYTES", 500)
-    assert sum(file.stat().st_size for file in files) > 20 * event_spool.PART_BYTES
+    monkeypatch.setattr(event_spool, "PART_EVENTS", 16)
+    divided = EventSpool.divide
+
+    def divide(spool: EventSpool) -> None:
+        divided(spool)
+        parts.append(spool.parts)
+
+    parts: list[int] = []
+    monkeypatch.setattr(EventSpool, "divide", divide)
     assert prepared("parts") == whole
+    monkeypatch.setattr(event_spool, "_EVENT_BYTES", 1 << 20)  # as if compressed: divided later
+    assert prepared("divided") == whole
+    assert min(parts) > 20
 
 
 def test_a_part_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,15 +81,16 @@ def test_a_part_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     rows = shop(np.random.default_rng(1), users=500, days=20)
     file = tmp_path / "log.csv"
     file.write_text("user,item,time\n" + "".join(f"{u},{i},{t}\n" for u, i, t, _ in rows))
-    monkeypatch.setattr(event_spool, "PART_BYTES", file.stat().st_size // 8)
+    monkeypatch.setattr(event_spool, "PART_EVENTS", len(rows) // 12)
     sizes = []
-    grouped = event_spool.grouped
+    events = EventSpool.events
 
-    def counted(events: Any) -> Any:
-        sizes.append(len(events))
-        return grouped(events)
+    def counted(spool: EventSpool, table: int, part: int) -> Any:
+        found = events(spool, table, part)
+        sizes.append(len(found[0]))
+        return found
 
-    monkeypatch.setattr(event_spool, "grouped", counted)
+    monkeypatch.setattr(EventSpool, "events", counted)
     tron_cli.prepare(
         "table", name="log", data_dir=tmp_path, input=file, user_col="user", item_col="item",
         time_col="time",

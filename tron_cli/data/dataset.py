@@ -56,7 +56,8 @@ class Sessions:
 
     items: int32 [E]; offsets: int64 [S + 1]; times: int64 [E] milliseconds since 1970 UTC, or None.
     session_ids, user_ids: [S], original ids, int64 or str objects, or None. They are set only while
-    a dataset is prepared; `Dataset.session_ids` reads those of a prepared one.
+    a dataset is prepared; `Dataset.session_ids` reads those of a prepared one. places: int64 [S],
+    the place of each session's first event in a log that is prepared in parts, else None.
     """
 
     items: np.ndarray
@@ -64,6 +65,7 @@ class Sessions:
     times: np.ndarray | None = None
     session_ids: np.ndarray | None = None
     user_ids: np.ndarray | None = None
+    places: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

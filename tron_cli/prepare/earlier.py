@@ -49,9 +49,12 @@ class Earlier:
             )
         return numbers
 
-    def known_histories(self, histories: Sessions, item_ids: np.ndarray, steps: Steps) -> Sessions:
-        """Return histories without unknown items, except at the end: these are targets, or lost."""
-        is_kept = self.numbers(item_ids)[histories.items] > 0
+    def known_histories(self, histories: Sessions, is_known: np.ndarray, steps: Steps) -> Sessions:
+        """Return histories without unknown items, except at the end: these are targets, or lost.
+
+        is_known: bool [P], of each position in the source's ids, by `numbers`.
+        """
+        is_kept = is_known[histories.items]
         is_kept[histories.offsets[1:] - 1] = True
         kept = drop_events(histories, is_kept)
         steps.record("unknown items", [kept], f"before the last: {self.lacks}")

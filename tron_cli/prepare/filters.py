@@ -16,12 +16,6 @@ def drop_short(sessions: Sessions, min_length: int) -> Sessions:
     return take_where(sessions, sessions.lengths >= min_length)
 
 
-def drop_rare_items(parts: list[Sessions], min_count: int) -> list[Sessions]:
-    """Drop the events of items that occur fewer than `min_count` times in all the parts."""
-    support = np.bincount(np.concatenate([part.items for part in parts]))
-    return [drop_events(part, (support >= min_count)[part.items]) for part in parts]
-
-
 def are_duplicates(sessions: Sessions) -> np.ndarray:
     """Mark the events with item and time of an earlier event of their session: bool [E]."""
     assert sessions.times is not None
@@ -64,67 +58,122 @@ class Cleaning:
         return parts
 
 
+@dataclass
+class _Step:
+    """Counts after a step, or of what it dropped; items: their number, or bool [I], which occur."""
+
+    why: str
+    is_drop: bool = False
+    sessions: int | None = 0
+    events: int = 0
+    items: np.ndarray | int | None = None
+
+
 class Steps:
     """Record of what each step of preparation kept and dropped, for dataset.json and the summary.
 
-    A step's entry: {step, sessions, events, items, dropped_sessions, dropped_events, why}; the
-    counts are those after the step.
+    Where sessions come in parts, `record` and `drop` add up what is said of each part.
     """
 
     def __init__(self) -> None:
-        self.entries: list[dict[str, Any]] = []
+        self._steps: dict[str, _Step] = {}
 
     def record(self, step: str, parts: list[Sessions], why: str) -> None:
         """Record the counts after `step`, in all the parts."""
-        items = np.concatenate([part.items for part in parts])
-        distinct = int(np.count_nonzero(np.bincount(items))) if len(items) else 0
-        self.count(step, sum(map(len, parts)), len(items), distinct, why)
+        found = self._steps.setdefault(step, _Step(why, items=np.zeros(0, bool)))
+        assert found.sessions is not None
+        assert isinstance(found.items, np.ndarray)
+        for part in parts:
+            found.sessions += len(part)
+            found.events += len(part.items)
+            found.items = grown(found.items, int(part.items.max(initial=-1)) + 1)
+            found.items[part.items] = True
 
     def count(
         self, step: str, sessions: int | None, events: int, items: int | None, why: str
     ) -> None:
         """Record the counts after `step`; None where a count is not known."""
-        before: dict[str, Any] = (
-            self.entries[-1] if self.entries else {"sessions": sessions, "events": events}
-        )
-        dropped = None
-        if sessions is not None and before["sessions"] is not None:
-            dropped = before["sessions"] - sessions
-        self.entries.append(
-            {
-                "step": step,
-                "sessions": sessions,
-                "events": events,
-                "items": items,
-                "dropped_sessions": dropped,
-                "dropped_events": before["events"] - events,
-                "why": why,
-            }
-        )
+        self._steps[step] = _Step(why, False, sessions, events, items)
 
     def drop(self, step: str, sessions: int, events: int, why: str) -> None:
         """Record the counts that `step` dropped; remaining items are not counted."""
-        last = self.entries[-1]
-        self.count(step, last["sessions"] - sessions, last["events"] - events, None, why)
+        found = self._steps.setdefault(step, _Step(why, is_drop=True))
+        assert found.sessions is not None
+        found.sessions += sessions
+        found.events += events
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """Return {step, sessions, events, items, dropped_sessions, dropped_events, why} of each.
+
+        The counts are those after the step.
+        """
+        entries: list[dict[str, Any]] = []
+        for step, found in self._steps.items():
+            sessions, events, items = found.sessions, found.events, found.items
+            before: dict[str, Any] = {"sessions": sessions, "events": events}
+            before = entries[-1] if entries else before
+            if found.is_drop:
+                assert sessions is not None
+                sessions, events = before["sessions"] - sessions, before["events"] - events
+            dropped = None
+            if sessions is not None and before["sessions"] is not None:
+                dropped = before["sessions"] - sessions
+            if isinstance(items, np.ndarray):
+                items = int(np.count_nonzero(items))
+            entries.append(
+                {
+                    "step": step,
+                    "sessions": sessions,
+                    "events": events,
+                    "items": items,
+                    "dropped_sessions": dropped,
+                    "dropped_events": before["events"] - events,
+                    "why": found.why,
+                }
+            )
+        return entries
 
 
-def apply_filters(
-    parts: list[Sessions], steps: Steps, *, min_session_length: int, min_item_count: int
-) -> list[Sessions]:
-    """Drop short sessions, rare items, then short sessions again: once each, in TRON's order.
+class Support:
+    """Filters by support: short sessions, rare items, then short sessions again; once each.
 
-    The last of several parts is the test split: its events do not decide which items are rare, and
-    it keeps rare items.
+    That is TRON's order. `shortened` takes the sessions of all tables, in one part or several;
+    then `supported` takes what it returned. The last of several tables is the test split: its
+    events do not decide which items are rare, and it keeps rare items.
     """
-    short = f"fewer than {min_session_length} events"
-    parts = [drop_short(part, min_session_length) for part in parts]
-    steps.record("short sessions", parts, short)
-    training = slice(0, max(len(parts) - 1, 1))
-    parts[training] = [
-        take_where(part, part.lengths > 0)
-        for part in drop_rare_items(parts[training], min_item_count)
-    ]
-    steps.record("rare items", parts, f"fewer than {min_item_count} events")
-    parts = [drop_short(part, min_session_length) for part in parts]
-    steps.record("short sessions again", parts, f"{short} left")
-    return parts
+
+    def __init__(self, steps: Steps, *, min_session_length: int, min_item_count: int) -> None:
+        self._steps = steps
+        self._min_length, self._min_count = min_session_length, min_item_count
+        self._events_of_items = np.zeros(0, np.int64)
+
+    def shortened(self, tables: list[Sessions]) -> list[Sessions]:
+        """Drop short sessions, and count the events of each item."""
+        tables = [drop_short(table, self._min_length) for table in tables]
+        self._steps.record("short sessions", tables, f"fewer than {self._min_length} events")
+        for table in tables[: max(len(tables) - 1, 1)]:
+            counts = np.bincount(table.items, minlength=len(self._events_of_items))
+            counts[: len(self._events_of_items)] += self._events_of_items
+            self._events_of_items = counts
+        return tables
+
+    def supported(self, tables: list[Sessions]) -> list[Sessions]:
+        """Drop rare items, then the sessions that became short."""
+        is_kept = self._events_of_items >= self._min_count
+        training = slice(0, max(len(tables) - 1, 1))
+        tables = list(tables)
+        tables[training] = [
+            take_where(kept, kept.lengths > 0)
+            for kept in (drop_events(table, is_kept[table.items]) for table in tables[training])
+        ]
+        self._steps.record("rare items", tables, f"fewer than {self._min_count} events")
+        tables = [drop_short(table, self._min_length) for table in tables]
+        why = f"fewer than {self._min_length} events left"
+        self._steps.record("short sessions again", tables, why)
+        return tables
+
+
+def grown(array: np.ndarray, length: int) -> np.ndarray:
+    """Return an array of at least this length, with zeros at its end."""
+    return np.append(array, np.zeros(max(length - len(array), 0), array.dtype))

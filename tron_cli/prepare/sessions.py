@@ -164,17 +164,16 @@ def later(latest: Latest | None, block: Columns) -> Latest | None:
     return latest
 
 
-def to_sessions(events: Events) -> Sessions:
+def to_sessions(events: Events, places: np.ndarray | None = None) -> Sessions:
     """Group events into sessions, in order of first appearance in the file.
 
     The events of each are sorted by time; those of equal times keep the order of the file. The
     items stay positions in item_ids; session_ids and user_ids are the numbers of the events.
+    places: int64 [E], of the events in the log.
     """
-    return grouped(events)[0]
-
-
-def grouped(events: Events) -> tuple[Sessions, np.ndarray]:
-    """Return (sessions as `to_sessions` does, the position of each one's first event: int64)."""
+    if not len(events):
+        nothing = np.zeros(0, np.int64)
+        return Sessions(events.items, _offsets(nothing), nothing, nothing, events.users, places)
     codes, ids, first = _by_appearance(events.sessions)
     users = None
     if events.users is not None:
@@ -186,7 +185,7 @@ def grouped(events: Events) -> tuple[Sessions, np.ndarray]:
         order = np.lexsort((times, codes))
         items, times = items[order], times[order]
     offsets = _offsets(np.bincount(codes, minlength=len(ids)))
-    return Sessions(items, offsets, times, ids, users), first
+    return Sessions(items, offsets, times, ids, users, None if places is None else places[first])
 
 
 def joined(parts: list[Sessions]) -> Sessions:
@@ -202,14 +201,23 @@ def joined(parts: list[Sessions]) -> Sessions:
         whole([part.times for part in parts]),
         whole([part.session_ids for part in parts]),
         whole([part.user_ids for part in parts]),
+        whole([part.places for part in parts]),
+    )
+
+
+def first_keys(sessions: Sessions) -> tuple[np.ndarray, np.ndarray]:
+    """Return what orders sessions (none empty): int64 [S] starts, 0 without times, and places."""
+    count = len(sessions)
+    return (
+        np.zeros(count, np.int64) if sessions.times is None else first_times(sessions),
+        np.arange(count) if sessions.places is None else sessions.places,
     )
 
 
 def order_by_first_event(sessions: Sessions) -> np.ndarray:
-    """Return the order of sessions (none empty) by start, stably; as they are without times."""
-    if sessions.times is None:
-        return np.arange(len(sessions))
-    return np.argsort(first_times(sessions), kind="stable")
+    """Return the order of sessions (none empty) by start, then place; as they are without times."""
+    starts, places = first_keys(sessions)
+    return np.lexsort((places, starts))
 
 
 def split_at_gaps(users: np.ndarray, times: np.ndarray, gap: int) -> np.ndarray:
@@ -255,13 +263,10 @@ def drop_events(sessions: Sessions, keep: np.ndarray) -> Sessions:
     )
 
 
-def _ids_at(sessions: Sessions, rows: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return session and user ids of some rows (int64, or bool [S])."""
-    session_ids, user_ids = sessions.session_ids, sessions.user_ids
-    return (
-        None if session_ids is None else session_ids[rows],
-        None if user_ids is None else user_ids[rows],
-    )
+def _ids_at(sessions: Sessions, rows: np.ndarray) -> list[np.ndarray | None]:
+    """Return session ids, user ids and places of some rows (int64, or bool [S])."""
+    of_sessions = sessions.session_ids, sessions.user_ids, sessions.places
+    return [None if array is None else array[rows] for array in of_sessions]
 
 
 def first_times(sessions: Sessions) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,14 +11,36 @@ import numpy as np
 from tron_cli.data.dataset import Sessions
 from tron_cli.errors import InputError
 from tron_cli.prepare.filters import Steps, drop_short
-from tron_cli.prepare.sessions import drop_events, first_times, last_times, take, take_where
+from tron_cli.prepare.sessions import (
+    drop_events,
+    first_keys,
+    first_times,
+    last_times,
+    take,
+    take_where,
+)
 
 DAY = 86_400_000  # ms
 WHY_LATE = "in or after a held-out stretch, and sessions with fewer than 2 before it"
 
-Rule = Callable[[Sessions, float], np.ndarray]
-"""(sessions, days) -> bool [S]: the sessions of the last `days` days."""
 
+@dataclass(frozen=True)
+class Rule:
+    """Rule by which the sessions of the last days are held out.
+
+    Held out are those whose `times` (int64 [S], ms) are not before since(latest start, days).
+    """
+
+    times: Callable[[Sessions], np.ndarray]
+    since: Callable[[int, float], float]
+
+
+# The last `days` before the latest start, by the last event: TRON's rule for Yoochoose.
+by_last_event = Rule(last_times, lambda latest, days: latest - days * DAY)
+# The last days + 1 calendar days (UTC), by the start: TRON's rule for Diginetica.
+by_start_day = Rule(first_times, lambda latest, days: latest // DAY * DAY - days * DAY)
+# The last `days` before the latest start, by the start.
+by_start = Rule(first_times, lambda latest, days: latest - days * DAY)
 
 ValUsers = int | Literal["all"]
 """Number of users that validate, each on the second last event of the history."""
@@ -44,31 +66,104 @@ def moment(ms: int) -> str:
     return str(np.datetime64(int(ms), "ms").astype("datetime64[m]")).replace("T", " ")
 
 
-def by_last_event(sessions: Sessions, days: float) -> np.ndarray:
-    """Hold out sessions that end at most `days` before the latest start: TRON's for Yoochoose."""
-    return last_times(sessions) >= first_times(sessions).max() - days * DAY
+@dataclass(frozen=True)
+class Timeline:
+    """Times of the sessions to split, in the order of their parts: int64 [S] each, ms.
 
-
-def by_start_day(sessions: Sessions, days: float) -> np.ndarray:
-    """Hold out sessions that start in the last days + 1 calendar days (UTC).
-
-    This is TRON's rule for Diginetica: the day of the latest start, and `days` before it.
+    starts; seconds: of the second events; times: those of the rule. places: in the log.
     """
-    starts = first_times(sessions)
-    midnight = starts.max() // DAY * DAY
-    return starts >= midnight - days * DAY
+
+    starts: np.ndarray
+    seconds: np.ndarray
+    times: np.ndarray
+    places: np.ndarray
+    rule: Rule
+
+    @classmethod
+    def of(cls, parts: Iterable[Sessions], rule: Rule = by_start) -> Timeline:
+        """Return the times of sessions of two events or more, in one part or several with places.
+
+        They are 24 bytes per session, or 32 where the rule needs others than the starts.
+        """
+        starts, seconds, times, places = ([np.zeros(0, np.int64)] for _ in range(4))
+        by_starts = rule.times is first_times
+        for sessions in parts:
+            assert sessions.times is not None
+            starts.append(first_times(sessions))
+            seconds.append(sessions.times[sessions.offsets[:-1] + 1])
+            if not by_starts:
+                times.append(rule.times(sessions))
+            places.append(first_keys(sessions)[1])
+        whole = np.concatenate(starts)
+        others = whole if by_starts else np.concatenate(times)
+        return cls(whole, np.concatenate(seconds), others, np.concatenate(places), rule)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def last_days(self, among: np.ndarray, days: float) -> np.ndarray:
+        """Return which sessions of those (bool [S], not none) the rule holds out: bool [S]."""
+        return among & (self.times >= self.rule.since(int(self.starts[among].max()), days))
+
+    def sample(self, among: np.ndarray, most: int, seed: int) -> np.ndarray:
+        """Draw at most so many of the sessions of those (bool [S]) with the seed: bool [S]."""
+        rows = np.flatnonzero(among)
+        rows = rows[np.argsort(self.places[rows], kind="stable")]
+        sampled = np.zeros(len(among), bool)
+        sampled[rows[sample_rows(len(rows), most, seed)]] = True
+        return sampled
 
 
-def by_start(sessions: Sessions, days: float) -> np.ndarray:
-    """Hold out sessions that start at most `days` before the latest start."""
-    starts = first_times(sessions)
-    return starts >= starts.max() - days * DAY
+# Fate of a session that is split by time. TRAIN to BEYOND are the training period; too few events
+# of LATE and SHORT are left before test and val; BEYOND are held out, but not sampled.
+LATE, TRAIN, SHORT, VAL, BEYOND, TEST = range(6)
+
+
+@dataclass(frozen=True)
+class TimeSplit:
+    """Split by time, decided for all sessions; `__call__` carries it out on a part of them.
+
+    fate: int8 [S], in the order of the parts. test_limit, val_limit: earlier sessions lose the
+    events from then on (ms); None where they keep them.
+    """
+
+    fate: np.ndarray
+    test_limit: int | None
+    val_limit: int | None
+    max_val_sessions: int
+    cuts_late_events: bool
+
+    def __call__(self, sessions: Sessions, rows: slice, steps: Steps) -> Splits:
+        """Split the sessions of some rows of `fate`, and record what they lose."""
+        fate = self.fate[rows]
+        test = take_where(sessions, fate == TEST)
+        is_early = (fate >= TRAIN) & (fate <= BEYOND)
+        period, fate = _before(take_where(sessions, is_early), self.test_limit), fate[is_early]
+        train = _before(take_where(period, fate == TRAIN), self.val_limit)
+        held_out = take_where(period, fate >= VAL)
+        val = take_where(held_out, fate[fate >= VAL] == VAL)
+        if self.cuts_late_events:
+            early = len(sessions) - len(test) - len(held_out) - len(train)
+            events = _events(sessions) - _events(test) - _events(held_out) - _events(train)
+            steps.drop("late events", early, events, WHY_LATE)
+        record_sample(held_out, val, self.max_val_sessions, steps)
+        return Splits(period, train, val, test)
+
+
+def _events(sessions: Sessions) -> int:
+    return len(sessions.items)
+
+
+def _before(sessions: Sessions, limit: int | None) -> Sessions:
+    """Drop the events from a time on (ms)."""
+    if limit is None:
+        return sessions
+    assert sessions.times is not None
+    return drop_events(sessions, sessions.times < limit)
 
 
 def split_by_time(
-    sessions: Sessions,
-    rule: Rule,
-    steps: Steps,
+    line: Timeline,
     *,
     test_days: float,
     val_days: float,
@@ -78,55 +173,51 @@ def split_by_time(
     cut_late_events: bool = False,
     test_from: int | None = None,
     val_from: int | None = None,
-    test: Sessions | None = None,
-) -> Splits:
+    has_test: bool = False,
+) -> TimeSplit:
     """Hold out test by the rule, then val from the training period by the same rule (0 days: none).
 
-    test_from, val_from (ms): hold out the sessions that start then or later instead. test: the test
-    sessions, where the source gives them. latest: the latest time of `sessions` as they were read
-    (ms), and its file and line.
+    test_from, val_from (ms): hold out the sessions that start then or later instead. has_test: the
+    source gives the test sessions. latest: the latest time of the sessions as they were read (ms),
+    and its file and line.
     cut_late_events: sessions that start earlier than a held-out stretch lose the events that lie in
     it, and are dropped where fewer than two remain. (The published splits of Yoochoose and
     Diginetica keep them.)
     """
-    late_sessions = late_events = 0
 
     def divide(
-        whole: Sessions, days: float, since: int | None, option: str
-    ) -> tuple[Sessions, Sessions]:
-        nonlocal late_sessions, late_events
-        if not len(whole):
-            return whole, whole
-        held_out = rule(whole, days) if since is None else first_times(whole) >= since
-        if whole is sessions and since is None:
-            check_latest(first_times(whole), held_out, *latest)
-        before, after = take_where(whole, ~held_out), take_where(whole, held_out)
-        if since is not None and not (len(before) and len(after)):
-            starts = first_times(whole)
+        whole: np.ndarray, days: float, since: int | None, option: str
+    ) -> tuple[np.ndarray, np.ndarray, int | None]:
+        """Return (what is left of `whole` before the held-out sessions, these, the limit)."""
+        if not whole.any():
+            return whole, whole, None
+        held_out = line.last_days(whole, days) if since is None else whole & (line.starts >= since)
+        before = whole & ~held_out
+        if since is None and whole.all():
+            check_latest(line.starts, held_out, *latest)
+        if since is not None and not (before.any() and held_out.any()):
+            starts = line.starts[whole]
             raise InputError(
-                f"{option} {moment(since)}: {'every' if len(after) else 'no'} session to split "
+                f"{option} {moment(since)}: {'no' if before.any() else 'every'} session to split "
                 f"starts then or later; they start from {moment(starts.min())} to "
                 f"{moment(starts.max())} (UTC)"
             )
-        if not cut_late_events or not len(after) or not len(before):
-            return before, after
-        assert before.times is not None
-        limit = first_times(after).min() if since is None else since
-        cut = drop_short(drop_events(before, before.times < limit), 2)
-        late_sessions += len(before) - len(cut)
-        late_events += len(before.items) - len(cut.items)
-        return cut, after
+        if not cut_late_events or not held_out.any() or not before.any():
+            return before, held_out, None
+        limit = int(line.starts[held_out].min()) if since is None else since
+        return before & (line.seconds < limit), held_out, limit
 
-    period = sessions
-    if test is None:
-        period, test = divide(sessions, test_days, test_from, "--test-from")
-    train, held_out = period, take_where(period, _none(period))
+    period, test = np.ones(len(line), bool), np.zeros(len(line), bool)
+    test_limit = val_limit = None
+    if not has_test:
+        period, test, test_limit = divide(period, test_days, test_from, "--test-from")
+    train, held_out = period, np.zeros(len(line), bool)
     if val_days > 0 or val_from is not None:
-        train, held_out = divide(period, val_days, val_from, "--val-from")
-    if cut_late_events:
-        steps.drop("late events", late_sessions, late_events, WHY_LATE)
-    val = sample(held_out, max_val_sessions, seed, steps)
-    return Splits(period, train, val, test)
+        train, held_out, val_limit = divide(period, val_days, val_from, "--val-from")
+    fate = np.full(len(line), LATE, np.int8)
+    fate[test], fate[period], fate[train], fate[held_out] = TEST, SHORT, TRAIN, BEYOND
+    fate[line.sample(held_out, max_val_sessions, seed)] = VAL
+    return TimeSplit(fate, test_limit, val_limit, max_val_sessions, cut_late_events)
 
 
 def check_latest(starts: np.ndarray, is_held_out: np.ndarray, latest: int, place: str) -> None:
@@ -198,11 +289,14 @@ def check_val_users(val_users: ValUsers, most: int | None = None) -> None:
 def sample(sessions: Sessions, most: int, seed: int, steps: Steps) -> Sessions:
     """Draw a seeded sample of at most `most` validation sessions, in their order."""
     sampled = take(sessions, sample_rows(len(sessions), most, seed))
-    steps.drop(
-        "validation sample", len(sessions) - len(sampled), len(sessions.items) - len(sampled.items),
-        f"validation sessions beyond {most:,}",
-    )  # fmt: skip
+    record_sample(sessions, sampled, most, steps)
     return sampled
+
+
+def record_sample(sessions: Sessions, sampled: Sessions, most: int, steps: Steps) -> None:
+    """Record what a sample of at most so many validation sessions leaves out."""
+    dropped = len(sessions) - len(sampled), _events(sessions) - _events(sampled)
+    steps.drop("validation sample", *dropped, f"validation sessions beyond {most:,}")
 
 
 def sample_rows(count: int, most: int, seed: int) -> np.ndarray:
@@ -210,7 +304,3 @@ def sample_rows(count: int, most: int, seed: int) -> np.ndarray:
     if count <= most:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
-
-
-def _none(sessions: Sessions) -> np.ndarray:
-    return np.zeros(len(sessions), bool)

@@ -9,11 +9,11 @@ from pathlib import Path
 from tron_cli.data.dataset import Dataset, DatasetWriter
 from tron_cli.prepare.earlier import earlier_catalogue
 from tron_cli.prepare.fetching.raw import locate
-from tron_cli.prepare.filters import Steps, apply_filters
+from tron_cli.prepare.filters import Steps, Support
 from tron_cli.prepare.reading.bad_lines import BadLines
 from tron_cli.prepare.reading.columns import Columns
 from tron_cli.prepare.sessions import collect_events, to_sessions
-from tron_cli.prepare.split import Rule, split_by_time
+from tron_cli.prepare.split import Rule, Timeline, split_by_time
 from tron_cli.prepare.write import dataset_path, in_order_of_appearance, write_splits
 
 MIN_SESSION_LENGTH = 2
@@ -59,27 +59,24 @@ def prepare_clicks(
         steps = Steps()
         sessions = to_sessions(events)
         steps.record("read", [sessions], "")
-        (sessions,) = apply_filters(
-            [sessions],
-            steps,
-            min_session_length=MIN_SESSION_LENGTH,
-            min_item_count=MIN_ITEM_COUNT,
+        support = Support(
+            steps, min_session_length=MIN_SESSION_LENGTH, min_item_count=MIN_ITEM_COUNT
         )
-        splits = split_by_time(
-            sessions,
-            log.rule,
-            steps,
+        (sessions,) = support.supported(support.shortened([sessions]))
+        split = split_by_time(
+            Timeline.of([sessions], log.rule),
             test_days=log.test_days,
             val_days=val_days,
             max_val_sessions=max_val_sessions,
             seed=seed,
             latest=events.latest,
         )
+        splits = split(sessions, slice(None), steps)
         return write_splits(
             writer,
-            splits,
+            [splits],
             item_ids=events.item_ids,
-            catalogue=in_order_of_appearance(splits.period),
+            catalogue=in_order_of_appearance([splits.period]),
             name=name,
             protocol="every-step",
             source=log.source,

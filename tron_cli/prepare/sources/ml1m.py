@@ -59,13 +59,13 @@ def prepare_ml1m(
         steps = Steps()
         steps.record("read", [histories], "")
         if earlier is not None:
-            histories = earlier.known_histories(histories, item_ids, steps)
+            histories = earlier.known_histories(histories, earlier.numbers(item_ids) > 0, steps)
         histories = drop_short(histories, MIN_EVENTS)
         steps.record("short histories", [histories], f"fewer than {MIN_EVENTS} events")
         splits = _split(histories, val_users, steps)
         return write_splits(
             writer,
-            splits,
+            [splits],
             item_ids=item_ids,
             catalogue=np.unique(splits.period.items),
             name=name,

@@ -21,6 +21,7 @@ from tron_cli.prepare.reading.session_lines import Layout, read_session_lines
 from tron_cli.prepare.sessions import joined, take
 from tron_cli.prepare.split import Splits, ValUsers, check_val_users, sample, split_last_two
 from tron_cli.prepare.write import (
+    Content,
     dataset_path,
     in_order_of_appearance,
     refuse_copies,
@@ -63,7 +64,7 @@ def prepare_sequences(
         bad = BadLines(skip=skip_bad_lines, max_share=max_bad_share)
         steps = Steps()
         parts = [read_session_lines(file, bad, lines) for file in files]
-        refuse_copies(files, parts)
+        refuse_copies(files, [Content().add(part) for part in parts])
         bad.check_share(sum(map(len, parts)))
         parts, item_ids = _numbered(parts)
         steps.record("read", parts, "")
@@ -74,9 +75,9 @@ def prepare_sequences(
             splits = _given(parts, val, max_val_sessions, seed, steps)
         return write_splits(
             writer,
-            splits,
+            [splits],
             item_ids=item_ids,
-            catalogue=in_order_of_appearance(splits.period),
+            catalogue=in_order_of_appearance([splits.period]),
             name=name,
             protocol="every-step" if input is None else "last-item",
             source="sequences",
@@ -140,7 +141,7 @@ def _leave_one_out(
     steps: Steps,
 ) -> Splits:
     if earlier is not None:
-        histories = earlier.known_histories(histories, item_ids, steps)
+        histories = earlier.known_histories(histories, earlier.numbers(item_ids) > 0, steps)
     histories = drop_short(histories, 3)
     steps.record("short histories", [histories], "fewer than 3 events")
     return split_last_two(histories, val_users, seed, steps)
@@ -153,7 +154,7 @@ def _given(
     parts = [drop_short(part, 2) for part in parts]
     steps.record("short sessions", parts, "fewer than 2 events")
     if val:
-        refuse_empty_val(parts[1], val, 2)
+        refuse_empty_val(len(parts[1]), val, 2)
     period = joined(parts[:-1])
     val_sessions = len(parts[1]) if val else int(len(period) * VAL_SHARE)
     rows = np.arange(len(period))

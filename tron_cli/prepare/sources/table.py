@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +20,25 @@ import polars as pl
 
 from tron_cli.data.dataset import Dataset, DatasetWriter, Sessions
 from tron_cli.errors import InputError
-from tron_cli.prepare.earlier import Earlier, earlier_catalogue
-from tron_cli.prepare.event_spool import EventSpool
-from tron_cli.prepare.filters import Cleaning, Steps, apply_filters
+from tron_cli.prepare.earlier import earlier_catalogue
+from tron_cli.prepare.filters import Cleaning, Steps, Support
 from tron_cli.prepare.reading.bad_lines import BadLines
 from tron_cli.prepare.reading.inputs import check_distinct, input_files
 from tron_cli.prepare.reading.times import from_iso
-from tron_cli.prepare.sessions import (
-    Events,
-    ItemIndex,
-    joined,
-    split_at_gaps,
-)
+from tron_cli.prepare.sessions import joined, take_where
+from tron_cli.prepare.sources.table_parts import Splitter, StoredSessions, read_log
 from tron_cli.prepare.sources.table_reader import TableColumns, TableReader
 from tron_cli.prepare.split import (
     Splits,
+    Timeline,
+    TimeSplit,
     ValUsers,
-    by_start,
     check_val_users,
-    sample,
+    record_sample,
     split_by_time,
-    split_last_two,
+    split_last_items,
 )
-from tron_cli.prepare.write import (
-    dataset_path,
-    in_order_of_appearance,
-    refuse_copies,
-    refuse_empty_val,
-    write_splits,
-)
+from tron_cli.prepare.write import dataset_path, in_order_of_appearance, write_splits
 
 DEFAULT_GAP = "30m"
 MAX_GAP = 1000 * 365 * 86_400_000  # ms
@@ -131,25 +122,24 @@ def prepare_table(
         earlier = earlier_catalogue(catalogue, data_dir)
         steps = Steps()
         bad = BadLines(skip=skip_bad_lines, max_share=max_bad_share)
-        reader = reader or TableReader(columns, bad)
-        parts, log = _read_log(tables, reader, gap, steps, writer.scratch)
+        log = read_log(tables, reader or TableReader(columns, bad), steps, writer.scratch)
         least = max(min_session_length, 3 if leave_one_out else 2)
-        of_histories = earlier if leave_one_out else None
-        parts = _filtered(parts, log, cleaning, of_histories, steps, least, min_item_count)
-        if val:
-            refuse_empty_val(parts[1], tables[1][0], least)
-        splits, parts = rule.apply(parts, steps, log.latest), []  # one copy less in memory
+        support = Support(steps, min_session_length=least, min_item_count=min_item_count)
+        stored = StoredSessions(writer.scratch, log, support, steps)
+        stored.fill(gap, cleaning, earlier if leave_one_out else None)
+        split = rule.splitter(stored.timeline(rule.split_table, least), log.latest)
         return write_splits(
             writer,
-            splits,
+            stored.split(split),
             item_ids=log.item_ids,
-            catalogue=in_order_of_appearance(splits.period),
+            catalogue=in_order_of_appearance(stored.periods(split)),
+            bounds=stored.bounds(),
             name=name,
             protocol="last-item" if leave_one_out else "every-step",
             source="table",
             options=options,
             duplicate_events=log.duplicates,
-            shared_sessions=_shared_sessions(splits) if test else {},
+            shared_sessions=stored.shared_sessions if test else {},
             files=files,
             steps=steps,
             bad=log.reader.bad,
@@ -176,85 +166,6 @@ def _files_of_tables(given: dict[str, Sequence[Path]]) -> list[list[Path]]:
     ]
     check_distinct([file for table in tables for file in table])
     return tables
-
-
-@dataclass(frozen=True)
-class _Log:
-    """Log of all tables as it was read.
-
-    item_ids: original ids of the items; duplicates: events of equal session, item and time;
-    latest: as in `Events`, of the first table.
-    """
-
-    duplicates: int
-    item_ids: np.ndarray
-    latest: tuple[int, str]
-    reader: TableReader
-
-
-def _read_log(
-    tables: list[list[Path]], reader: TableReader, gap: int | None, steps: Steps, scratch: Path
-) -> tuple[list[Sessions], _Log]:
-    """Read the tables and record what they hold; return the sessions of each."""
-    columns, bad, index = reader.columns, reader.bad, ItemIndex()
-    spools = [
-        EventSpool(scratch / str(number), files, has_users=columns.user is not None)
-        for number, files in enumerate(tables)
-    ]
-    latest = [
-        spool.fill(files[0], reader.read(files), bad, index)
-        for spool, files in zip(spools, tables, strict=True)
-    ]
-    reader.check(tables[0][0])
-    bad.check_share(reader.rows)
-    if columns.event:
-        steps.count("read", None, reader.rows, None, "")
-    parts = [_sessions(spool, columns, gap) for spool in spools]
-    refuse_copies([files[0] for files in tables], parts)
-    kinds = f"only {', '.join(columns.keep_events)}" if columns.event else ""
-    steps.record("kinds of events" if kinds else "read", parts, kinds)
-    duplicates = sum(spool.duplicates for spool in spools)
-    return parts, _Log(duplicates, index.ids(), latest[0], reader)
-
-
-def _filtered(
-    parts: list[Sessions],
-    log: _Log,
-    cleaning: Cleaning,
-    earlier: Earlier | None,
-    steps: Steps,
-    min_session_length: int,
-    min_item_count: int,
-) -> list[Sessions]:
-    """Clean and filter the sessions of each table; earlier: the catalogue of whole histories."""
-    parts = cleaning.apply(parts, steps)
-    if earlier is not None:
-        parts = [earlier.known_histories(parts[0], log.item_ids, steps)]
-    return apply_filters(
-        parts, steps, min_session_length=min_session_length, min_item_count=min_item_count
-    )
-
-
-def _sessions(spool: EventSpool, columns: TableColumns, gap: int | None) -> Sessions:
-    def cut(events: Events) -> Events:
-        if gap is None:
-            return events
-        return replace(events, sessions=split_at_gaps(events.sessions, events.times, gap))
-
-    sessions = spool.sessions(cut)
-    if columns.session is None:  # parts of a log and whole histories have no ids
-        sessions = replace(sessions, session_ids=None)
-    return sessions
-
-
-def _shared_sessions(splits: Splits) -> dict[str, int]:
-    """Count sessions of val and test with ids that sessions of earlier splits have as well."""
-    pairs = {"val": (splits.val, splits.train), "test": (splits.test, splits.period)}
-    return {
-        split: int(np.isin(later.session_ids, earlier.session_ids).sum())
-        for split, (later, earlier) in pairs.items()
-        if later.session_ids is not None and earlier.session_ids is not None
-    }
 
 
 @dataclass(frozen=True)
@@ -301,30 +212,63 @@ class _SplitRule:
                 "validation is the last stretch before the test"
             )
 
-    def apply(self, parts: list[Sessions], steps: Steps, latest: tuple[int, str]) -> Splits:
-        """Split one table, or take the given ones; latest: as in `split_by_time`."""
-        sessions, val_days = parts[0], _days(self.val_days)
-        if self.leave_one_out:
-            val_users = (self.val_users or self.max_val_sessions) if val_days > 0 else 0
-            return split_last_two(sessions, val_users, self.seed, steps)
-        if self.has_val:
-            sampled = sample(parts[1], self.max_val_sessions, self.seed, steps)
-            return Splits(joined(parts[:2]), sessions, sampled, parts[2])
+    @property
+    def split_table(self) -> int:
+        """Table whose sessions are split, or sampled for validation."""
+        return 1 if self.has_val else 0
+
+    def splitter(self, line: Timeline, latest: tuple[int, str]) -> Splitter:
+        """Return the function that splits a part of the tables; latest: as in `split_by_time`.
+
+        line: of all sessions in `split_table`.
+        """
+        val_days, everyone = _days(self.val_days), np.ones(len(line), bool)
+        if self.leave_one_out or self.has_val:
+            given = self.val_users if self.leave_one_out else None
+            most = len(line) if given == "all" else given or self.max_val_sessions
+            most = most if val_days > 0 or self.has_val else 0
+            in_val = line.sample(everyone, most, self.seed)
+            return partial(self._last_items if self.leave_one_out else self._given, in_val, most)
         val_ms, test_ms = self._dates()
-        return split_by_time(
-            sessions,
-            by_start,
-            steps,
+        by_time = split_by_time(
+            line,
             test_days=_days(self.test_days),
             val_days=val_days,
             max_val_sessions=self.max_val_sessions,
             seed=self.seed,
             latest=latest,
             cut_late_events=True,
-            test=parts[1] if self.has_test else None,
+            has_test=self.has_test,
             val_from=val_ms,
             test_from=test_ms,
         )
+        return partial(self._by_time, by_time)
+
+    @staticmethod
+    def _by_time(
+        by_time: TimeSplit, tables: list[Sessions], done: int, steps: Steps
+    ) -> tuple[Splits, int]:
+        sessions, *given = tables
+        splits = by_time(sessions, slice(done, done + len(sessions)), steps)
+        return (replace(splits, test=given[0]) if given else splits), len(sessions)
+
+    @staticmethod
+    def _last_items(
+        in_val: np.ndarray, most: int, tables: list[Sessions], done: int, steps: Steps
+    ) -> tuple[Splits, int]:
+        (histories,) = tables
+        rows = np.flatnonzero(in_val[done : done + len(histories)])
+        held_back = np.full(len(histories), 2 if most else 1)
+        return split_last_items(histories, rows, steps, train_without=held_back), len(histories)
+
+    @staticmethod
+    def _given(
+        in_val: np.ndarray, most: int, tables: list[Sessions], done: int, steps: Steps
+    ) -> tuple[Splits, int]:
+        train, val, test = tables
+        sampled = take_where(val, in_val[done : done + len(val)])
+        record_sample(val, sampled, most, steps)
+        return Splits(joined([train, val]), train, sampled, test), len(val)
 
     def options(self) -> dict[str, Any]:
         """Return the record of the split in dataset.json."""
