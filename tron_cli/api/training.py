@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from tron_cli.training.final import final_start
 from tron_cli.training.fit import fit
 from tron_cli.training.loop import train as train_model
 from tron_cli.training.profile import Profile, StepProfiler
+from tron_cli.training.restart import claimed_again
 from tron_cli.training.run import LOG, claimed, last_logged
 
 log = logging.getLogger("tron")
@@ -114,9 +115,10 @@ def train(
             experiment = load_config(config, **settings)
             dataset = Dataset.open(datasets / experiment.dataset_name)
         parent = Path("runs" if output_dir is None else output_dir)
-        place = claimed(
+        place = claimed_again(
             new_run_dir(parent, name, experiment.method, experiment.dataset_name),
             numbered=name is None,
+            settings={"config": asdict(experiment), "final": record, "init_from": str(init_from)},
         )
     used_device = device_of_process(training_device(device, config))
     with (
@@ -124,11 +126,13 @@ def train(
         _claimed_once(place, processes) as run_dir,
         explained(run_dir / LOG),
     ):
-        if resume is not None:
-            experiment, dataset = _resumed(run_dir, settings, datasets)
+        resumes = (run_dir / LAST).is_file()  # also after a restart by torchrun
+        if resumes:
+            changes = {} if resume is None else settings
+            experiment, dataset = _resumed(run_dir, changes, datasets)
         if not experiment.is_baseline:
             saved = train_model(
-                experiment, dataset, run_dir, device=used_device, resume=resume is not None,
+                experiment, dataset, run_dir, device=used_device, resume=resumes,
                 profiler=profiler, init_from=earlier, final=record, processes=processes,
             )  # fmt: skip
         else:

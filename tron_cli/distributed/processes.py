@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from tron_cli.errors import InputError, RunError
 
@@ -132,6 +133,18 @@ def device_of_process(device: torch.device) -> torch.device:
     return own
 
 
+def _store() -> dist.Store:
+    """Return the store in which processes find each other.
+
+    torchrun keeps it over restarts, with the addresses of processes that have ended. On one machine
+    all processes know how often they were restarted; for several see docs/scaling.md.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        return store
+    return dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
     """Join the processes that torchrun started, if it did; only the first one logs.
@@ -145,7 +158,10 @@ def joined(device: torch.device) -> Iterator[Processes]:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes.count))
     own_gpu = device.type == "cuda" and local <= torch.cuda.device_count()
     with _together():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo", timeout=PATIENCE)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if own_gpu else "gloo", store=_store(), rank=processes.rank,
+            world_size=processes.count, timeout=PATIENCE,
+        )  # fmt: skip
     level = log.level
     if not processes.is_first:
         log.setLevel(logging.ERROR)

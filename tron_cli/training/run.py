@@ -7,6 +7,7 @@
         METHOD-DATASET-step=...-R@20=....pt   the best weights by val_metric
         last.pt           the latest weights and all that resuming needs
         origin.json       the checkpoints that the run started from, if any
+        .torchrun.json    the job of torchrun that made the folder, if one did (`restart.py`)
 
 Each file but the logs is written atomically. During a run its folder holds a lock.
 """
@@ -40,8 +41,9 @@ from tron_cli.training.profile import phase
 LOG = "train.log"
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
+NOTE = ".torchrun.json"
 # Files of a run that never saved weights: its folder may be used again.
-_UNSAVED = {"config.json", "origin.json", METRICS, "trace.json", LOG, LOCK}
+_UNSAVED = {"config.json", "origin.json", METRICS, "trace.json", LOG, LOCK, NOTE}
 
 log = logging.getLogger("tron")
 
