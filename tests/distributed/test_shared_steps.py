@@ -28,6 +28,7 @@ GBCE = {
     "gbce_t": 0.75, "topk_sampling": False, "num_batch_negatives": 0,
     "reject_in_batch_items": False, "reject_uniform_session_items": False,
 }  # fmt: skip
+SCE = {**CE, "loss": "sce", "sce_buckets": 5, "sce_bucket_positions": 9, "sce_bucket_items": 12}
 BASE = {"dropout_rate": 0.3, "num_heads": 2, "clip_norm": 0.5, "train_batch_size": 7}
 
 # Losses, sampling styles and optimizers, each with each.
@@ -48,6 +49,8 @@ CASES += [
     {**more, "optimizer": optimizer}
     for more in (
         CE,
+        SCE,
+        {**SCE, "sce_mix": True, "model": "bert4rec", "train_batch_size": 1},
         {**CE, "reuse_item_embeddings": False},
         {"reuse_item_embeddings": False, "weight_decay": 0.1},
         {"accumulate_batches": 2, "sampling_style": "sessionwise"},

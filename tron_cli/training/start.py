@@ -82,7 +82,7 @@ def start_training(
     Raises InputError, before it writes anything, where config and dataset do not fit.
     """
     sessions, validation = training_splits(config, dataset)
-    _check_processes(config, processes, profiler)
+    _check_profiled(processes, profiler)
     _check_recency(config, dataset, sessions)
     item_ids = encode_item_ids(dataset.item_ids)
     config, measures = with_measures(config)
@@ -222,20 +222,11 @@ def training_splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Session
     return sessions, _spread(validation, math.ceil(min(limit * whole, len(validation))))
 
 
-def _check_processes(
-    config: ExperimentConfig, processes: Processes, profiler: StepProfiler
-) -> None:
-    """Raise InputError where several processes cannot share the training."""
-    if processes.count == 1:
-        return
-    cure = "train it in one process, without torchrun"
-    if config.loss == "sce":
+def _check_profiled(processes: Processes, profiler: StepProfiler) -> None:
+    if processes.count > 1 and profiler.steps:
         raise InputError(
-            "loss=sce chooses its buckets among all positions of a batch, which several processes "
-            f"do not see; {cure}, or take loss=ce"
+            "--profile measures the steps of one process; train it in one, without torchrun"
         )
-    if profiler.steps:
-        raise InputError(f"--profile measures the steps of one process; {cure}")
 
 
 def _check_recency(config: ExperimentConfig, dataset: Dataset, sessions: Sessions) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tron_cli.config import ExperimentConfig
-from tron_cli.data.batches import Batch, whole
+from tron_cli.data.batches import Batch, Share, whole
 from tron_cli.distributed.gradients import add_up_gradients
 from tron_cli.distributed.processes import ALONE, Processes
 from tron_cli.errors import InputError
@@ -71,7 +71,10 @@ def accumulated_step(
     losses: list[torch.Tensor] = []
     for batch in batches:
         with torch.autocast(batch.inputs_N.device.type, dtype, enabled=dtype != torch.float32):
-            loss = training_loss(model, batch, config, distribution, before_lookup=before_lookup)
+            loss = training_loss(
+                model, batch, config, distribution,
+                before_lookup=before_lookup, processes=processes,
+            )  # fmt: skip
         if several:
             counts = batch.share is None or batch.share.counts
             loss = loss * (_num_targets(batch) / total * counts)
@@ -117,13 +120,15 @@ def training_loss(
     distribution: Distribution,
     *,
     before_lookup: BeforeLookup | None = None,
+    processes: Processes = ALONE,
 ) -> torch.Tensor:
     """Return the mean loss over the positions of a batch that have a target.
 
-    Draws the negatives. Raises InputError where the loss is not one number for each position.
+    Draws the negatives. processes: those that have the other shares of the batch. Raises InputError
+    where the loss is not one number for each position.
     """
     if config.loss in CATALOGUE_LOSSES:
-        loss_N = _catalogue_loss(model, batch, config, before_lookup)
+        loss_N = _catalogue_loss(model, batch, config, before_lookup, processes)
     else:
         loss_N = _sampled_loss(model, batch, config, distribution, before_lookup)
     assert batch.targets_N is not None
@@ -188,7 +193,11 @@ def _sampled_loss(
 
 
 def _catalogue_loss(
-    model: Model, batch: Batch, config: ExperimentConfig, before_lookup: BeforeLookup | None
+    model: Model,
+    batch: Batch,
+    config: ExperimentConfig,
+    before_lookup: BeforeLookup | None,
+    processes: Processes,
 ) -> torch.Tensor:
     """Return the loss of each position with a target, among all items."""
     with phase("lookup"):
@@ -204,7 +213,24 @@ def _catalogue_loss(
     hidden_ND = _hidden(model, inputs, rows_UD)
     with phase("loss"):
         loss = build_loss(config, model.num_items)
-        return loss(hidden_ND, model.scored_rows(model.item_table), batch.targets_N)
+        table_VD = model.scored_rows(model.item_table)
+        if config.loss == "sce" and batch.share is not None:
+            # Buckets are chosen among all positions; each process computes the loss of all.
+            hidden_ND = _of_whole(hidden_ND.to(table_VD.dtype), batch.share, processes)
+            loss_N = loss(hidden_ND, table_VD, batch.share.whole.targets_N)
+            return loss_N[batch.share.targets_P]
+        return loss(hidden_ND, table_VD, batch.targets_N)
+
+
+def _of_whole(hidden_ND: torch.Tensor, share: Share, processes: Processes) -> torch.Tensor:
+    """Return the hidden states of the whole batch; those of this share alone have gradients."""
+    own = slice(None) if share.counts else slice(0)
+    places, values = processes.gathered(share.targets_P[own], hidden_ND.detach()[own])
+    return (
+        torch.empty_like(values)
+        .index_copy_(0, places, values)
+        .index_copy(0, share.targets_P, hidden_ND)
+    )
 
 
 def _catch_up_whole(
