@@ -18,6 +18,7 @@ from helpers.runs import check_same_run, interrupt_at, resume, start, write_conf
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.batches import training_batch
+from tron_cli.errors import InputError
 from tron_cli.models.base import build_model
 from tron_cli.sampling.negatives import Distribution
 from tron_cli.training.loop import InterruptedRunError
@@ -121,3 +122,16 @@ def test_an_accumulated_run_stopped_and_resumed_ends_with_the_same_bits(
             start(config, tmp_path / "data", runs, "stopped")
     resume(tmp_path / "data", runs / "stopped")
     check_same_run(runs / "stopped", runs / "whole", same_log=False)
+
+
+def test_more_batches_per_step_than_a_pass_has_are_refused(tmp_path: Path) -> None:
+    """A step would go through all sessions more than once, and an epoch would hardly end."""
+    write_generated(tmp_path / "data", 45)
+    config = write_config(tmp_path, accumulate_batches=7)
+    with pytest.raises(InputError) as caught:
+        start(config, tmp_path / "data", tmp_path / "runs", "run")
+    assert str(caught.value) == (
+        "accumulate_batches=7 is more than the 6 batches of train_batch_size=8 that the 45 "
+        "training sessions make; lower it to at most 6, or lower train_batch_size"
+    )
+    assert not (tmp_path / "runs" / "run").exists()

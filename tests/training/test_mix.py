@@ -277,6 +277,34 @@ def test_votes_win_where_they_know_what_follows(tmp_path: Path) -> None:
     assert result.metrics_by_weight[0.0]["R@5"] < 0.9
 
 
+@pytest.mark.parametrize(
+    ("first_item", "weight", "advice"),
+    [
+        (1, 32.0, "a larger one may score higher still; compare it: --weight 64"),
+        (21, 0.0, "session-kNN adds nothing to the networks; use {network}"),
+    ],
+)
+def test_the_log_says_what_to_do_where_the_best_weight_is_the_largest_or_0(
+    first_item: int, weight: float, advice: str, tmp_path: Path
+) -> None:
+    """Votes know what follows in sessions of items 1 to 20, and do not know items 21 to 40."""
+    rows = np.array([[item, item % 20 + 1] for item in range(1, 21)])
+    data = write_dataset(
+        tmp_path / "data",
+        train=[*rows.tolist()] * 3,
+        val=(rows + first_item - 1).tolist(),
+        num_items=40,
+    )
+    pair = parts(data, tmp_path, with_ties=False, score="cosine", score_scale=60.0)
+    place = {"data_dir": data.path.parent, "output_dir": tmp_path, "device": "cpu"}
+    result = tron_cli.mix(*pair, name="both", **place)
+    assert result.weight == weight
+    advice = advice.format(network=tmp_path / "network.pt")
+    assert advice in (result.run_dir / "train.log").read_text()
+    given = tron_cli.mix(*pair, name="given", weight=weight, **place)
+    assert advice not in (given.run_dir / "train.log").read_text()
+
+
 def test_parts_that_do_not_fit_are_refused_in_a_sentence(data: Dataset, tmp_path: Path) -> None:
     rng = np.random.default_rng(8)
     network, knn = parts(data, tmp_path)

@@ -98,6 +98,8 @@ def mix(
             named = {} if knn is None else {"weight": weight}
             run.write_metrics(**named, validation=figures)
         best = max(values, key=lambda weight: values[weight].get(config.val_metric, 0.0))
+        if len(values) > 1:
+            _advise(best, parts)
         step = sum(network.step for network in parts.networks)
         networks = configs if len(configs) > 1 else ()
         name = checkpoint_name(
@@ -126,6 +128,23 @@ def mix(
         )
         log.info("checkpoint: %s", run_dir / name)
     return run_dir / name, values
+
+
+def _advise(best: float, parts: Parts) -> None:
+    """Log what to do where the best weight is the largest or the smallest of those tried."""
+    if best == max(WEIGHTS):
+        log.warning(
+            "weight %g, the largest tried, scores highest: a larger one may score higher still; "
+            "compare it: --weight %g",
+            best, 2 * best,
+        )  # fmt: skip
+    elif not best:
+        paths = " ".join(str(network.path) for network in parts.networks)
+        log.warning(
+            "weight 0 scores highest: session-kNN adds nothing to the networks; %s, which takes "
+            "less time and memory",
+            f"use {paths}" if len(parts.networks) == 1 else f"mix them alone: tron mix {paths}",
+        )  # fmt: skip
 
 
 def _kept(knn: Checkpoint, weight: float) -> dict[str, Any]:

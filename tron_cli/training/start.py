@@ -116,6 +116,7 @@ def start_training(
         config, sessions, model, padded=on_gpu and model.fixed_shapes and processes.count == 1
     )
     per_step = config.accumulate_batches
+    _check_accumulation(config, sessions, feed.steps_per_pass)
     steps_per_pass = math.ceil(feed.steps_per_pass / per_step)
     steps_per_epoch = min(steps_per_pass, config.max_batches_per_epoch or steps_per_pass)
     total_steps = config.max_epochs * steps_per_epoch
@@ -226,6 +227,17 @@ def _check_profiled(processes: Processes, profiler: StepProfiler) -> None:
     if processes.count > 1 and profiler.steps:
         raise InputError(
             "--profile measures the steps of one process; train it in one, without torchrun"
+        )
+
+
+def _check_accumulation(config: ExperimentConfig, sessions: Sessions, batches: int) -> None:
+    """Raise InputError where a step would go through the training sessions more than once."""
+    if config.accumulate_batches > batches > 0:
+        raise InputError(
+            f"accumulate_batches={config.accumulate_batches} is more than the "
+            f"{counted(batches, 'batch', 'batches')} of train_batch_size="
+            f"{config.train_batch_size} that the {counted(len(sessions), 'training session')} "
+            f"make; lower it to at most {batches}, or lower train_batch_size"
         )
 
 
