@@ -66,7 +66,7 @@ from tron_cli.cli import main
 splits, meeting = module.training_splits, Path(os.environ["MEETING"])
 def wait(*arguments):
     (meeting / str(os.getpid())).touch()
-    while len(list(meeting.iterdir())) < 3:
+    while len(list(meeting.iterdir())) < 2:
         time.sleep(0.01)
     return splits(*arguments)
 time.strftime = lambda *_: "20260101-120000"
@@ -85,13 +85,13 @@ def test_runs_that_start_in_the_same_second_have_a_folder_each(
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "MEETING": str(tmp_path / "meeting")},
         )
-        for seed in range(3)
+        for seed in range(2)
     ]  # fmt: skip
     printed = [process.communicate(timeout=100) for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0], printed
+    assert [process.returncode for process in started] == [0, 0], printed
     best = [Path(out.strip()) for out, _ in printed]
-    assert len({path.parent for path in best}) == 3
-    assert [load_checkpoint(path).config.seed for path in best] == [0, 1, 2]
+    assert len({path.parent for path in best}) == 2
+    assert [load_checkpoint(path).config.seed for path in best] == [0, 1]
 
 
 def test_nobody_else_may_write_to_the_folder_of_a_run(

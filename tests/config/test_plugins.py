@@ -96,25 +96,25 @@ def test_code_of_a_file_trains_and_its_checkpoint_runs_it_only_when_named(shop: 
 
     evaluate, compare = ["evaluate", str(best)], ["compare", str(best), str(best)]
     resume = ["train", "--resume", "runs/a", "max_epochs=3"]
+    # `tron check` does not call a run damaged whose code is not named.
     check = ["check", str(best)]
-    codes, out, err = tron(shop, evaluate, compare, resume, check)
-    assert codes == [2, 2, 2, 2]
-    assert "mine.py runs" not in out
-    assert err.count("needs model=mine.py:Mean") == 4
-    assert err.count("--plugin path/to/mine.py:Mean") == 4
+    codes, out, err = tron(shop, evaluate, compare, resume, check, ["check", "runs/a"])
+    assert codes == [2, 2, 2, 2, 2]
+    assert out == ""
+    assert err.count("needs model=mine.py:Mean") == 5
+    assert err.count("--plugin path/to/mine.py:Mean") == 5
 
     # Wherever the file is by now; each piece of code is named by itself.
     (shop / "elsewhere").mkdir()
     (shop / "mine.py").rename(shop / "elsewhere" / "mine.py")
     named = [f"--plugin=elsewhere/{word.partition('=')[2]}" for word in ALL_THREE]
-    codes, out, err = tron(shop, [*evaluate, *named[:2]], [*evaluate, *named, "--json"])
-    assert codes == [2, 0], err
+    others = [[*words, *named] for words in (check, compare, resume, [*evaluate, "--json"])]
+    codes, out, err = tron(shop, [*evaluate, *named[:2]], *others)
+    assert codes == [2, 0, 0, 0, 0], err
     assert "--plugin path/to/mine.py:square_root" in err
     report = json.loads(out.splitlines()[-1])
     assert report["events"] > 0
     assert report["positions"].startswith("none")
-    codes, _, err = tron(shop, *([*words, *named] for words in (check, compare, resume)))
-    assert codes == [0, 0, 0], err
 
 
 def test_a_config_file_names_code_too(write: Callable[..., Path]) -> None:
@@ -337,15 +337,3 @@ def test_what_foreign_code_prints_is_no_result(
     config = "from tron_cli.config import ExperimentConfig\nprint(2)\n"
     load_config(str(write(config + "config = ExperimentConfig(dataset_name='t')", "c.py")))
     assert capsys.readouterr() == ("", "1\n2\n")
-
-
-def test_check_does_not_call_a_file_damaged_whose_code_is_not_named(shop: Path) -> None:
-    codes, out, err = tron(
-        shop,
-        ["train", "--config", "c.py", "model=mine.py:Mean", "max_epochs=1", "--name", "a"],
-    )
-    assert codes == [0], err
-    codes, out, err = tron(shop, ["check", "runs/a"])
-    assert codes == [2]
-    assert out == ""
-    assert "add --plugin path/to/mine.py:Mean" in err

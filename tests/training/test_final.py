@@ -44,13 +44,18 @@ def run(data_dir: Path, name: str, **options: Any) -> TrainingResult:
                     **options})  # fmt: skip
 
 
+SEEDS: dict[str, list[int]] = {}  # by settings: those that no test has found to fail
+
+
 def validated(data_dir: Path, **changes: Any) -> TrainingResult:
     """Train a run whose best checkpoint is neither of its first nor of its last epoch."""
     config = write_config(data_dir.parent, max_epochs=6, **changes)
-    for seed in range(30):
-        result = run(data_dir, f"validated-{seed}", config=config, seed=seed)
+    seeds = SEEDS.setdefault(str(changes), list(range(30)))
+    while seeds:
+        result = run(data_dir, f"validated-{seeds[0]}", config=config, seed=seeds[0])
         if 6 < result.step < result.steps:
             return result
+        del seeds[0]
     raise AssertionError("no seed does")
 
 

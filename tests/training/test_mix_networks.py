@@ -70,12 +70,15 @@ def mix(data: Dataset, folder: Path, *parts: Path, **options: Any) -> tron_cli.M
     )
 
 
+def built(paths: list[Path]) -> list[Model]:
+    return [load_checkpoint(path).build_model(torch.device("cpu")) for path in paths]
+
+
 @torch.inference_mode()
-def mean_scores(paths: list[Path], history: list[int]) -> np.ndarray:
+def mean_scores(models: list[Model], history: list[int]) -> np.ndarray:
     """Return the mean of the scores of items 1.. by each network alone, float64 [I]."""
     scores = []
-    for path in paths:
-        model: Model = load_checkpoint(path).build_model(torch.device("cpu"))
+    for model in models:
         items = np.array(history, dtype=np.int32)
         block = latest_histories(Sessions(items, np.array([0, len(items)])), model.sequence_length)
         ((_, hidden_1D),) = hidden_states(model, block, 1)
@@ -96,11 +99,12 @@ def test_ranks_and_lists_are_those_of_the_mean_of_the_scores(
     ranks = np.genfromtxt(table, delimiter=",", names=True)["rank"]
     test = data.split("test")
     served = Recommender.load(result.checkpoint)
+    alone = built(paths)
     expected = []
     for session in test:
         for event in range(max(1, len(session) - 6), len(session)):
             history, target = session[:event].tolist(), int(session[event])
-            score = mean_scores(paths, history)
+            score = mean_scores(alone, history)
             barred = set(history) if filter_rated else set()
             order = sorted(
                 {*range(1, NUM_ITEMS + 1)} - barred, key=lambda item: (-score[item - 1], item)
@@ -326,7 +330,8 @@ def test_exported_programs_list_the_best_by_the_mean_of_the_scores(
     mixed = mix(data, tmp_path, *paths).checkpoint
     histories = random_sessions(np.random.default_rng(3), 30, NUM_ITEMS, longest=10, shortest=1)
     rows = np.array([history + [0] * (10 - len(history)) for history in histories])
-    scores = np.array([mean_scores(paths, history) for history in histories])
+    alone = built(paths)
+    scores = np.array([mean_scores(alone, history) for history in histories])
     for filter_rated in (False, True):
         items, found = run(mixed, rows, filter_rated)
         for row, history in enumerate(histories):
@@ -350,7 +355,8 @@ def test_exported_tables_are_rounded_by_network(data: Dataset, tmp_path: Path) -
     mixed = mix(data, tmp_path, cosine, dot).checkpoint
     histories = [[item] for item in range(1, NUM_ITEMS + 1)]
     items, found = in_program(mixed, np.array(histories), False, "int8")
-    scores = np.array([mean_scores([cosine, dot], history) for history in histories])
+    alone = built([cosine, dot])
+    scores = np.array([mean_scores(alone, history) for history in histories])
     errors = found.numpy() - np.take_along_axis(scores, items.numpy() - 1, axis=1)
     assert np.abs(errors).max() < 0.02 * np.abs(scores).max()
 
