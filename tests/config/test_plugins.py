@@ -108,11 +108,11 @@ def test_code_of_a_file_trains_and_its_checkpoint_runs_it_only_when_named(shop: 
     (shop / "elsewhere").mkdir()
     (shop / "mine.py").rename(shop / "elsewhere" / "mine.py")
     named = [f"--plugin=elsewhere/{word.partition('=')[2]}" for word in ALL_THREE]
-    others = [[*words, *named] for words in (check, compare, resume, [*evaluate, "--json"])]
+    others = [[*words, *named] for words in (check, [*evaluate, "--json"], compare, resume)]
     codes, out, err = tron(shop, [*evaluate, *named[:2]], *others)
     assert codes == [2, 0, 0, 0, 0], err
     assert "--plugin path/to/mine.py:square_root" in err
-    report = json.loads(out.splitlines()[-1])
+    report = json.loads(next(line for line in out.splitlines() if line.startswith("{")))
     assert report["events"] > 0
     assert report["positions"].startswith("none")
 
