@@ -136,11 +136,12 @@ MAY_IMPORT = {
     "baselines": "config data errors registry",
     "checkpoint": "baselines config data errors files models ops registry",
     "prepare": "data errors files text_table",
-    "evaluation": "baselines checkpoint config data errors files models ops registry text_table",
+    "evaluation": "baselines checkpoint config data distributed errors files models ops registry "
+    "text_table",
     "training": "baselines checkpoint config data distributed errors evaluation files losses "
     "models ops registry sampling text_table",
-    "serving": "baselines checkpoint config data errors evaluation files models ops prepare "
-    "registry",
+    "serving": "baselines checkpoint config data distributed errors evaluation files models ops "
+    "prepare registry",
     "importing": "checkpoint config data errors files models",
     "api": "checkpoint config data distributed errors evaluation files models ops prepare registry "
     "serving training",

@@ -27,6 +27,10 @@ class RunError(_SentenceError):
     """Failure of a run that started properly (exit 1), such as a loss that is no longer finite."""
 
 
+class LostProcessError(RunError):
+    """End of one of several processes, as the others see it."""
+
+
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number with its noun, such as `1 session` or `2,000 sessions`."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

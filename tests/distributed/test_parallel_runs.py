@@ -113,7 +113,7 @@ def test_a_killed_or_stopped_run_continues_with_any_number_of_processes(alone: P
     killed = [0, 1, 9, signal.SIGKILL, 0]
     done = torchrun(alone, [killed], "--config", "config.py", "--name", "killed")
     assert done.returncode == 1, done.stderr
-    assert "another process of this training has ended" in done.stderr
+    assert "another process has ended" in done.stderr
     assert done.stderr.count("3,") <= 2  # one process logs
     assert not (run / ".lock").exists()
     assert load_checkpoint(run / "last.pt").step == 8

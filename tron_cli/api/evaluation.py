@@ -15,6 +15,7 @@ from tron_cli.api.arguments import checked
 from tron_cli.api.settings import add_plugins
 from tron_cli.checkpoint import Checkpoint, load_checkpoint
 from tron_cli.data.dataset import Dataset
+from tron_cli.distributed.processes import PATIENCE_IN_RANKING, device_of_process, joined
 from tron_cli.errors import InputError
 from tron_cli.evaluation import compare as comparison
 from tron_cli.evaluation.beyond_accuracy import BeyondAccuracy
@@ -146,6 +147,9 @@ def evaluate(
     lists for coverage, popularity, novelty and serendipity, 0 for none; run, qrels, per_event:
     files to write.
 
+    Processes that torchrun starts rank the events together; the first one writes the files, and all
+    return the same result.
+
     Raises InputError where checkpoint, dataset and options do not fit together or a file is
     missing, and RunError where scores are not finite.
 
@@ -158,28 +162,27 @@ def evaluate(
     """
     add_plugins(plugins)
     loaded = load_checkpoint(Path(checkpoint))
-    report = assess(
-        loaded,
-        _opened(dataset, loaded, Path(data_dir)),
-        EvaluationOptions(
-            split=split,
-            protocol=protocol,
-            metrics=_measures(metrics),
-            filter_rated=filter_rated,
-            full_sessions=full_sessions,
-            one_pass=one_pass,
-            limit_sessions=_at_least(1, "limit_sessions", limit_sessions),
-            sample_sessions=_at_least(1, "sample_sessions", sample_sessions),
-            seed=_at_least(0, "seed", seed),
-            run=_path(run),
-            qrels=_path(qrels),
-            per_event=_path(per_event),
-            by=tuple(dict.fromkeys(by)),
-            cutoff=cutoff,
-            drop_unknown=drop_unknown,
-        ),
-        chosen_device(device),
+    opened = _opened(dataset, loaded, Path(data_dir))
+    options = EvaluationOptions(
+        split=split,
+        protocol=protocol,
+        metrics=_measures(metrics),
+        filter_rated=filter_rated,
+        full_sessions=full_sessions,
+        one_pass=one_pass,
+        limit_sessions=_at_least(1, "limit_sessions", limit_sessions),
+        sample_sessions=_at_least(1, "sample_sessions", sample_sessions),
+        seed=_at_least(0, "seed", seed),
+        run=_path(run),
+        qrels=_path(qrels),
+        per_event=_path(per_event),
+        by=tuple(dict.fromkeys(by)),
+        cutoff=cutoff,
+        drop_unknown=drop_unknown,
     )
+    used_device = device_of_process(chosen_device(device))
+    with joined(used_device, PATIENCE_IN_RANKING) as processes:
+        report = assess(loaded, opened, options, used_device, processes)
     return EvaluationResult(
         metrics=_figures(report),
         checkpoint=Path(report["checkpoint"]),
@@ -215,7 +218,8 @@ def compare(
 
     checkpoints: two or more .pt files or folders of runs. reference: the number, from 1, of the
     checkpoint that the others are compared with. dataset: a prepared dataset or its name in
-    data_dir; the reference's by default. The other options are those of `tron compare`.
+    data_dir; the reference's by default. The other options are those of `tron compare`. Processes
+    that torchrun starts rank the events together, and all return the same result.
 
     Raises InputError where the checkpoints cannot be compared on the dataset.
 
@@ -229,24 +233,24 @@ def compare(
     check_choice(len(checkpoints), reference)
     add_plugins(plugins)
     loaded = [load_checkpoint(Path(path)) for path in checkpoints]
-    report = comparison.compare(
-        loaded,
-        _opened(dataset, loaded[reference - 1], Path(data_dir)),
-        EvaluationOptions(
-            split=split,
-            protocol=protocol,
-            metrics=_measures(metrics),
-            filter_rated=filter_rated,
-            full_sessions=full_sessions,
-            limit_sessions=_at_least(1, "limit_sessions", limit_sessions),
-            sample_sessions=_at_least(1, "sample_sessions", sample_sessions),
-            seed=_at_least(0, "seed", seed),
-            drop_unknown=drop_unknown,
-        ),
-        chosen_device(device),
-        reference=reference - 1,
-        cutoff=cutoff,
+    opened = _opened(dataset, loaded[reference - 1], Path(data_dir))
+    options = EvaluationOptions(
+        split=split,
+        protocol=protocol,
+        metrics=_measures(metrics),
+        filter_rated=filter_rated,
+        full_sessions=full_sessions,
+        limit_sessions=_at_least(1, "limit_sessions", limit_sessions),
+        sample_sessions=_at_least(1, "sample_sessions", sample_sessions),
+        seed=_at_least(0, "seed", seed),
+        drop_unknown=drop_unknown,
     )
+    used_device = device_of_process(chosen_device(device))
+    with joined(used_device, PATIENCE_IN_RANKING) as processes:
+        report = comparison.compare(
+            loaded, opened, options, used_device,
+            reference=reference - 1, cutoff=cutoff, processes=processes,
+        )  # fmt: skip
     models = {
         label: ComparedModel(
             Path(found["checkpoint"]),

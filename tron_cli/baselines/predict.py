@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 
@@ -31,6 +32,7 @@ def predict_baseline(
     one_pass: bool = False,
     top_items: int = 0,
     progress: str | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Predictions:
     """Rank the targets of `sessions` among the whole catalogue, as `evaluation.predict` does.
 
@@ -41,7 +43,7 @@ def predict_baseline(
 
     def ranked() -> Iterator[tuple[Histories, np.ndarray, np.ndarray | None]]:
         # Work of a session: the total length of its histories.
-        length_S = sessions.lengths
+        length_S, number = sessions.lengths, count()
         for low, high in pieces(length_S * np.minimum(length_S, window)):
             block = predicted_events(
                 sessions,
@@ -53,12 +55,14 @@ def predict_baseline(
                 last=high,
             )
             for first, last in pieces(baseline.work(block)):
+                if next(number) % share[1] != share[0]:
+                    continue
                 histories = block[first:last]
                 excluded = Excluded(*histories.seen()) if filter_rated else None
                 yield histories, *baseline.rank(histories, excluded=excluded, top_items=top_items)
 
     expected = count_predicted(
-        sessions, window=window, protocol=protocol, full_sessions=full_sessions
+        sessions, window=window, protocol=protocol, full_sessions=full_sessions, share=share
     )
     return collect(ranked(), expected=expected, top_items=top_items, progress=progress)
 

@@ -8,13 +8,14 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from tron_cli.cli.options import AsJson, CheckpointPath, Device, Plugins, given_path
+from tron_cli.distributed.launch import rank_and_count
 from tron_cli.errors import InputError, counted
 from tron_cli.files import check_writable
 from tron_cli.ops.device import chosen_device
@@ -22,6 +23,7 @@ from tron_cli.text_table import format_table
 
 if TYPE_CHECKING:
     from tron_cli.prepare.reading.bad_lines import BadLines
+    from tron_cli.serving.bulk import RecommendOptions
     from tron_cli.serving.recommender import Recommendation, Recommender, Scope
     from tron_cli.serving.session_files import Session, SessionColumns
 
@@ -148,11 +150,12 @@ def recommend(
 
     The items and their order are those of `tron evaluate --run`, in original ids.
     """
+    from tron_cli.distributed.processes import PATIENCE_IN_RANKING, device_of_process, joined
     from tron_cli.prepare.reading.bad_lines import BadLines, skipped_lines
     from tron_cli.serving.bulk import RecommendOptions, recommend_sessions
     from tron_cli.serving.list_files import list_writer
     from tron_cli.serving.recommender import Recommender
-    from tron_cli.serving.session_files import Session, SessionColumns, format_of
+    from tron_cli.serving.session_files import SessionColumns, format_of
 
     if history is None and output is None and sys.stdout is None:
         raise InputError("stdout is closed; name a file with --output")
@@ -168,30 +171,23 @@ def recommend(
         raise InputError("an option is empty; name a column or a format, or leave the option out")
     if time_format and not time_col:
         raise InputError("--time-format goes with --time-col: name the column of the times")
+    if input is None and history is None and rank_and_count()[1] > 1:
+        raise InputError(
+            "several processes answer no stream: name a file with --input, or leave out torchrun"
+        )
     if output is not None:
         format_of(output, "--output")
         _check_apart(output, input, candidates, exclude)
-        check_writable(output)
-    recommender = Recommender.load(checkpoint, device=chosen_device(device))
+        if rank_and_count()[0] == 0:
+            check_writable(output)
+    used_device = device_of_process(chosen_device(device))
+    recommender = Recommender.load(checkpoint, device=used_device)
     recommender.check_options(k, filter_rated, on_unknown, on_empty)
     options = RecommendOptions(
         k, filter_rated, _scope(recommender, exclude, candidates), on_unknown, on_empty
     )
     if history is not None:
-        found: list[Recommendation] = []
-        one = [Session(0, _ids(history), "--history")]
-        counts = recommend_sessions(
-            recommender, [one], lambda _, lists: found.extend(lists), options
-        )
-        if counts.unknown_events or counts.without_known:
-            log.info("%s", counts)
-        if (
-            counts.without_known
-            and len(history.split()) > 1
-            and not history.lstrip().startswith("[")
-        ):
-            log.info('ids with spaces go into a JSON list, such as ["red shoe", "blue shoe"]')
-        _print(found[0], as_json=as_json, scores=scores)
+        _print(_answer(recommender, history, options), as_json=as_json, scores=scores)
         return
     columns = SessionColumns(
         session_col or "session", item_col or "item", time_col, time_format, adjacent
@@ -199,11 +195,32 @@ def recommend(
     bad = BadLines(skip=skip_bad_lines)
     batches = _sessions(input, columns, batch_size, bad, shows_bar=output is not None)
     is_text = recommender.lookup.is_text
-    with _quiet_on_a_broken_pipe(), list_writer(output, text_items=is_text, scores=scores) as write:
-        counts = recommend_sessions(recommender, batches, write, options)
+    with _quiet_on_a_broken_pipe(), joined(used_device, PATIENCE_IN_RANKING) as processes:
+        writer = list_writer(output, text_items=is_text, scores=scores)
+        with writer if processes.is_first else nullcontext(_write_nothing) as write:
+            counts = recommend_sessions(recommender, batches, write, options, processes)
     log.info("%s", counts)
     if bad.count:
         log.info(skipped_lines(bad.info()))
+
+
+def _answer(recommender: Recommender, history: str, options: RecommendOptions) -> Recommendation:
+    """Return the items after --history, and log what it lacks."""
+    from tron_cli.serving.bulk import recommend_sessions
+    from tron_cli.serving.session_files import Session
+
+    found: list[Recommendation] = []
+    one = [Session(0, _ids(history), "--history")]
+    counts = recommend_sessions(recommender, [one], lambda _, lists: found.extend(lists), options)
+    if counts.unknown_events or counts.without_known:
+        log.info("%s", counts)
+    if counts.without_known and len(history.split()) > 1 and not history.lstrip().startswith("["):
+        log.info('ids with spaces go into a JSON list, such as ["red shoe", "blue shoe"]')
+    return found[0]
+
+
+def _write_nothing(*_: object) -> None:
+    """Take the place of the writer where another process writes."""
 
 
 def _check_apart(output: Path, *inputs: Path | None) -> None:

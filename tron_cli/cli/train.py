@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -83,8 +82,6 @@ def train(
         device=device,
         **parse_overrides(overrides or []),
     )
-    if int(os.environ.get("RANK", 0)):  # one of torchrun's processes prints
-        return
     saved = str(result.checkpoint)
     if result.profile is not None:
         shown = {"checkpoint": saved, "profile": result.profile.as_json()}

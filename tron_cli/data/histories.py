@@ -134,11 +134,16 @@ def latest_histories(sessions: Sessions, window: int) -> Histories:
 
 
 def count_predicted(
-    sessions: Sessions, *, window: int, protocol: str, full_sessions: bool = False
+    sessions: Sessions,
+    *,
+    window: int,
+    protocol: str,
+    full_sessions: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> int:
-    """Count the predicted events of all sessions."""
+    """Count the predicted events of all sessions; about those of a share, (rank, processes)."""
     first_target_S = _first_targets(sessions.lengths, window, protocol, full_sessions)
-    return int((sessions.lengths - first_target_S).clip(min=0).sum())
+    return int((sessions.lengths - first_target_S).clip(min=0).sum()) // share[1]
 
 
 def training_windows(

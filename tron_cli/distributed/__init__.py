@@ -1,1 +1,1 @@
-"""Training in several processes, one per device, with torch.distributed."""
+"""Several processes, one per device, joined by torch.distributed."""

@@ -1,11 +1,13 @@
-"""The processes of a training, which torchrun starts and torch.distributed joins.
+"""The processes of one command, which torchrun starts and torch.distributed joins.
 
-Each holds the whole model. They differ in the rows of a batch, and in the histories of a
-validation, that they compute.
+Each holds the whole model. They differ in the rows of a batch, and in the histories to rank, that
+they compute.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -18,10 +20,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from tron_cli.errors import InputError, RunError
+from tron_cli.distributed.launch import rank_and_count
+from tron_cli.errors import InputError, LostProcessError, RunError
 
 # How long a process waits for another: longer than rank 0 takes to save a large model.
 PATIENCE = timedelta(minutes=10)
+# Shares of an evaluation end at different times, and the first process also writes the files.
+PATIENCE_IN_RANKING = timedelta(hours=2)
+
+# Numbers of the times that processes join, as in a script that trains and evaluates: the store
+# keeps what they left in it before.
+_JOINED = itertools.count()
 
 Value = TypeVar("Value")
 
@@ -30,7 +39,7 @@ log = logging.getLogger("tron")
 
 @dataclass(frozen=True)
 class Processes:
-    """The number of processes that train together, and the rank of this one among them.
+    """The number of processes that work together, and the rank of this one among them.
 
     Methods that communicate are called by all of them, in the same order. They raise RunError where
     another process has ended.
@@ -38,6 +47,11 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Rank and number: this process does what has the numbers rank, rank + number, ..."""
+        return self.rank, self.count
 
     @property
     def is_first(self) -> bool:
@@ -65,12 +79,40 @@ class Processes:
         """
         if self.count == 1:
             return [*tensors]
-        size = torch.tensor([len(tensors[0])])
-        sizes = [torch.empty_like(size) for _ in range(self.count)]
         with _together():
-            dist.all_gather(sizes, size)
-            lengths = [int(each) for each in sizes]
+            lengths = self._lengths(tensors[0])
             return [self._gathered_rows(values, lengths) for values in tensors]
+
+    def to_first(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Return each tensor as `gathered` in the first process, and as it is in the others.
+
+        The tensors, on the CPU, are sent to the first process alone, which can hold many more.
+        """
+        if self.count == 1:
+            return [*tensors]
+        with _together():
+            lengths = self._lengths(tensors[0])
+            return [self._rows_in_first(values.contiguous(), lengths) for values in tensors]
+
+    def _rows_in_first(self, values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        if not self.is_first:
+            if len(values):
+                dist.send(values, 0)
+            return values
+        found = values.new_empty(sum(lengths), *values.shape[1:])
+        own, *others = found.split(lengths)
+        own.copy_(values)
+        for rank, part in enumerate(others, start=1):
+            if len(part):
+                dist.recv(part, rank)
+        return found
+
+    def _lengths(self, values: torch.Tensor) -> list[int]:
+        """Return the number of rows that each process has."""
+        size = torch.tensor([len(values)])
+        sizes = [torch.empty_like(size) for _ in range(self.count)]
+        dist.all_gather(sizes, size)
+        return [int(each) for each in sizes]
 
     def _gathered_rows(self, values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         padded = values.new_zeros(max(lengths), *values.shape[1:])
@@ -95,6 +137,15 @@ class Processes:
             raise done[1]
         return done[0]
 
+    def collected(self, value: Value) -> list[Value]:
+        """Return the values of all processes in the first one, and nothing in the others."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.count if self.is_first else None
+        with _together():
+            dist.gather_object(value, values)
+        return values or []
+
     def wait(self) -> None:
         """Wait until all processes are here."""
         self.any(False)
@@ -110,18 +161,15 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise RunError(
-            "another process of this training has ended or cannot be reached; its own message says "
-            f"why, and `tron train --resume` continues from the last save ({reason})"
+        raise LostProcessError(
+            "another process has ended or cannot be reached; its own message says why, and `tron "
+            f"train --resume` continues a training from its last save ({reason})"
         ) from error
 
 
 def started_by_torchrun() -> Processes:
     """Return rank and number of the processes that torchrun started; one without torchrun."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if any(name not in os.environ for name in names):
-        return ALONE
-    return Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    return Processes(*rank_and_count())
 
 
 def device_of_process(device: torch.device) -> torch.device:
@@ -133,6 +181,7 @@ def device_of_process(device: torch.device) -> torch.device:
     return own
 
 
+@functools.cache
 def _store() -> dist.Store:
     """Return the store in which processes find each other.
 
@@ -146,10 +195,11 @@ def _store() -> dist.Store:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Processes]:
+def joined(device: torch.device, patience: timedelta = PATIENCE) -> Iterator[Processes]:
     """Join the processes that torchrun started, if it did; only the first one logs.
 
-    device: that of this process. Where several processes share a GPU, gloo takes NCCL's place.
+    device: that of this process. patience: how long they wait for each other.
+    Where several processes share a GPU, gloo takes NCCL's place.
     """
     processes = started_by_torchrun()
     if processes.count == 1:
@@ -159,9 +209,12 @@ def joined(device: torch.device) -> Iterator[Processes]:
     own_gpu = device.type == "cuda" and local <= torch.cuda.device_count()
     with _together():
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if own_gpu else "gloo", store=_store(), rank=processes.rank,
-            world_size=processes.count, timeout=PATIENCE,
-        )  # fmt: skip
+            "cpu:gloo,cuda:nccl" if own_gpu else "gloo",
+            store=dist.PrefixStore(f"tron-{next(_JOINED)}", _store()),
+            rank=processes.rank,
+            world_size=processes.count,
+            timeout=patience,
+        )
     level = log.level
     if not processes.is_first:
         log.setLevel(logging.ERROR)

@@ -23,6 +23,7 @@ from tron_cli.checkpoint import Checkpoint
 from tron_cli.data.catalogue import numbers_among
 from tron_cli.data.dataset import Dataset, Sessions
 from tron_cli.data.histories import Predictions
+from tron_cli.distributed.processes import ALONE, Processes
 from tron_cli.errors import InputError, counted
 from tron_cli.evaluation.beyond_accuracy import ItemCounts, beyond_accuracy, check_cutoff
 from tron_cli.evaluation.evaluate import (
@@ -39,7 +40,7 @@ from tron_cli.evaluation.metrics import (
     parse_measures,
     values_by_rank,
 )
-from tron_cli.evaluation.predict import predict
+from tron_cli.evaluation.predict import of_all_processes, predict
 
 CONFIDENCE = 0.95
 INTERVALS = (
@@ -98,13 +99,15 @@ def compare(
     *,
     reference: int = 0,
     cutoff: int | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Evaluate all checkpoints on the same events; return the report of `tron compare --json`.
 
     reference: index of the checkpoint that the others are compared with, from 0; measures and
     cutoff default to its own. cutoff: length of the lists for the beyond-accuracy figures; 0 omits
     these and saves the time to make the lists. Models are loaded one after the other, and of
-    their predictions only those of the reference are kept.
+    their predictions only those of the reference are kept. Each process ranks some of the events,
+    and all return the report of the first.
     Raises InputError where the checkpoints cannot be compared on this dataset.
     """
     config = checkpoints[reference].config
@@ -119,7 +122,7 @@ def compare(
     values_of = values_by_rank(measures)
     filter_rated = _filter_rated(checkpoints, options)
     labels = short_labels([checkpoint.path for checkpoint in checkpoints])
-    counts = train_item_counts(datasets[reference]) if depth else None
+    counts = train_item_counts(datasets[reference]) if depth and processes.is_first else None
 
     models: dict[str, dict[str, Any]] = {label: {} for label in labels}
     of_reference: Predictions | None = None
@@ -133,25 +136,36 @@ def compare(
             top_items=depth,
             rank_limit=max(depth, *(measure["cutoff"] for measure in measures)),
             batch_size=checkpoints[place].config.eval_batch_size,
-            progress=labels[place],
+            progress=labels[place] if processes.is_first else None,
+            share=processes.share,
         )
-        predictions = _renumbered(predictions, numbers[place])
-        models[labels[place]] = {
-            "checkpoint": str(checkpoints[place].path),
-            **_figures(predictions, of_reference, values_of, counts),
-        }
-        if of_reference is None:
-            of_reference = predictions
+        predictions = of_all_processes(_renumbered(predictions, numbers[place]), processes)
+        if processes.is_first:
+            models[labels[place]] = {
+                "checkpoint": str(checkpoints[place].path),
+                **_figures(predictions, of_reference, values_of, counts),
+            }
+            of_reference = of_reference or predictions
         del predictions  # free the memory before the next model's arrive
-    assert of_reference is not None
-    covered = coverage(
-        datasets[reference],
-        options,
-        sessions,
-        of_reference,
-        protocol=protocol,
-        filter_rated=filter_rated,
-    )
+
+    def report() -> dict[str, Any]:
+        assert of_reference is not None
+        covered = coverage(
+            datasets[reference],
+            options,
+            sessions,
+            of_reference,
+            protocol=protocol,
+            filter_rated=filter_rated,
+        )
+        return _report(models, labels[reference], depth, covered)
+
+    return processes.of_first(report)
+
+
+def _report(
+    models: dict[str, dict[str, Any]], reference: str, depth: int, covered: dict[str, Any]
+) -> dict[str, Any]:
     if covered["sessions"] < FEW_SESSIONS:
         log.warning(
             "only %d sessions: the intervals are too narrow if sessions differ much in length",
@@ -159,7 +173,7 @@ def compare(
         )
     return {
         "models": models,
-        "reference": labels[reference],
+        "reference": reference,
         "confidence": CONFIDENCE,
         "intervals": INTERVALS,
         "cutoff": depth,

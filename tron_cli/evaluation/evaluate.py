@@ -17,6 +17,7 @@ from tron_cli.config import ExperimentConfig
 from tron_cli.data.catalogue import RenumberedDataset
 from tron_cli.data.dataset import Dataset, Sessions
 from tron_cli.data.histories import Predictions, ranges
+from tron_cli.distributed.processes import ALONE, Processes
 from tron_cli.errors import InputError, counted
 from tron_cli.evaluation.beyond_accuracy import (
     ItemCounts,
@@ -25,7 +26,7 @@ from tron_cli.evaluation.beyond_accuracy import (
     count_items,
 )
 from tron_cli.evaluation.metrics import figures, parse_measures, values_by_rank
-from tron_cli.evaluation.predict import predict
+from tron_cli.evaluation.predict import of_all_processes, predict
 from tron_cli.evaluation.slices import KINDS, sliced_figures
 from tron_cli.evaluation.trec import Ids, write_qrels, write_run
 from tron_cli.files import check_writable
@@ -66,7 +67,8 @@ class _Inputs:
 
     number_S: int64 [S], numbers of the sessions in the split. session_ids, user_ids: original ids
     of all sessions of the split, and of their users. lost_S: from `Dataset.lost_of_sessions`.
-    depth: length of the lists that a run file holds.
+    depth: length of the lists that a run file holds. train_counts: where the first process needs
+    them.
     """
 
     checkpoint: Checkpoint
@@ -86,13 +88,18 @@ class _Inputs:
 
 
 def assess(
-    checkpoint: Checkpoint, dataset: Dataset, options: EvaluationOptions, device: torch.device
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    options: EvaluationOptions,
+    device: torch.device,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Evaluate and return the report that `tron evaluate --json` prints.
 
+    Each process ranks some of the events; the first writes the files, and all return its report.
     Raises InputError where checkpoint, dataset and options do not fit together.
     """
-    inputs = _read(checkpoint, dataset, options, device)
+    inputs = _read(checkpoint, dataset, options, device, processes)
     predictions = predict(
         inputs.model,
         inputs.sessions,
@@ -103,14 +110,24 @@ def assess(
         top_items=max(inputs.depth if options.run else 0, options.cutoff),
         rank_limit=None if options.per_event else inputs.depth,
         batch_size=checkpoint.config.eval_batch_size,
-        progress=f"{options.split} split",
+        progress=f"{options.split} split" if processes.is_first else None,
+        share=processes.share,
     )
-    _write_files(inputs, predictions)
-    return _report(inputs, predictions)
+    predictions = of_all_processes(predictions, processes)
+
+    def written() -> dict[str, Any]:
+        _write_files(inputs, predictions)
+        return _report(inputs, predictions)
+
+    return processes.of_first(written)
 
 
 def _read(
-    checkpoint: Checkpoint, dataset: Dataset, options: EvaluationOptions, device: torch.device
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    options: EvaluationOptions,
+    device: torch.device,
+    processes: Processes,
 ) -> _Inputs:
     config = checkpoint.config
     protocol = options.protocol or dataset.protocol
@@ -118,9 +135,7 @@ def _read(
     _check(options, checkpoint)
     measures = parse_measures(config.metrics if options.metrics is None else options.metrics)
     sessions, number_S = chosen_sessions(dataset, options)
-    for path in (options.run, options.qrels, options.per_event):
-        if path:
-            check_writable(path)
+    processes.of_first(lambda: _check_files(options))
     model = checkpoint.build_model(device)
     if options.one_pass and model.mask_item is not None:
         raise InputError(
@@ -132,7 +147,7 @@ def _read(
             "--one-pass does not apply to block=bsarec, whose filter shows each event the later "
             "ones, which are to be predicted; leave it out"
         )
-    with_counts = options.cutoff or "popularity" in options.by
+    with_counts = processes.is_first and (options.cutoff or "popularity" in options.by)
     return _Inputs(
         checkpoint=checkpoint,
         model=model,
@@ -151,6 +166,12 @@ def _read(
         lost_S=dataset.lost_of_sessions(options.split),
         train_counts=train_item_counts(dataset) if with_counts else None,
     )
+
+
+def _check_files(options: EvaluationOptions) -> None:
+    for path in (options.run, options.qrels, options.per_event):
+        if path:
+            check_writable(path)
 
 
 def _report(inputs: _Inputs, predictions: Predictions) -> dict[str, Any]:

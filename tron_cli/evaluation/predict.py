@@ -27,6 +27,7 @@ from tron_cli.data.histories import (
     predicted_events,
     ranges,
 )
+from tron_cli.distributed.processes import Processes
 from tron_cli.errors import RunError
 from tron_cli.evaluation.boosted import BoostedCatalogue, boosted
 from tron_cli.evaluation.ranking import Catalogue, SeenItems
@@ -96,6 +97,7 @@ def predict(
             one_pass=one_pass,
             top_items=top_items,
             progress=progress,
+            share=share,
         )
     check_weights(model)
     was_training = model.training
@@ -124,10 +126,27 @@ def predict(
             window=model.sequence_length,
             protocol=protocol,
             full_sessions=full_sessions,
+            share=share,
         )
         found = collect(predictions(), expected=expected, top_items=top_items, progress=progress)
     model.train(was_training)
     return found
+
+
+def of_all_processes(own: Predictions, processes: Processes) -> Predictions:
+    """Return the predictions of all shares, in order, in the first process; `own` in the others."""
+    if processes.count == 1:
+        return own
+    columns = (own.session_E, own.event_E, own.target_E, own.rank_E)
+    tensors = [torch.from_numpy(np.stack(columns, axis=1))]
+    if own.top_EK is not None:
+        tensors.append(torch.from_numpy(own.top_EK))
+    found_E4, *tops = (each.numpy() for each in processes.to_first(*tensors))
+    if not processes.is_first:
+        return own
+    order = np.lexsort((found_E4[:, 1], found_E4[:, 0]))
+    session_E, event_E, target_E, rank_E = np.ascontiguousarray(found_E4[order].T)
+    return Predictions(session_E, event_E, target_E, rank_E, tops[0][order] if tops else None)
 
 
 def predicted_states(

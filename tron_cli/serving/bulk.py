@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
+from tron_cli.distributed.processes import ALONE, Processes
 from tron_cli.errors import counted
 from tron_cli.serving.list_files import Write
 from tron_cli.serving.recommender import Recommender, Scope
@@ -59,18 +61,31 @@ def recommend_sessions(
     batches: Iterable[list[Session]],
     write: Write,
     options: RecommendOptions,
+    processes: Processes = ALONE,
 ) -> Counts:
     """Write the items recommended after each session, and return counts.
 
-    Raises InputError, with the place of the session, where the options refuse one.
+    The first process reads and writes; each makes the lists of every N-th batch, as one process
+    does. Raises InputError, with the place of the session, where the options refuse one.
     """
     counts = Counts()
-    for batch in batches:
-        histories = [_known(recommender, session, options, counts) for session in batch]
+    unread = iter(batches)
+
+    def dealt_out() -> list[list[np.ndarray]]:
+        ids[:], found = [], []
+        for batch in islice(unread, processes.count):
+            found.append([_known(recommender, session, options, counts) for session in batch])
+            ids.append([session.id for session in batch])
+        return found
+
+    ids: list[list[str | int]] = []
+    while histories := processes.of_first(dealt_out):
+        own = histories[processes.rank] if processes.rank < len(histories) else []
         lists = recommender.best(
-            histories, k=options.k, filter_rated=options.filter_rated, scope=options.scope
+            own, k=options.k, filter_rated=options.filter_rated, scope=options.scope
         )
-        write([session.id for session in batch], lists)
+        for of_batch, found in zip(ids, processes.collected(lists), strict=False):
+            write(of_batch, found)
     return counts
 
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
-import torch
-
 from tron_cli.baselines.base import Baseline
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.dataset import Dataset, Sessions
 from tron_cli.distributed.processes import ALONE, Processes
 from tron_cli.evaluation.metrics import parse_measures, score
-from tron_cli.evaluation.predict import predict
+from tron_cli.evaluation.predict import of_all_processes, predict
 from tron_cli.models.base import Model
 from tron_cli.training.profile import phase
 
@@ -48,13 +45,8 @@ def validate(
             rank_limit=max(measure["cutoff"] for measure in measures),
             batch_size=config.eval_batch_size,
             progress="validation" if processes.is_first else None,
-            share=(processes.rank, processes.count),
+            share=processes.share,
         )
-        columns = (found.session_E, found.event_E, found.rank_E)
-        if processes.count > 1:
-            found_E3 = torch.from_numpy(np.stack(columns, axis=1))
-            session_E, event_E, rank_E = processes.gathered(found_E3)[0].numpy().T
-            order = np.lexsort((event_E, session_E))
-            columns = session_E[order], event_E[order], rank_E[order]
-        figures = score(columns[2], columns[0], measures)
+        found = of_all_processes(found, processes)
+        figures = processes.of_first(lambda: score(found.rank_E, found.session_E, measures))
     return {name: figure.value for name, figure in figures.items()}
