@@ -190,7 +190,12 @@ def test_the_commands_call_the_python_function(
 @pytest.mark.parametrize(
     ("source", "words", "places", "options"),
     [
-        ("otto", ["--raw=r"], [Path("r"), Path("d"), "n"], {**SAMPLED, "val_days": 0.5}),
+        (
+            "otto",
+            ["--train=a", "--train=b", "--test=c"],
+            [None, Path("d"), "n"],
+            {**SAMPLED, "val_days": 0.5, "train": [Path("a"), Path("b")], "test": [Path("c")]},
+        ),
         ("yoochoose", ["--raw=r"], [Path("r"), Path("d"), "n"], {**SAMPLED, "val_days": 0.5}),
         ("diginetica", ["--raw=r"], [Path("r"), Path("d"), "n"], {**SAMPLED, "val_days": 0.5}),
         ("ml1m", ["--raw=r"], [Path("r"), Path("d"), "n"], {**COMMON, "val_users": "all"}),
@@ -222,7 +227,7 @@ def test_every_option_reaches_its_source(
     function = f"prepare_{source}"
     monkeypatch.setattr(module, function, recorder(getattr(module, function), calls))
     monkeypatch.setattr("tron_cli.cli.prepare._report", lambda dataset, as_json: None)
-    given = [WORDS[option] for option in options]
+    given = [WORDS[option] for option in options if option in WORDS]
     assert prepare(source, *words, "--data-dir=d", "--name=n", *given).exit_code == 0
     assert calls == [(places, options)]
 

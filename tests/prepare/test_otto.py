@@ -16,7 +16,7 @@ import pytest
 
 from tron_cli.data.dataset import Dataset, Sessions
 from tron_cli.errors import InputError
-from tron_cli.prepare.sources import otto, otto_spool
+from tron_cli.prepare.sources import otto_files, otto_spool
 from tron_cli.prepare.sources.otto import prepare_otto
 
 if sys.version_info >= (3, 14):
@@ -135,6 +135,43 @@ def assert_follows(
     }
 
 
+def arrays(dataset: Dataset) -> dict[str, bytes]:
+    files = [path for path in dataset.path.rglob("*.*") if path.name != "dataset.json"]
+    return {str(path.relative_to(dataset.path)): path.read_bytes() for path in files}
+
+
+def test_several_files_in_any_order_are_the_whole(
+    tmp_path: Path, write_raw: Callable[..., Path]
+) -> None:
+    raw = write_raw(random_log(5, sessions=60), random_log(6, sessions=20))
+    whole = prepare_otto(raw, tmp_path / "d", "whole", max_val_sessions=5)
+    for name in (TRAIN, TEST):
+        lines = (raw / name).read_bytes().splitlines(keepends=True)
+        low, high = len(lines) // 3, len(lines) // 2
+        for part, piece in (("z", lines[:low]), ("b", lines[low:high]), ("a", lines[high:])):
+            content = b"".join(piece)
+            packed = gzip.compress(content) if part == "b" else content
+            (raw / f"{part}-{name}").write_bytes(packed)
+    train, test = ([raw / f"{part}-{name}" for part in "bza"] for name in (TRAIN, TEST))
+    for given in (
+        {"train": train, "test": test},
+        {"train": [raw / f"?-{TRAIN}"], "test": test[::-1]},
+    ):
+        found = prepare_otto(None, tmp_path / "d", "x", max_val_sessions=5, force=True, **given)
+        assert arrays(found) == arrays(whole)
+        assert found.info["filters"] == whole.info["filters"]
+        assert len(found.info["sources"]) == 6
+    (raw / "copy").write_bytes(train[0].read_bytes())
+    for wrong, message in (
+        ({"train": [*train, train[1]], "test": test}, "z-otto.* is given twice"),
+        ({"train": [*train, raw / "copy"], "test": test}, "hold the same sessions"),
+        ({"train": [raw / "no-*"], "test": test}, "--train .*no-.* fits no file"),
+        ({"train": train}, "expected --train and --test"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prepare_otto(None, tmp_path / "e", **wrong)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("val_days", "most"), [(2, 100), (2, 7), (0, 100), (0.5, 3)])
 def test_follows_the_protocol(
@@ -159,7 +196,7 @@ def test_blocks_and_threads_change_nothing(
     if compress:
         for name in (TRAIN, TEST):
             (raw / name).unlink()
-    monkeypatch.setattr(otto, "BLOCK_BYTES", 5000)
+    monkeypatch.setattr(otto_files, "BLOCK_BYTES", 5000)
     monkeypatch.setattr("tron_cli.prepare.reading.columns.BLOCK_BYTES", 5000)
     monkeypatch.setattr(otto_spool, "SPOOL_SESSIONS", 37)
     parts = prepare_otto(raw, tmp_path / "d", "parts", max_val_sessions=20)
@@ -185,7 +222,7 @@ def test_sources_are_recorded_as_they_lie_there(
         for name in (TRAIN, TEST):
             (raw / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
             (raw / name).unlink()
-    monkeypatch.setattr(otto, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(otto_files, "BLOCK_BYTES", 3000)
     dataset = prepare_otto(raw, tmp_path / "d")
     assert_follows(dataset, train, test, 2, 100_000)
     contents = [(file, file.read_bytes()) for file in sorted(raw.iterdir(), reverse=True)]
@@ -202,7 +239,7 @@ def test_a_broken_line_is_numbered_across_blocks(
     lines = (raw / TRAIN).read_bytes().splitlines()
     lines[230] = lines[230][:-1]
     (raw / TRAIN).write_bytes(b"\n".join(lines))
-    monkeypatch.setattr(otto, "BLOCK_BYTES", 4000)
+    monkeypatch.setattr(otto_files, "BLOCK_BYTES", 4000)
     with pytest.raises(InputError, match="line 231: not valid JSON"):
         prepare_otto(raw, tmp_path / "d")
 
@@ -283,8 +320,8 @@ def test_text_without_line_ends_is_refused(
 ) -> None:
     raw = write_raw(random_log(1, 20), random_log(2, 20))
     (raw / TRAIN).write_bytes(b"x" * 5000)
-    monkeypatch.setattr(otto, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(otto, "MAX_LINE_BYTES", 2000)
+    monkeypatch.setattr(otto_files, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(otto_files, "MAX_LINE_BYTES", 2000)
     with pytest.raises(InputError, match="no line end"):
         prepare_otto(raw, tmp_path / "d")
 

@@ -148,6 +148,23 @@ def _public(
     return _prepare_function(source)(given, data_dir, name, **_texts(options))
 
 
+def _otto(
+    data_dir: Path,
+    name: str,
+    *,
+    raw: AnyPath | None = None,
+    train: AnyPath | Sequence[AnyPath] | None = None,
+    test: AnyPath | Sequence[AnyPath] | None = None,
+    **options: Any,
+) -> Dataset:
+    files = {
+        split: [Path(paths)] if isinstance(paths, str | os.PathLike) else [*map(Path, paths or ())]
+        for split, paths in (("train", train), ("test", test))
+    }
+    given = None if raw is None else Path(raw)
+    return _prepare_function("otto")(given, data_dir, name, **files, **_texts(options))
+
+
 def _sequences(
     data_dir: Path,
     name: str,
@@ -240,7 +257,8 @@ def table_columns(
 SOURCES: dict[str, Callable[..., Dataset]] = {
     "table": _table,
     "sequences": _sequences,
-    **{name: partial(_public, name) for name in ("otto", "yoochoose", "diginetica", "ml1m")},
+    "otto": _otto,
+    **{name: partial(_public, name) for name in ("yoochoose", "diginetica", "ml1m")},
     "synthetic": _synthetic,
 }
 

@@ -98,6 +98,44 @@ class OwnDataOptions(SplitOptions):
     ] = None
 
 
+ValDays = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Hold out the last N training days for validation; 0: no validation.",
+    ),
+]
+
+
+@app.command()
+@with_groups
+def otto(
+    *,
+    raw: Raw = None,
+    train: Annotated[
+        Tables,
+        typer.Option(
+            parser=given_path,
+            metavar="PATH",
+            help="Instead of --raw, with --test: JSON lines (also .gz, .zst) like the published: "
+            "a file, a folder of parts or a quoted pattern; may be repeated.",
+        ),
+    ] = None,
+    test: Annotated[
+        Tables, typer.Option(parser=given_path, metavar="PATH", help="The test sessions.")
+    ] = None,
+    name: Name = "otto",
+    data_dir: DataDir = DATASETS,
+    val_days: ValDays = 2,
+    options: SplitOptions,
+    as_json: AsJson = False,
+) -> None:
+    """OTTO's clicks (Kaggle: otto/recsys-dataset)."""
+    given = {"raw": raw, "name": name, "data_dir": data_dir, "val_days": val_days}
+    _prepare("otto", as_json, train=train, test=test, **given, **vars(options))
+
+
 def _add_click_log(source: str, description: str, default_val_days: float) -> None:
     """Add the command of a public log of clicks, which is split by time."""
 
@@ -106,14 +144,7 @@ def _add_click_log(source: str, description: str, default_val_days: float) -> No
         raw: Raw = None,
         name: Name = source,
         data_dir: DataDir = DATASETS,
-        val_days: Annotated[
-            float,
-            typer.Option(
-                min=0,
-                metavar="N",
-                help="Hold out the last N training days for validation; 0: no validation.",
-            ),
-        ] = default_val_days,
+        val_days: ValDays = default_val_days,
         options: SplitOptions,
         as_json: AsJson = False,
     ) -> None:
@@ -123,7 +154,6 @@ def _add_click_log(source: str, description: str, default_val_days: float) -> No
     app.command(source, help=description)(with_groups(prepare))
 
 
-_add_click_log("otto", "OTTO's clicks (Kaggle: otto/recsys-dataset).", 2)
 _add_click_log("yoochoose", "Yoochoose clicks (RecSys Challenge 2015).", 1)
 _add_click_log("diginetica", "Diginetica item views (CIKM Cup 2016).", 7)
 

@@ -455,13 +455,16 @@ class _SplitArrays:
     def finish(self) -> dict[str, Any]:
         """Write the offsets; return the entry of the arrays in dataset.json."""
         length = np.concatenate(self._lengths)
+        self._lengths.clear()  # there may be very many sessions
         offsets = np.zeros(len(length) + 1, np.int64)
         np.cumsum(length, out=offsets[1:])
         np.save(self._folder / "offsets.npy", offsets)
         self._digest.update(offsets.data)
+        events = int(offsets[-1])
+        del offsets
         return {
             "sessions": len(length),
-            "events": int(offsets[-1]),
+            "events": events,
             "mean_length": float(length.mean()) if len(length) else None,
             "median_length": float(np.median(length)) if len(length) else None,
             "max_length": int(length.max()) if len(length) else None,

@@ -130,9 +130,9 @@ class _Split:
         self.items += np.bincount(index[sessions.items], minlength=len(self.items))
         self.wanted = grown(self.wanted, int(kept.wanted.max(initial=-1)) + 1)
         self.wanted[kept.wanted] = True
-        self._lost.append(
-            (*first_keys(sessions), kept.lost, kept.places_of_others, kept.lost_of_others)
-        )
+        # Of train nothing is lost, and its keys are many.
+        keys = first_keys(sessions) if len(kept.lost) else (kept.lost, kept.lost)
+        self._lost.append((*keys, kept.lost, kept.places_of_others, kept.lost_of_others))
         self.sorted.add(sessions)
 
     @property
@@ -141,7 +141,7 @@ class _Split:
         starts, places, lost, places_of_others, others = (
             np.concatenate(arrays) for arrays in zip(*self._lost, strict=True)
         )
-        lost = lost[np.lexsort((places, starts))] if len(lost) else lost
+        lost = lost[np.lexsort((places, starts))]
         others = others[np.argsort(places_of_others, kind="stable")]
         return {"unseen_events": self.unseen_events, "lost_predictions": np.append(lost, others)}
 

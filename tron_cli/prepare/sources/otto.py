@@ -9,13 +9,13 @@ order of the file. In both, threads do the work per event, and the results are c
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,22 +23,21 @@ import numpy as np
 from tqdm import tqdm
 
 from tron_cli.data.dataset import Dataset, DatasetWriter, Sessions
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, counted
 from tron_cli.prepare.earlier import Earlier, earlier_catalogue
-from tron_cli.prepare.fetching.raw import SOURCES, describe, is_compressed, locate, open_raw
+from tron_cli.prepare.fetching.raw import SOURCES, locate
 from tron_cli.prepare.filters import Steps, drop_short
 from tron_cli.prepare.reading.bad_lines import BadLines
-from tron_cli.prepare.reading.columns import MAX_LINE_BYTES, text_blocks
+from tron_cli.prepare.reading.inputs import check_distinct, input_files
 from tron_cli.prepare.reading.otto_lines import MAX_AID, Clicks, read_clicks
 from tron_cli.prepare.sessions import drop_events, take_where
+from tron_cli.prepare.sources.otto_files import RawFile, by_first_session
 from tron_cli.prepare.sources.otto_spool import Spool, SpoolBlock
 from tron_cli.prepare.split import DAY, WHY_LATE, check_latest, sample_rows
 from tron_cli.prepare.write import check_books, dataset_path, lost_predictions
 
-BLOCK_BYTES = 1 << 22
 MAX_THREADS = 8  # with more, the collecting thread is the bottleneck
 MIN_CLICKS = 2
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -49,6 +48,8 @@ def prepare_otto(
     data_dir: Path,
     name: str = "otto",
     *,
+    train: Sequence[Path] = (),
+    test: Sequence[Path] = (),
     force: bool = False,
     val_days: float = 2,
     max_val_sessions: int = 100_000,
@@ -65,40 +66,49 @@ def prepare_otto(
     two. With an earlier `catalogue` all parts lose the clicks on items that it lacks, and the
     sessions that this leaves with fewer than two. A line with an event that is not a click,
     cart or order is broken: InputError, or with `skip_bad_lines` it is skipped and counted.
+
+    train, test: instead of `raw`, files, folders of parts or patterns, in any order: files are read
+    in the order of their first sessions.
     """
-    with DatasetWriter(dataset_path(data_dir, name, raw), force=force) as writer:
+    given = _given(raw, train, test)
+    inputs = [raw, *(path for found in given.values() for path in found)]
+    with DatasetWriter(dataset_path(data_dir, name, *inputs), force=force) as writer:
         earlier = earlier_catalogue(catalogue, data_dir)
-        files = locate("otto", raw, data_dir)
-        train_file, test_file = (_RawFile(files[file]) for file in SOURCES["otto"].files)
+        files = {} if given else locate("otto", raw, data_dir)
+        paths = given or {file: [files[file]] for file in SOURCES["otto"].files}
+        train_files, test_files = (by_first_session(found) for found in paths.values())
         bad = BadLines(skip=skip_bad_lines)
         with (
             Spool(writer.scratch) as spool,
             _Threads() as threads,
         ):
             steps, test_steps = Steps(), Steps()
-            item_ids, end = _read_training(train_file, bad, spool, steps, threads)
+            item_ids, end, last = _read_training(train_files, bad, spool, steps, threads)
             index = _index(item_ids)
             if earlier is not None:
                 index = _index(earlier.item_ids)
                 earlier.checked(index.take(item_ids, mode="clip"), item_ids)
                 item_ids = earlier.item_ids
-            test, test_counts = _read_test(test_file, bad, index, test_steps, threads, earlier)
+            tested, test_counts = _read_test(test_files, bad, index, test_steps, threads, earlier)
             writer.write_items(item_ids)
             boundary = end - val_days * DAY if val_days > 0 else np.inf
             if val_days > 0:
-                check_latest(spool.starts, spool.starts >= boundary, end, str(train_file.path))
+                check_latest(spool.starts, spool.starts >= boundary, end, last)
             written, seen_in_train = _write_training(
                 writer, spool, index, boundary, max_val_sessions, seed, steps, threads, earlier
             )
-            sources = _described(train_file, test_file)
+            sources = _described([*train_files, *test_files])
             check_books(steps, written, "every-step")
-            check_books(test_steps, [writer.write_split("test", test, **test_counts)], "every-step")
+            check_books(
+                test_steps, [writer.write_split("test", tested, **test_counts)], "every-step"
+            )
             return writer.finish(
                 name=name,
                 protocol="every-step",
                 source="otto",
                 options={
                     "raw": str(raw) if raw else None,
+                    **_recorded(train, test),
                     "val_days": val_days,
                     "max_val_sessions": max_val_sessions,
                     "seed": seed,
@@ -122,14 +132,30 @@ def prepare_otto(
             )
 
 
-def _described(train: _RawFile, test: _RawFile) -> list[dict[str, Any]]:
-    """Describe both files for dataset.json; raise InputError where they are the same."""
-    sources = [train.description(), test.description()]
-    if sources[0]["sha256"] == sources[1]["sha256"]:
-        raise InputError(
-            f"{train.path} and {test.path} hold the same sessions: a model would be scored on what "
-            "it has seen; give different files"
-        )
+def _given(raw: Path | None, train: Sequence[Path], test: Sequence[Path]) -> dict[str, list[Path]]:
+    """Return the files of --train and --test, if these are given."""
+    if bool(train) != bool(test) or (train and raw):
+        raise InputError("expected --train and --test for files of your own, without --raw")
+    if not train:
+        return {}
+    found = {"train": input_files(train, "--train"), "test": input_files(test, "--test")}
+    check_distinct([*found["train"], *found["test"]])
+    return found
+
+
+def _recorded(train: Sequence[Path], test: Sequence[Path]) -> dict[str, list[str]]:
+    return {"train": list(map(str, train)), "test": list(map(str, test))} if train else {}
+
+
+def _described(files: list[RawFile]) -> list[dict[str, Any]]:
+    """Describe the files for dataset.json; raise InputError where two of them are the same."""
+    sources = [file.description() for file in files]
+    for (one, first), (other, second) in combinations(zip(files, sources, strict=True), 2):
+        if first["sha256"] == second["sha256"]:
+            raise InputError(
+                f"{one.path} and {other.path} hold the same sessions, which would count double, or "
+                "be in training and test; give different files"
+            )
     return sources
 
 
@@ -178,24 +204,24 @@ def _record(steps: Steps, tallies: dict[str, tuple[_Tally, str]]) -> None:
 
 
 def _read_training(
-    file: _RawFile, bad: BadLines, spool: Spool, steps: Steps, threads: _Threads
-) -> tuple[np.ndarray, int]:
-    """Spool the sessions of at least two clicks; return (all aids ascending, last click in ms)."""
+    files: list[RawFile], bad: BadLines, spool: Spool, steps: Steps, threads: _Threads
+) -> tuple[np.ndarray, int, str]:
+    """Spool the sessions of at least two clicks.
+
+    Returns all aids, ascending; the last click in ms; the file of it.
+    """
     kept, short, others = _Tally(), _Tally(), _Tally()
-    end = 0
-    for clicks, (long_enough, short_aids) in _clicks(file, bad, _without_short, threads):
+    end, last = 0, ""
+    for file, clicks, (long_enough, short_aids) in _clicks(files, bad, _without_short, threads):
         kept.add(len(long_enough), long_enough.items)
         short.add(_count(clicks.lengths > 0) - len(long_enough), short_aids)
         others.add(_count(clicks.lengths == 0), clicks.other_aids)
         spool.append(long_enough)
-        end = max(end, int(clicks.times.max(initial=0)))
+        end, last = max((end, last), (int(clicks.times.max(initial=0)), str(file.path)))
     clicked = kept + short
     read = clicked + others
     if not kept.sessions:
-        raise InputError(
-            f"{file.path} has no session with {MIN_CLICKS} clicks among its {read.sessions:,} "
-            "sessions"
-        )
+        raise InputError(_too_short(files, "", read.sessions))
     _record(
         steps,
         {
@@ -204,7 +230,17 @@ def _read_training(
             "short sessions": (kept, f"sessions of fewer than {MIN_CLICKS} clicks"),
         },
     )
-    return clicked.items, end
+    return clicked.items, end, last
+
+
+def _too_short(files: list[RawFile], which: str, sessions: int) -> str:
+    """Say that no session of the files has enough clicks."""
+    others = f" and {counted(len(files) - 1, 'other file')}" if files[1:] else ""
+    have, their = ("have", "their") if others else ("has", "its")
+    return (
+        f"{files[0].path}{others} {have} no session with {MIN_CLICKS} clicks{which} among {their} "
+        f"{counted(sessions, 'session')}"
+    )
 
 
 def _without_short(clicks: Clicks) -> tuple[Sessions, np.ndarray]:
@@ -214,7 +250,7 @@ def _without_short(clicks: Clicks) -> tuple[Sessions, np.ndarray]:
 
 
 def _read_test(
-    file: _RawFile,
+    files: list[RawFile],
     bad: BadLines,
     index: np.ndarray,
     steps: Steps,
@@ -225,7 +261,7 @@ def _read_test(
     clicked, others, known, kept = _Tally(), _Tally(), _Tally(), _Tally()
     test: list[Sessions] = []
     lost: list[tuple[np.ndarray, np.ndarray]] = []
-    for clicks, covered in _clicks(file, bad, partial(_covered, index=index), threads):
+    for _, clicks, covered in _clicks(files, bad, partial(_covered, index=index), threads):
         long_enough = drop_short(covered, MIN_CLICKS)
         clicked.add(_count(clicks.lengths > 0), clicks.aids)
         others.add(_count(clicks.lengths == 0), clicks.other_aids)
@@ -235,10 +271,8 @@ def _read_test(
         test.append(_indexed(long_enough, index))
     read = clicked + others
     if not kept.sessions:
-        raise InputError(
-            f"{file.path} has no session with {MIN_CLICKS} clicks on items of the training file "
-            f"among its {read.sessions:,} sessions: do the two files belong together?"
-        )
+        why = _too_short(files, " on items of the training file", read.sessions)
+        raise InputError(f"{why}: do the two files belong together?")
     _record(
         steps,
         {
@@ -387,21 +421,22 @@ def _positions(sessions: Sessions, index: np.ndarray) -> np.ndarray:
 
 
 def _clicks(
-    file: _RawFile, bad: BadLines, further: Callable[[Clicks], _Out], threads: _Threads
-) -> Iterator[tuple[Clicks, _Out]]:
-    """Yield the clicks of a file with the result of `further`, block by block, in order."""
+    files: list[RawFile], bad: BadLines, further: Callable[[Clicks], _Out], threads: _Threads
+) -> Iterator[tuple[RawFile, Clicks, _Out]]:
+    """Yield the clicks of files with the result of `further`, block by block, in order."""
+    for file in files:
 
-    def read(text: bytearray) -> tuple[Clicks, _Out]:
-        clicks = read_clicks(text)
-        file.free.append(text)
-        return clicks, further(clicks)
+        def read(text: bytearray, free: list[bytearray] = file.free) -> tuple[Clicks, _Out]:
+            clicks = read_clicks(text)
+            free.append(text)
+            return clicks, further(clicks)
 
-    line = 0
-    for clicks, result in threads.in_order(read, file.blocks()):
-        for line_of_block, problem in clicks.bad:
-            bad.reject(file.path, line + line_of_block, problem)
-        line += clicks.lines
-        yield clicks, result
+        line = 0
+        for clicks, result in threads.in_order(read, file.blocks()):
+            for line_of_block, problem in clicks.bad:
+                bad.reject(file.path, line + line_of_block, problem)
+            line += clicks.lines
+            yield file, clicks, result
 
 
 class _Threads(ThreadPoolExecutor):
@@ -424,65 +459,3 @@ class _Threads(ThreadPoolExecutor):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-
-
-class _RawFile:
-    """A file of JSON lines, plain or compressed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.free: list[bytearray] = []
-        self._digest = hashlib.sha256()
-
-    def blocks(self) -> Iterator[bytearray]:
-        """Yield the file in blocks of whole lines, as `read_clicks` takes them.
-
-        Getting fresh memory from the system takes longer than filling it: put used blocks into
-        `free`.
-        """
-        if is_compressed(self.path):
-            for text, _ in text_blocks(self.path):
-                block = self._block()
-                block[:] = text
-                yield block
-            return
-        size = self.path.stat().st_size
-        if not size:
-            raise InputError(f"{self.path} is empty")
-        is_first = True
-        with (
-            open_raw(self.path) as content,
-            tqdm(total=size, desc=self.path.name, unit="B", unit_scale=True, disable=None) as bar,
-        ):
-            while True:
-                block = self._block()
-                del block[BLOCK_BYTES:]
-                block += bytes(BLOCK_BYTES - len(block))
-                del block[content.readinto(block) :]
-                if not block:
-                    return
-                line_end = content.readline(MAX_LINE_BYTES)
-                if len(line_end) == MAX_LINE_BYTES:
-                    raise InputError(
-                        f"{self.path} has no line end for {MAX_LINE_BYTES:,} bytes: is it jsonl?"
-                    )
-                block += line_end
-                self._digest.update(block)  # while its bytes are in the cache
-                bar.update(len(block))
-                if is_first and block.startswith(BYTE_ORDER_MARK):
-                    del block[: len(BYTE_ORDER_MARK)]
-                is_first = False
-                yield block
-
-    def _block(self) -> bytearray:
-        return self.free.pop() if self.free else bytearray()
-
-    def description(self) -> dict[str, Any]:
-        """Describe the file for dataset.json, after all blocks were read."""
-        if is_compressed(self.path):
-            return describe(self.path)
-        return {
-            "file": self.path.name,
-            "bytes": self.path.stat().st_size,
-            "sha256": self._digest.hexdigest(),
-        }
