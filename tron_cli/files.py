@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -120,6 +122,17 @@ def best_checkpoint(run_dir: Path) -> Path:
             "name the file"
         )
     return run_dir / found[0]
+
+
+def remove_older(folder: Path, pattern: str) -> None:
+    """Remove files and folders that fit a pattern and that nobody has changed for a day.
+
+    A killed process left them there.
+    """
+    for left in folder.glob(pattern):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > 86_400:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _partial(path: Path) -> Path:

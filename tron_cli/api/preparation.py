@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tron_cli.api.arguments import check
-from tron_cli.errors import InputError
+from tron_cli.errors import InputError, RunError
+from tron_cli.files import remove_older
 
 if TYPE_CHECKING:
     from tron_cli.data.dataset import Dataset
@@ -279,7 +280,15 @@ def _texts(options: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def frames_folder() -> Iterator[Path]:
     """Yield a temporary folder for data frames, which errors then name without it."""
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        remove_older(Path(tempfile.gettempdir()), "tron-frames-*")
+        temporary = tempfile.TemporaryDirectory(prefix="tron-frames-")
+    except OSError as error:
+        raise RunError(
+            f"cannot write data frames to {tempfile.tempdir or 'a temporary folder'} "
+            f"({error.strerror or error}); name a folder in the variable TMPDIR"
+        ) from error
+    with temporary as folder:
         try:
             yield Path(folder)
         except InputError as error:
@@ -331,4 +340,10 @@ def _write_frame(frame: Any, file: Path, wanted: list[str]) -> None:
                 f"{file}, column {names[at]}: {first_line(error)}; convert it to one type"
             ) from error
         columns[names[at]] = column
-    pl.DataFrame(columns).write_parquet(file)
+    try:
+        pl.DataFrame(columns).write_parquet(file)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise RunError(
+            f"cannot write {file} ({first_line(error)}); make room in {file.parent.parent}, or "
+            "name another folder in the variable TMPDIR"
+        ) from error

@@ -10,6 +10,7 @@ import numpy as np
 from tron_cli.errors import InputError
 from tron_cli.prepare.reading.bad_lines import BadLines, skipped_lines
 from tron_cli.prepare.reading.columns import Columns
+from tron_cli.prepare.session_files import changed
 from tron_cli.prepare.sessions import Events, ItemIndex, Latest, later
 
 PART_EVENTS = 1 << 19  # of all tables
@@ -31,7 +32,7 @@ class EventSpool:
         self.parts = min(1 + size // (_EVENT_BYTES * PART_EVENTS), MAX_PARTS)
         self._folder, self._tables = folder, len(tables)
         self._dtype = np.dtype(_FIELDS + [("user", np.int64)] * has_users)
-        self._events = 0
+        self._events = self._events_read = 0
         folder.mkdir()
 
     def fill(
@@ -85,6 +86,7 @@ class EventSpool:
         if file.exists():
             spooled = np.fromfile(file, self._dtype)
             file.unlink()
+        self._events_read += len(spooled)
         events = Events(
             spooled["session"].copy(),
             spooled["item"].copy(),
@@ -93,6 +95,11 @@ class EventSpool:
             spooled["user"].copy() if "user" in (self._dtype.names or ()) else None,
         )
         return events, spooled["place"].copy()
+
+    def check(self) -> None:
+        """Raise RunError unless all events were read that were written."""
+        if self._events_read != self._events:
+            raise changed(self._folder)
 
     def _file(self, table: int, part: int) -> Path:
         return self._folder / f"{table}-{part}-of-{self.parts}"

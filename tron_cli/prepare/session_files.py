@@ -17,6 +17,11 @@ _FIELDS = {"items": np.int32, "lengths": np.int64, "times": np.int64, "session_i
            "user_ids": np.int64, "places": np.int64}  # fmt: skip
 
 
+def changed(files: Path | str) -> RunError:
+    """Return the error of temporary files that hold something else than was written."""
+    return RunError(f"temporary files {files} were changed while they were in use; prepare again")
+
+
 class SessionFile:
     """Sessions in a file for each of their arrays, whose names begin with a path."""
 
@@ -40,13 +45,14 @@ class SessionFile:
                 arrays[name] = np.fromfile(file, dtype)
                 if remove:
                     file.unlink()
+        is_whole = {"items", "lengths"} <= arrays.keys()
         offsets = np.append(0, np.cumsum(arrays.pop("lengths", np.zeros(0, np.int64))))
         counts = {"items": int(offsets[-1]), "times": int(offsets[-1])}
-        if any(len(each) != counts.get(name, len(offsets) - 1) for name, each in arrays.items()):
-            raise RunError(
-                f"temporary files {self._path}.* were changed while they were in use; prepare again"
-            )
-        return Sessions(arrays.pop("items", np.zeros(0, np.int32)), offsets, **arrays)
+        if not is_whole or any(
+            len(each) != counts.get(name, len(offsets) - 1) for name, each in arrays.items()
+        ):
+            raise changed(f"{self._path}.*")
+        return Sessions(arrays.pop("items"), offsets, **arrays)
 
     def _file(self, name: str) -> Path:
         return self._path.with_name(f"{self._path.name}.{name}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tron_cli.errors import InputError, counted
+from tron_cli.files import remove_older
 from tron_cli.prepare.reading.bad_lines import BadLines
 from tron_cli.prepare.reading.columns import Columns, first_line
 from tron_cli.prepare.reading.parquet import read_parquet
@@ -73,6 +74,7 @@ def write(
     reader = TableReader(columns, bad)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_older(folder, ".shard-*.partial")
         writer: ParquetWriter | None = None
         for block in reader.parsed(files):
             table = block.frame.select(reader.columns_read).to_arrow()

@@ -104,6 +104,7 @@ class StoredSessions:
             if earlier is not None and is_known is not None:
                 tables = [earlier.known_histories(tables[0], is_known, steps)]
             _append(files, self._support.shortened(tables))
+        log.spool.check()
         if len(log.tables) > 1:
             refuse_copies([files[0] for files in log.tables], log.contents)
 
