@@ -92,8 +92,10 @@ def main(words: list[str] | None = None) -> None:
         )
         seconds = time.perf_counter() - clock
         info = json.loads((work / "log" / "dataset.json").read_text())
+        here = circumstances()
         figure = {
             "label": arguments.label,
+            "commit": here["commit"],
             "events": info["filters"][0]["events"],
             "sessions": info["filters"][0]["sessions"],
             "items": info["filters"][0]["items"],
@@ -107,7 +109,7 @@ def main(words: list[str] | None = None) -> None:
             for each in content["figures"]
             if (each["label"], each["events"]) != (figure["label"], figure["events"])
         ]
-        content = {"command": shown, **circumstances(), "figures": [*others, figure]}
+        content = {"command": shown, **here, "figures": [*others, figure]}
         output.write_text(json.dumps(content, indent=2) + "\n")
     rows = [
         [each["label"], f"{each['events']:,}", f"{each['peak_gb']:.2f}", f"{each['seconds']:.0f}"]
