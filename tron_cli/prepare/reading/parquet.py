@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tron_cli.errors import InputError
 from tron_cli.prepare.reading.columns import Columns, find_columns, first_line
 
-PARQUET_ROWS = 1 << 21
+PARQUET_ROWS = 1 << 19  # in memory at a time
 
 
 def read_parquet(file: Path, wanted: list[str]) -> Iterator[Columns]:
