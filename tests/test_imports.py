@@ -132,7 +132,7 @@ MAY_IMPORT = {
     "models": "errors losses ops registry sampling",
     "sampling": "errors losses models ops registry",
     "losses": "errors models ops registry sampling",
-    "distributed": "errors",
+    "distributed": "errors losses",
     "baselines": "config data errors registry",
     "checkpoint": "baselines config data errors files models ops registry",
     "prepare": "data errors files text_table",

@@ -43,7 +43,8 @@ class Checkpoint:
     weights: those to evaluate; with ema_decay, the average. A published file may store them as
     float16; `build_model` returns a float32 network with these rounded values. training: the state
     that resuming needs, empty in a best checkpoint; with ema_decay, its "weights" are those to
-    train on. origin: records of what the weights come from besides the training sessions, such as
+    train on; with table_sharding=rows, "tables" may name a folder with what it has by rows of item
+    tables. origin: records of what the weights come from besides the training sessions, such as
     "init_from".
 
     popularity: int64 [I + 1], training events of each item; None in files of earlier versions.
@@ -171,6 +172,12 @@ class Checkpoint:
         mapped: they are `weights`, not copies, unless these are stored in half precision; the
         model computes with float32 weights in both cases. to_resume: they are those to train on.
         """
+        if "tables" in self.training:
+            raise InputError(
+                f"{self.path} lacks the item tables, which are in {self.training['tables']} beside "
+                "it, for several processes to resume from (table_sharding=rows); name the best "
+                "checkpoint of the run instead"
+            )
         weights = self.training.get("weights", self.weights) if to_resume else self.weights
         with torch.device("meta"):  # no random weights, only to be replaced
             models = [build_model(config, self.dataset["num_items"]) for config in self.configs]
@@ -317,12 +324,16 @@ def save_checkpoint(
     popularity: torch.Tensor | None = None,
     knn: dict[str, Any] | None = None,
     networks: Sequence[ExperimentConfig] = (),
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint atomically. Raises RunError where that fails."""
+    """Write a checkpoint atomically. Raises RunError where that fails.
+
+    weights: those to write; None: all of the model.
+    """
     content = {
         "format_version": FORMAT_VERSION,
         "config": _settings(config),
-        "weights": _on_cpu(model.state_dict()),
+        "weights": _on_cpu(model.state_dict() if weights is None else weights),
         "step": step,
         "epoch": epoch,
         "metrics": metrics,
@@ -438,7 +449,7 @@ def _flaw(content: dict[str, Any]) -> str | None:
     needed = {"optimizer", "scaler", "progress"}
     if content["config"].get("ema_decay"):
         needed.add("weights")
-    if training and training.keys() != needed:
+    if training and training.keys() - {"tables"} != needed:
         return "its state for resuming is incomplete"
     weights = training.get("weights", {})
     if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):

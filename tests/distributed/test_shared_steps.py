@@ -15,10 +15,11 @@ from helpers.processes import alone, in_processes
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.shares import share_of
 from tron_cli.distributed.processes import Processes
-from tron_cli.models.base import build_model
+from tron_cli.models.base import Model
 from tron_cli.sampling.negatives import Distribution
 from tron_cli.training.feed import build_feed
 from tron_cli.training.optim import catch_up_all, optimizer_of
+from tron_cli.training.start import new_model
 from tron_cli.training.step import accumulated_step, seed_generators
 
 ITEMS = 60
@@ -70,6 +71,36 @@ CASES += [
 ]
 
 
+# With the rows of tables divided among the processes.
+SHARDED: list[dict[str, Any]] = [
+    {"table_sharding": "rows", "optimizer": optimizer, **more}
+    for more in (
+        {"reuse_item_embeddings": False},
+        {"loss": "bce", "sampling_style": "eventwise"},
+        {"loss": "bpr-max", "num_uniform_negatives": 0, "topk_sampling_k": 4},
+        {"loss": "gbce", **GBCE, "sampling_style": "sessionwise"},
+        CE,
+        {**CE, "reuse_item_embeddings": False, "label_smoothing": 0.1},
+        {**CE, "model": "bert4rec", "score": "cosine", "output_bias": True},
+        {"model": "gsasrec", "initialization": "normal", "num_batch_negatives": 0},
+        {"model": "gru4rec", "num_heads": 1, "accumulate_batches": 2},
+        {"weight_decay": 0.1, "train_batch_size": 1},
+    )
+    for optimizer in ("adam", "row_adam")
+]
+SHARDED += [{"table_sharding": "rows", "optimizer": "adagrad"}]
+SHARDED += [
+    {
+        "table_sharding": "rows",
+        "optimizer": "adam",
+        "ema_decay": 0.9,
+        "weight_decay": 0.1,
+        "output_bias": True,
+    }
+]
+CASES += SHARDED
+
+
 def config_of(case: dict[str, Any]) -> ExperimentConfig:
     return ExperimentConfig(**tiny_settings(**{**BASE, **case}))
 
@@ -83,8 +114,7 @@ def train_all(
     found = []
     for case in cases:
         config = config_of(case)
-        seed_generators(config.seed, step=0)
-        model = build_model(config, ITEMS).to(dtype)
+        model = new_model(config, ITEMS, processes).to(dtype)
         optimizer = optimizer_of(config, model)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         feed = build_feed(config, sessions, model, padded=False)
@@ -110,9 +140,18 @@ def train_all(
             )
             losses.append(processes.add_up(loss.detach().clone()))
         catch_up_all(optimizer)
-        weights = {name: felt(name, each.detach()) for name, each in model.named_parameters()}
+        weights = {
+            name: felt(name, whole_table(model, each.detach(), processes))
+            for name, each in model.named_parameters()
+        }
         found.append({"loss": torch.stack(losses), **weights})
     return found
+
+
+def whole_table(model: Model, weights: torch.Tensor, processes: Processes) -> torch.Tensor:
+    """Join the rows of a table that is divided, in the order of the processes."""
+    is_divided = any(weights.data_ptr() == table.data_ptr() for table in model.divided_tables)
+    return processes.gathered(weights)[0] if is_divided else weights
 
 
 def felt(name: str, values: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tron_cli.ops import initialize
 from tron_cli.ops.initialize import small_normal, standard_normal, xavier_uniform
 
 Drawn = Callable[[int, int], torch.Tensor]
@@ -56,3 +57,27 @@ def test_the_seed_decides_and_the_number_of_threads_does_not(drawn: Drawn) -> No
         assert torch.equal(after, tables[0][1])
     torch.manual_seed(4)
     assert not torch.equal(drawn(77, 100), tables[0][0])
+
+
+@pytest.mark.parametrize("draw", [xavier_uniform, standard_normal, small_normal])
+@pytest.mark.parametrize(("rows", "columns"), [(100, 3), (64, 8), (33, 1), (5, 3), (95, 7)])
+def test_some_rows_are_those_of_the_whole_table(
+    draw: Drawn, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch draws normal numbers in groups of 16, and whatever follows is drawn as before."""
+    monkeypatch.setattr(initialize, "_ROWS_AT_ONCE", 32)
+    torch.manual_seed(1)
+    whole, after = draw(rows, columns), torch.rand(1)
+    for first, last in ((0, rows), (7 % rows, rows // 2), (rows // 2, rows), (rows, rows)):
+        torch.manual_seed(1)
+        with initialize.keeping_rows(first, max(first, last)):
+            kept = draw(rows, columns)
+        assert torch.equal(kept, whole[first : max(first, last)])
+        assert torch.equal(torch.rand(1), after)
+
+
+def test_xavier_is_torch_s() -> None:
+    torch.manual_seed(1)
+    expected = torch.nn.init.xavier_uniform_(torch.empty(95, 7))
+    torch.manual_seed(1)
+    assert torch.equal(xavier_uniform(95, 7), expected)

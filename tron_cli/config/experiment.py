@@ -417,6 +417,12 @@ class ExperimentConfig:
         True,
         help="on CUDA, without fp16: record the step of each batch size once, then replay it",
     )
+    table_sharding: str = setting(
+        "none",
+        help="under torchrun: each process holds the whole item tables (none), or an equal part of "
+        "their rows and of the optimizer's state of these (rows)",
+        choices=("none", "rows"),
+    )
     seed: int = setting(42, help="seed of all random numbers", low=0, recbole="seed")
 
     metrics: tuple[str, ...] = setting(

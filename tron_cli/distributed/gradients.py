@@ -5,7 +5,7 @@ Shapes: V rows of a table, U of them that a process touches, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -17,18 +17,26 @@ _LARGE = 1 << 20
 
 
 def add_up_gradients(
-    parameters: Iterable[nn.Parameter], processes: Processes, *, sparse: bool
+    parameters: Iterable[nn.Parameter],
+    processes: Processes,
+    *,
+    sparse: bool,
+    divided: Sequence[torch.Tensor] = (),
 ) -> None:
     """Replace each gradient by the sum over the processes, the same bits in all of them.
 
     Every process has gradients of the same parameters. sparse: the optimizer takes sparse
-    gradients, in which each row then stands once; otherwise they are made dense.
+    gradients, in which each row then stands once; otherwise they are made dense. divided: tables
+    whose rows are divided among the processes, which have the sums for their own rows already.
     """
     small = []
     for weights in parameters:
         if weights.grad is None:
             continue
-        if weights.grad.is_sparse:
+        if any(weights is table for table in divided):
+            if weights.grad.is_sparse and not sparse:
+                weights.grad = weights.grad.to_dense()
+        elif weights.grad.is_sparse:
             summed = _summed_rows(weights.grad, processes)
             weights.grad = summed if sparse else summed.to_dense()
         elif weights.grad.numel() > _LARGE:

@@ -114,6 +114,18 @@ class Processes:
         dist.all_gather(sizes, size)
         return [int(each) for each in sizes]
 
+    def exchanged(self, values: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        """Send some rows to each process, and return those that each has sent to this one.
+
+        sent, received: how many, by rank; the rows stand in this order.
+        """
+        if self.count == 1:
+            return values
+        found = values.new_empty(sum(received), *values.shape[1:])
+        with _together():
+            dist.all_to_all_single(found, values.contiguous(), received, sent)
+        return found
+
     def _gathered_rows(self, values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         padded = values.new_zeros(max(lengths), *values.shape[1:])
         padded[: len(values)] = values

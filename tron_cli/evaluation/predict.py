@@ -9,7 +9,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,10 @@ from tron_cli.distributed.processes import Processes
 from tron_cli.errors import RunError
 from tron_cli.evaluation.boosted import BoostedCatalogue, boosted
 from tron_cli.evaluation.ranking import Catalogue, SeenItems
+from tron_cli.evaluation.sharded import ShardedCatalogue
 from tron_cli.models.base import Model
+
+AnyCatalogue = Catalogue | BoostedCatalogue | ShardedCatalogue
 
 _SESSIONS_AT_ONCE = 1 << 14
 _EVENTS_AT_ONCE = 1 << 12  # ranked together; more events read the table less often
@@ -83,7 +86,8 @@ def predict(
     enough for measures with a cutoff; large catalogues are then ranked several times as fast on the
     CPU.
     share: (rank, processes) predicts only the events of one of several processes. These are ranked
-    together in one process too, so that the ranks are equal to the last digit.
+    together in one process too, so that the ranks are equal to the last digit. Where the processes
+    divide the rows of tables among them, all of them predict together.
     Sessions of fewer than two events predict nothing. Raises RunError where scores are not finite.
     """
     top_items = min(top_items, model.num_items)
@@ -103,7 +107,9 @@ def predict(
     was_training = model.training
     model.eval()
     with float32_arithmetic(next(model.parameters()).device):
-        catalogue = Catalogue(model.scored_table())
+        catalogue = (
+            Catalogue(model.scored_table()) if model.shard is None else ShardedCatalogue(model)
+        )
 
         def predictions() -> Iterator[tuple[Histories, np.ndarray, np.ndarray | None]]:
             for histories, hidden_ED in predicted_states(
@@ -115,7 +121,9 @@ def predict(
                 batch_size=batch_size,
                 share=share,
             ):
-                scored = boosted(catalogue, model.boost, histories)
+                scored: AnyCatalogue = catalogue
+                if isinstance(catalogue, Catalogue):
+                    scored = boosted(catalogue, model.boost, histories)
                 yield (
                     histories,
                     *ranked(scored, histories, hidden_ED, filter_rated, top_items, rank_limit),
@@ -181,6 +189,10 @@ def predicted_states(
                 index_E, hidden_ED = _joined(_hidden(model, block, rows, batches))
                 yield block[index_E], hidden_ED
         yielded_before += len(together)
+    if model.shard is not None and 0 < yielded_before % share[1] <= share[0]:
+        # The others still rank events, for which they need the rows that this process holds.
+        index_E, hidden_ED = _joined(_hidden(model, block, rows, [np.zeros(0, dtype=np.int64)]))
+        yield block[index_E], hidden_ED
 
 
 def check_weights(model: Model) -> None:
@@ -189,10 +201,14 @@ def check_weights(model: Model) -> None:
     Checking the scores is not enough: fused attention can turn NaN into zeros.
     """
     # The smallest and the largest value are NaN if any value is.
-    if not all(
+    flawed = not all(
         bool(torch.isfinite(torch.stack(parameter.aminmax())).all())
         for parameter in model.parameters()
-    ):
+        if parameter.numel()
+    )
+    if model.shard is not None:
+        (flawed,) = model.shard.processes.any(flawed)
+    if flawed:
         raise RunError(
             "the model's weights hold NaN or infinite values, so nothing can be ranked; train "
             "again with a lower lr or with clip_norm"
@@ -243,8 +259,18 @@ def _hidden(
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """Yield events of a block with their hidden states, batch by batch of rows."""
     device = next(model.parameters()).device
+    ids_U = rows_UD = None
+    if model.shard is not None:
+        _, place_N = ranges(*_ends(rows[np.concatenate(batches)]))
+        ids = np.unique(block.items[place_N])
+        more = [] if model.mask_item is None or not len(ids) else [model.mask_item]
+        ids_U = torch.from_numpy(np.append(ids, more).astype(np.int64)).to(device)
+        rows_UD = model.shard.fetch(model.item_embedding.weight, ids_U, sparse=False)
     for chosen_R in batches:
         some = rows[chosen_R]
+        if not len(chosen_R):
+            yield chosen_R, torch.zeros(0, model.item_table.shape[1], device=device)
+            continue
         batch = pack(
             block.items,
             some.start_R,
@@ -255,7 +281,15 @@ def _hidden(
         end_R = np.cumsum(batch.lengths_B.numpy())
         _, index_E = ranges(some.first_R, some.first_R + some.count_R)
         _, chosen_E = ranges(end_R - some.count_R, end_R)
-        yield index_E, model(batch.to(device))[torch.from_numpy(chosen_E).to(device)]
+        batch = batch.to(device)
+        if ids_U is not None:
+            batch = replace(batch, inputs_N=torch.searchsorted(ids_U, batch.inputs_N))
+        yield index_E, model(batch, rows_UD)[torch.from_numpy(chosen_E).to(device)]
+
+
+def _ends(rows: _Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Return where histories begin and end."""
+    return rows.start_R, rows.start_R + rows.length_R
 
 
 def _joined(
@@ -267,7 +301,7 @@ def _joined(
 
 
 def ranked(
-    catalogue: Catalogue | BoostedCatalogue,
+    catalogue: AnyCatalogue,
     histories: Histories,
     hidden_ED: torch.Tensor,
     filter_rated: bool,
@@ -289,7 +323,7 @@ def ranked(
         )
     rank_E = catalogue.ranks(hidden_ED, targets, seen, rank_limit).cpu().numpy()
     rank_E[missed_E] = 0
-    if not top_items:
+    if not top_items or isinstance(catalogue, ShardedCatalogue):
         return rank_E, None
     if seen is not None and missed_E.any():
         # A filtered target may not appear in the list either.

@@ -58,7 +58,8 @@ class SeenItems:
 class _Events:
     """Events to rank. score_E: scores of the targets with boost_E. largest_E: upper bounds.
 
-    These are float64. Differences of boosts are exact.
+    These are float64. Differences of boosts are exact. target_ED: rows of the targets; None: those
+    of the table.
     """
 
     hidden_ED: torch.Tensor
@@ -66,9 +67,11 @@ class _Events:
     score_E: torch.Tensor
     largest_E: torch.Tensor
     boost_E: torch.Tensor
+    target_ED: torch.Tensor | None = None
 
     def __getitem__(self, index: torch.Tensor | slice) -> _Events:
-        return _Events(*(getattr(self, each.name)[index] for each in fields(self)))
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        return _Events(**{name: value[index] for name, value in given.items() if value is not None})
 
 
 class Catalogue:
@@ -154,12 +157,19 @@ class Catalogue:
         roundings = (self.table.shape[1] + 4) * torch.finfo(dtype).eps / 2
         return roundings / (1 - roundings) * (1 + 1e-6)
 
-    def _largest_scores(self, hidden_ED: torch.Tensor) -> torch.Tensor:
+    @property
+    def largest_norm(self) -> torch.Tensor:
+        """Norm of the longest row, float64 ()."""
+        return self._largest_norm
+
+    def _largest_scores(
+        self, hidden_ED: torch.Tensor, largest_norm: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return |h| * |e| for the longest embedding, which no score exceeds, float64 [E]."""
         norm_E = hidden_ED.double().norm(dim=1)
         if not bool(torch.isfinite(norm_E).all()):
             raise RunError(f"the model's hidden states hold NaN or infinite values; {_NO_RANKS}")
-        largest_E = norm_E * self._largest_norm
+        largest_E = norm_E * (self._largest_norm if largest_norm is None else largest_norm)
         if bool((largest_E >= torch.finfo(torch.float32).max / 2).any()):
             raise RunError(f"the scores exceed the range of float32; {_NO_RANKS}")
         return largest_E
@@ -185,16 +195,58 @@ class Catalogue:
         for many events. boost_E: float64, at least 0, added to the scores of the targets. Raises
         RunError if hidden states are not finite or scores leave the range of float32.
         """
-        events = self._events(hidden_ED, target_E, boost_E)
-        ahead_E, event_P, item_P = self._compare(events, seen, limit)
-        other = item_P != target_E[event_P]
+        return 1 + self._ahead(self._events(hidden_ED, target_E, boost_E), seen, limit)
+
+    def ahead_of_rows(
+        self,
+        hidden_ED: torch.Tensor,
+        target_E: torch.Tensor,
+        target_ED: torch.Tensor,
+        largest_norm: torch.Tensor,
+        seen: SeenItems | None = None,
+        limit: int | None = None,
+        with_row_0: bool = False,
+    ) -> torch.Tensor:
+        """Return how many items score at least as high as targets that need not be items here.
+
+        As `ranks` counts them: other than the target and not `seen`, all of them where that is less
+        than `limit`, int64 [E]. target_ED: float32, rows of the targets; target_E: their item ids
+        here, or -1. largest_norm: float64 (), at least that of all rows. with_row_0: row 0 of the
+        table is an item too.
+        """
+        hidden_ED = hidden_ED.float().contiguous()
+        largest_E = self._largest_scores(hidden_ED, largest_norm)
+        score_E = (hidden_ED.double() * target_ED.double()).sum(dim=1)
+        nothing_E = torch.zeros_like(score_E)
+        events = _Events(hidden_ED, target_E, score_E, largest_E, nothing_E, target_ED)
+        # Bounds of the faster comparisons allow for scores of the table's own rows.
+        by_own_bounds = bool(largest_norm <= 1024 * self._largest_norm)
+        ahead_E = self._ahead(events, seen, limit, by_own_bounds=by_own_bounds)
+        if with_row_0:
+            event_E = torch.arange(len(target_E), device=target_E.device)
+            ahead_E += self._at_least(events, event_E, 0 * event_E) & (target_E != 0)
+        return ahead_E
+
+    def _ahead(
+        self,
+        events: _Events,
+        seen: SeenItems | None,
+        limit: int | None,
+        *,
+        by_own_bounds: bool = True,
+    ) -> torch.Tensor:
+        """Return how many other items, not seen, score at least as high as each target."""
+        if by_own_bounds:
+            ahead_E, event_P, item_P = self._compare(events, seen, limit)
+        else:
+            ahead_E, event_P, item_P = self._compare_in_chunks(events)
+        other = item_P != events.target_E[event_P]
         event_P, item_P = event_P[other], item_P[other]
-        rank_E = 1 + ahead_E
-        rank_E.index_add_(0, event_P, self._at_least(events, event_P, item_P).long())
+        ahead_E.index_add_(0, event_P, self._at_least(events, event_P, item_P).long())
         if seen is not None:
             is_ahead = self._at_least(events, seen.event_P, seen.item_P)
-            rank_E.index_add_(0, seen.event_P, -is_ahead.long())
-        return rank_E
+            ahead_E.index_add_(0, seen.event_P, -is_ahead.long())
+        return ahead_E
 
     def at_least(
         self,
@@ -321,7 +373,11 @@ class Catalogue:
         open_P = ((lead_P.abs() <= bound_P) & (bound_P > 0)).nonzero()[:, 0]
         for pairs in open_P.split(_PAIRS_AT_ONCE):
             event, item = event_P[pairs], item_P[pairs]
-            row, target_row = self.table[item], self.table[events.target_E[event]]
+            row = self.table[item]
+            if events.target_ED is None:
+                target_row = self.table[events.target_E[event]]
+            else:
+                target_row = events.target_ED[event]
             more = boost_P[pairs] - events.boost_E[event]
             at_least_P[pairs] = True  # equal embeddings tie
             differs = (row != target_row).any(dim=1) | (more != 0)

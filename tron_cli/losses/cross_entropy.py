@@ -7,6 +7,7 @@ a block.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,9 +47,8 @@ def ce(
     hidden_ND = hidden_ND.to(table_VD.dtype)  # under autocast a layer may return a lower precision
     dtype = product_dtype(table_VD)
     with torch.autocast(table_VD.device.type, enabled=False):
-        return _CrossEntropy.apply(
-            hidden_ND, table_VD, targets_N, num_items, label_smoothing, dtype
-        )
+        items = Items(1, num_items, num_items, label_smoothing)
+        return _CrossEntropy.apply(hidden_ND, table_VD, targets_N, items, dtype)
 
 
 def product_dtype(table_VD: torch.Tensor) -> torch.dtype:
@@ -59,15 +59,92 @@ def product_dtype(table_VD: torch.Tensor) -> torch.dtype:
     return table_VD.dtype
 
 
-def blocks_of_items(num_rows: int, num_items: int, device: torch.device) -> Iterator[slice]:
-    """Cut items 1..num_items into slices whose products with num_rows rows fit a cache.
+def blocks_of_items(
+    num_rows: int, num_items: int, device: torch.device, first: int = 1
+) -> Iterator[slice]:
+    """Cut items first..num_items into slices whose products with num_rows rows fit a cache.
 
     Widths are powers of two, so that batches of nearly equal size have equal blocks.
     """
     width = _ITEMS
     while 2 * width * num_rows <= _LOGITS_AT_ONCE[device.type] and width < num_items:
         width *= 2
-    return (slice(low, min(low + width, num_items + 1)) for low in range(1, num_items + 1, width))
+    ends = range(first, num_items + 1, width)
+    return (slice(low, min(low + width, num_items + 1)) for low in ends)
+
+
+@dataclass(frozen=True)
+class Items:
+    """Rows first to last of a table, which are items, with the weights of their logits in the loss.
+
+    The weight of a target is smoothing - 1, and that of every item smoothing / num_items less.
+    """
+
+    first: int
+    last: int
+    num_items: int
+    smoothing: float
+
+    def blocks(self, num_rows: int, device: torch.device) -> Iterator[slice]:
+        return blocks_of_items(num_rows, self.last, device, self.first)
+
+    def sums(
+        self,
+        hidden_ND: torch.Tensor,
+        table_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log of the sum of exponentials, and weighted sum of target and items: both [N].
+
+        The loss is their difference. A target that is not among the items counts as 0.
+        """
+        factors_ND = hidden_ND.to(dtype)
+        log_sum_N = hidden_ND.new_full((len(hidden_ND),), -torch.inf)
+        target_N1 = hidden_ND.new_zeros(len(hidden_ND), 1)
+        sum_N = hidden_ND.new_zeros(len(hidden_ND))  # of all logits
+        for block in self.blocks(len(hidden_ND), hidden_ND.device):
+            logits_NC = row_products(factors_ND, table_VD[block].to(dtype)).to(hidden_ND.dtype)
+            column_N1, inside_N1 = _columns(targets_N, block)
+            target_N1 = target_N1.where(~inside_N1, logits_NC.gather(1, column_N1))
+            log_sum_N = torch.logaddexp(log_sum_N, logits_NC.logsumexp(dim=1))
+            if self.smoothing:
+                sum_N += logits_NC.sum(dim=1)
+        share = self.smoothing / self.num_items
+        return log_sum_N, (1 - self.smoothing) * target_N1[:, 0] + share * sum_N
+
+    def gradients(
+        self,
+        grad_N: torch.Tensor,
+        hidden_ND: torch.Tensor,
+        table_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        log_sum_N: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradients [N, D] of hidden states and [V, D] of the table.
+
+        log_sum_N: of all items of the catalogue.
+        """
+        grad_N1 = grad_N[:, None]
+        factors_ND = hidden_ND.to(dtype)
+        grad_hidden_ND = torch.zeros_like(hidden_ND)
+        grad_table_VD = torch.empty_like(table_VD)
+        grad_table_VD[: self.first] = 0.0
+        grad_table_VD[self.last + 1 :] = 0.0
+        for block in self.blocks(len(hidden_ND), hidden_ND.device):
+            rows_CD = table_VD[block].to(dtype)
+            grad_NC = row_products(factors_ND, rows_CD).to(hidden_ND.dtype)
+            # softmax minus the weight of each item, times the incoming gradient
+            grad_NC.sub_(log_sum_N[:, None]).exp_()
+            if self.smoothing:
+                grad_NC.sub_(self.smoothing / self.num_items)
+            column_N1, inside_N1 = _columns(targets_N, block)
+            grad_NC.scatter_add_(1, column_N1, inside_N1.to(grad_NC.dtype).mul_(self.smoothing - 1))
+            factors_NC = grad_NC.mul_(grad_N1).to(dtype)
+            grad_hidden_ND += row_products(factors_NC, rows_CD.T)
+            grad_table_VD[block] = row_products(factors_NC.T, factors_ND.T)
+        return grad_hidden_ND, grad_table_VD
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -77,49 +154,18 @@ class _CrossEntropy(torch.autograd.Function):
         hidden_ND: torch.Tensor,
         table_VD: torch.Tensor,
         targets_N: torch.Tensor,
-        num_items: int,
-        label_smoothing: float,
+        items: Items,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        factors_ND = hidden_ND.to(dtype)
-        log_sum_N = hidden_ND.new_full((len(hidden_ND),), -torch.inf)
-        target_N1 = hidden_ND.new_zeros(len(hidden_ND), 1)
-        sum_N = hidden_ND.new_zeros(len(hidden_ND))  # of all logits
-        for block in blocks_of_items(len(hidden_ND), num_items, hidden_ND.device):
-            logits_NC = row_products(factors_ND, table_VD[block].to(dtype)).to(hidden_ND.dtype)
-            column_N1, inside_N1 = _columns(targets_N, block)
-            target_N1 = target_N1.where(~inside_N1, logits_NC.gather(1, column_N1))
-            log_sum_N = torch.logaddexp(log_sum_N, logits_NC.logsumexp(dim=1))
-            if label_smoothing:
-                sum_N += logits_NC.sum(dim=1)
+        log_sum_N, weighted_N = items.sums(hidden_ND, table_VD, targets_N, dtype)
         ctx.save_for_backward(hidden_ND, table_VD, targets_N, log_sum_N)
-        ctx.num_items, ctx.label_smoothing, ctx.dtype = num_items, label_smoothing, dtype
-        target_N = (1 - label_smoothing) * target_N1[:, 0] + label_smoothing / num_items * sum_N
-        return log_sum_N - target_N
+        ctx.items, ctx.dtype = items, dtype
+        return log_sum_N - weighted_N
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_ND, table_VD, targets_N, log_sum_N = ctx.saved_tensors
-        num_items, smoothing, dtype = ctx.num_items, ctx.label_smoothing, ctx.dtype
-        grad_N1 = grads[0][:, None]
-        factors_ND = hidden_ND.to(dtype)
-        grad_hidden_ND = torch.zeros_like(hidden_ND)
-        grad_table_VD = torch.empty_like(table_VD)
-        grad_table_VD[0] = 0.0
-        grad_table_VD[num_items + 1 :] = 0.0
-        for block in blocks_of_items(len(hidden_ND), num_items, hidden_ND.device):
-            rows_CD = table_VD[block].to(dtype)
-            grad_NC = row_products(factors_ND, rows_CD).to(hidden_ND.dtype)
-            # softmax minus the weight of each item, times the incoming gradient
-            grad_NC.sub_(log_sum_N[:, None]).exp_()
-            if smoothing:
-                grad_NC.sub_(smoothing / num_items)
-            column_N1, inside_N1 = _columns(targets_N, block)
-            grad_NC.scatter_add_(1, column_N1, inside_N1.to(grad_NC.dtype).mul_(smoothing - 1))
-            factors_NC = grad_NC.mul_(grad_N1).to(dtype)
-            grad_hidden_ND += row_products(factors_NC, rows_CD.T)
-            grad_table_VD[block] = row_products(factors_NC.T, factors_ND.T)
-        return grad_hidden_ND, grad_table_VD, None, None, None, None
+        gradients = ctx.items.gradients(grads[0], *ctx.saved_tensors, ctx.dtype)
+        return *gradients, None, None, None
 
 
 def _columns(targets_N: torch.Tensor, block: slice) -> tuple[torch.Tensor, torch.Tensor]:

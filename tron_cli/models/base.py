@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tron_cli.baselines.knn_boost import KNNBoost
     from tron_cli.config import ExperimentConfig
     from tron_cli.data.batches import Batch
+    from tron_cli.distributed.tables import TableShard
 
 
 class Model(nn.Module):
@@ -24,7 +25,9 @@ class Model(nn.Module):
     as serving would. mask_item: an item id that evaluation appends to every history, whose hidden
     state then predicts; None: the hidden state of the last event does. fixed_shapes: True if
     batches may be padded, so that steps can be recorded as CUDA graphs. boost: what session-kNN
-    adds to the scores when items are ranked; `forward` and training do not know it.
+    adds to the scores when items are ranked; `forward` and training do not know it. shard: the
+    rows of item_embedding and item_table that this process holds, which are then all that they
+    have; None: all rows.
     """
 
     sequence_length: int
@@ -34,6 +37,7 @@ class Model(nn.Module):
     mask_item: int | None = None
     fixed_shapes: bool = False
     boost: KNNBoost | None = None
+    shard: TableShard | None = None
 
     def forward(self, batch: Batch, rows_UD: torch.Tensor | None = None) -> torch.Tensor:
         """Return hidden states [N, D] of the events, to be multiplied with `scored_rows`.
@@ -46,6 +50,17 @@ class Model(nn.Module):
     def item_table(self) -> torch.Tensor:
         """Table [num_items + 1 or more, D]: row i scores item i; others are no items."""
         raise NotImplementedError
+
+    @property
+    def item_tables(self) -> tuple[torch.Tensor, ...]:
+        """Parameters with a row for each item: one table, or that of the inputs and item_table."""
+        inputs, outputs = self.item_embedding.weight, self.item_table
+        return (inputs,) if inputs is outputs else (inputs, outputs)
+
+    @property
+    def divided_tables(self) -> tuple[torch.Tensor, ...]:
+        """Item tables of which this process has only the rows of `shard`."""
+        return () if self.shard is None else self.item_tables
 
     def scored_rows(self, rows_UD: torch.Tensor) -> torch.Tensor:
         """Return what hidden states are multiplied with instead of these rows of item_table."""

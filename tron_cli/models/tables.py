@@ -6,17 +6,39 @@ Shapes: N packed events, D width of the hidden states, U rows of a table that a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from tron_cli.models.base import Model
+from tron_cli.ops.initialize import keeping_rows
 from tron_cli.ops.unit_rows import plain_unit_rows, unit_rows
+
+if TYPE_CHECKING:
+    from tron_cli.distributed.tables import TableShard
 
 # Draws a table: (rows, columns) -> [rows, columns].
 Draw = Callable[[int, int], torch.Tensor]
+
+_divide: Callable[[int], TableShard] | None = None
+
+
+@contextmanager
+def dividing_tables(divide: Callable[[int], TableShard]) -> Iterator[None]:
+    """Let networks that are built have only the rows of item tables that this process holds.
+
+    divide: returns these of a table, for its number of rows.
+    """
+    global _divide
+    _divide = divide
+    try:
+        yield
+    finally:
+        _divide = None
 
 
 class ItemTables(Model):
@@ -46,7 +68,7 @@ class ItemTables(Model):
     ) -> None:
         """Draw rows 0 to num_items: by `draw`, a separate output table by `draw_outputs`.
 
-        with_mask: add a row for the mask.
+        with_mask: add a row for the mask. Within `dividing_tables` the tables have some rows only.
         """
         super().__init__()
         self.num_items = num_items
@@ -56,11 +78,12 @@ class ItemTables(Model):
         input_dim = output_dim if reuse_item_embeddings else embedding_dim
         rows = num_items + 1 + int(with_mask)
         self.mask_item = num_items + 1 if with_mask else None
-        self.item_embedding = embedding(draw(rows, input_dim))
+        self.shard = None if _divide is None else _divide(rows)
+        self.item_embedding = embedding(self._own_rows(draw, rows, input_dim))
         self.output_embedding = (
             self.item_embedding
             if reuse_item_embeddings
-            else embedding(draw_outputs(rows, output_dim))
+            else embedding(self._own_rows(draw_outputs, rows, output_dim))
         )
         self.normalize_inputs = normalize_inputs
         self.score = score
@@ -68,6 +91,16 @@ class ItemTables(Model):
         self.log_score_scale = (
             nn.Parameter(torch.tensor([math.log(score_scale)])) if learn_score_scale else None
         )
+
+    def _own_rows(self, draw: Draw, rows: int, columns: int) -> torch.Tensor:
+        """Draw a table; return the rows that this process holds."""
+        shard = self.shard
+        if shard is None:
+            return draw(rows, columns)
+        with keeping_rows(shard.first, shard.last):
+            table = draw(rows, columns)
+        # A network's own function may know nothing of shards.
+        return table if len(table) < rows else table[shard.first : shard.last].clone()
 
     @property
     def item_table(self) -> torch.Tensor:

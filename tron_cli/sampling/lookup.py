@@ -16,6 +16,7 @@ import torch
 
 if TYPE_CHECKING:
     from tron_cli.data.batches import Batch
+    from tron_cli.distributed.tables import TableShard
     from tron_cli.sampling.negatives import Negatives
 
 
@@ -43,25 +44,27 @@ def look_up(
     *,
     sparse: bool,
     before: BeforeLookup | None = None,
+    shard: TableShard | None = None,
 ) -> Looked:
     """Look up the rows of the inputs, targets, uniform negatives and candidates.
 
     sparse: the table's gradient is a sparse tensor of the rows looked up, each once. Otherwise it
     is dense, and if more ids are needed than the table has rows, the table itself is returned.
+    shard: the rows of the table that table_VD holds; others are fetched from other processes.
     """
     assert batch.targets_N is not None
     parts = [batch.inputs_N, batch.targets_N, negatives.uniform.flatten()]
     if negatives.candidates_N is not None:
         parts.append(negatives.candidates_N)
     ids = torch.cat(parts)
-    if not sparse and len(ids) >= len(table_VD):
+    if not sparse and shard is None and len(ids) >= len(table_VD):
         return Looked(table_VD, batch, negatives)
     ids_U, place = _distinct(ids, len(table_VD), same_shape=batch.padded)
     if before is not None:
         before(table_VD, ids_U)
     inputs_N, targets_N, uniform, *candidates = place.split([*map(len, parts)])
     return Looked(
-        _Rows.apply(table_VD, ids_U, sparse),
+        _rows(table_VD, ids_U, sparse, shard),
         dataclasses.replace(batch, inputs_N=inputs_N, targets_N=targets_N),
         dataclasses.replace(
             negatives,
@@ -72,13 +75,27 @@ def look_up(
 
 
 def look_up_inputs(
-    table_VD: torch.Tensor, batch: Batch, *, sparse: bool, before: BeforeLookup | None = None
+    table_VD: torch.Tensor,
+    batch: Batch,
+    *,
+    sparse: bool,
+    before: BeforeLookup | None = None,
+    shard: TableShard | None = None,
 ) -> tuple[Batch, torch.Tensor]:
     """Look up the rows of the inputs alone, for a model that scores with another table."""
     ids_U, place_N = _distinct(batch.inputs_N, len(table_VD), same_shape=batch.padded)
     if before is not None:
         before(table_VD, ids_U)
-    return dataclasses.replace(batch, inputs_N=place_N), _Rows.apply(table_VD, ids_U, sparse)
+    return dataclasses.replace(batch, inputs_N=place_N), _rows(table_VD, ids_U, sparse, shard)
+
+
+def _rows(
+    table_VD: torch.Tensor, ids_U: torch.Tensor, sparse: bool, shard: TableShard | None
+) -> torch.Tensor:
+    """Return rows [U, D] with a gradient of the table."""
+    if shard is not None:
+        return shard.fetch(table_VD, ids_U, sparse=sparse)
+    return _Rows.apply(table_VD, ids_U, sparse)
 
 
 def _distinct(

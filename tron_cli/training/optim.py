@@ -10,13 +10,14 @@ Shapes: V rows of a table, U rows that a step touches, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from tron_cli.config import ExperimentConfig
+from tron_cli.distributed.tables import TableShard
 from tron_cli.errors import InputError
 from tron_cli.models.base import Model
 from tron_cli.ops import row_adam
@@ -204,13 +205,21 @@ class RowAdam(RowOptimizer):
     pending for it (ops/row_adam.py). Each step also catches up a few rows of a table in turn, so
     that no sum of pending updates is overwritten before it is applied.
 
-    weight_decay: decoupled, with the weights of torch.optim.AdamW; vectors have none.
+    weight_decay: decoupled, with the weights of torch.optim.AdamW; vectors have none. shards: for
+    tables of which other processes have other rows, those of this one. Rows have their turn in the
+    same step with any number of processes.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, *, weight_decay: float = 0.0
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        *,
+        weight_decay: float = 0.0,
+        shards: Mapping[torch.Tensor, TableShard] | None = None,
     ) -> None:
         self._weight_decay = weight_decay
+        self._shards = shards or {}
         super().__init__(parameters, lr)
 
     def _fresh_state(self, parameters: list[nn.Parameter]) -> dict[str, Any]:
@@ -233,9 +242,11 @@ class RowAdam(RowOptimizer):
     def _wake(self, weights: torch.Tensor, ids_U: torch.Tensor) -> None:
         """Catch up these rows, if the lookup has not done so, and those whose turn it is."""
         # Every row has its turn in half the time for which sums are kept.
-        count = math.ceil(2 * len(weights) / len(self._saved["moves"]))
-        turn = torch.arange(count, device=ids_U.device).add_(self.steps * count)
-        self.catch_up(weights, torch.cat([ids_U, turn.remainder_(len(weights))]))
+        shard = self._shards.get(weights)
+        rows = len(weights) if shard is None else shard.num_rows
+        count = math.ceil(2 * rows / len(self._saved["moves"]))
+        turn = torch.arange(count, device=ids_U.device).add_(self.steps * count).remainder_(rows)
+        self.catch_up(weights, torch.cat([ids_U, turn if shard is None else shard.held(turn)]))
 
     @property
     def _log_decays(self) -> dict[str, torch.Tensor]:
@@ -421,7 +432,10 @@ def build_optimizer(
 def optimizer_of(config: ExperimentConfig, model: Model) -> torch.optim.Optimizer:
     """Return the optimizer that a config names, with its settings, for a model's parameters."""
     bias_table = model.item_table if config.output_bias else None
-    settings = settings_of(OPTIMIZERS[config.optimizer], config, bias_table=bias_table)
+    shards = dict.fromkeys(model.divided_tables, model.shard)
+    settings = settings_of(
+        OPTIMIZERS[config.optimizer], config, bias_table=bias_table, shards=shards
+    )
     return build_optimizer(config.optimizer, model.parameters(), config.lr, **settings)
 
 
@@ -430,14 +444,28 @@ def gradients_are_sparse(optimizer: str) -> bool:
     return OPTIMIZERS[optimizer].sparse_gradients
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> None:
-    """Scale all gradients so that their joint norm is at most clip_norm."""
-    gradients = [weights.grad for weights in parameters if weights.grad is not None]
-    values = [
-        gradient._values() if gradient.is_sparse else gradient for gradient in gradients
-    ]  # of distinct rows
-    norm = torch.stack([value.norm() for value in values]).norm()
-    scale = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+def clip_gradients(
+    parameters: Iterable[nn.Parameter],
+    clip_norm: float,
+    divided: Sequence[torch.Tensor] = (),
+    add_up: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone,
+) -> None:
+    """Scale all gradients so that their joint norm is at most clip_norm.
+
+    divided: tables of which other processes have other rows; add_up sums over the processes.
+    """
+    values: list[torch.Tensor] = []  # of distinct rows
+    norms: list[torch.Tensor] = []
+    norms_of_divided: list[torch.Tensor] = []
+    for weights in parameters:
+        if weights.grad is None:
+            continue
+        values.append(weights.grad._values() if weights.grad.is_sparse else weights.grad)
+        is_divided = any(weights is table for table in divided)
+        (norms_of_divided if is_divided else norms).append(values[-1].norm())
+    if norms_of_divided:
+        norms.append(add_up(torch.stack(norms_of_divided).square().sum()).sqrt())
+    scale = (clip_norm / (torch.stack(norms).norm() + 1e-6)).clamp(max=1.0)
     for value in values:
         value.mul_(scale)
 

@@ -6,6 +6,7 @@
         train.log         log output
         METHOD-DATASET-step=...-R@20=....pt   the best weights by val_metric
         last.pt           the latest weights and all that resuming needs
+        tables-step=...   with table_sharding=rows: what last.pt then lacks, by rows of item tables
         origin.json       the checkpoints that the run started from, if any
         .torchrun.json    the job of torchrun that made the folder, if one did (`restart.py`)
 
@@ -20,7 +21,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from tron_cli.distributed.processes import ALONE, Processes
 from tron_cli.errors import InputError, RunError, counted
 from tron_cli.files import locked, written_aside
 from tron_cli.models.base import Model
+from tron_cli.training import divided
 from tron_cli.training.profile import phase
 
 LOG = "train.log"
@@ -69,7 +71,11 @@ def claimed(run_dir: Path, *, resume: bool = False, numbered: bool = False) -> I
         with locked(run_dir / LOCK, run_dir, "choose another --name"):
             names = {entry.name for entry in run_dir.iterdir()} - _UNSAVED
             # A run that was killed while it saved its first checkpoint saved none.
-            held = sorted(name for name in names if not name.endswith(".pt.partial"))
+            held = sorted(
+                name
+                for name in names
+                if not name.endswith(".pt.partial") and not name.startswith(divided.TABLES)
+            )
             if held and not resume:
                 is_run = any(name.endswith(".pt") for name in held)
                 found = "holds a run already" if is_run else f"is not empty (it holds {held[0]})"
@@ -255,9 +261,19 @@ class RunFolder(RunFiles):
             "scaler": self.scaler.state_dict(),
             "progress": dataclasses.asdict(self.progress),
         }
-        if self.kept_model is not self.model:
+        is_averaged = self.kept_model is not self.model
+        if is_averaged:
             training["weights"] = dict(self.model.state_dict())
+        if self.model.shard is not None:
+            self._check_finite()
+            average = self.kept_model if is_averaged else None
+            with phase("save"):
+                training |= divided.save_tables(
+                    self.run_dir, self.progress.step, self.model, self.optimizer, average
+                )
         self._save(self.run_dir / LAST, epoch, {}, training)
+        if self.processes.is_first:
+            divided.drop_tables(self.run_dir, kept=training.get("tables"))
         self._saved_at = time.monotonic()
 
     def best(self) -> Path:
@@ -302,10 +318,8 @@ class RunFolder(RunFiles):
     def _save(
         self, path: Path, epoch: int, metrics: dict[str, float], training: dict[str, Any]
     ) -> None:
-        with phase("save"):
-            # The loss was finite before the last step, but the weights may not be after it.
-            if not all(map(_is_finite, self.model.parameters())):
-                raise self.diverged("the weights are not finite")
+        with phase("save"), self._weights(training) as weights:
+            self._check_finite()
             self._collect_lanes()
             if not self.processes.is_first:
                 return
@@ -321,7 +335,30 @@ class RunFolder(RunFiles):
                 popularity=self.popularity,
                 training=training,
                 origin=self.origin,
+                weights=weights,
             )
+
+    def _weights(
+        self, training: dict[str, Any]
+    ) -> AbstractContextManager[dict[str, torch.Tensor] | None]:
+        """Yield the weights to save, where these are not those of kept_model in this process."""
+        model = self.kept_model
+        if model.shard is None:
+            return nullcontext()
+        if training:
+            return nullcontext(divided.without_tables(model, model.state_dict()))
+        return divided.whole_weights(model, self.run_dir)
+
+    def _check_finite(self) -> None:
+        """Raise RunError where weights are not finite, in all processes.
+
+        The loss was finite before the last step, but the weights may not be after it.
+        """
+        flawed = not all(map(_is_finite, self.model.parameters()))
+        if self.model.shard is not None:
+            (flawed,) = self.processes.any(flawed)
+        if flawed:
+            raise self.diverged("the weights are not finite")
 
     def _collect_lanes(self) -> None:
         """Bring together the states of session-parallel lanes, which are those of their rows."""
@@ -445,4 +482,4 @@ def _step_of(line: bytes) -> int | None:
 
 def _is_finite(weights: torch.Tensor) -> bool:
     """Return True if all are finite, without a copy: the extremes of a tensor with NaN are NaN."""
-    return all(bool(extreme.isfinite()) for extreme in weights.aminmax())
+    return not weights.numel() or all(bool(each.isfinite()) for each in weights.aminmax())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -19,11 +20,14 @@ from tron_cli.data.batches import Batch
 from tron_cli.data.dataset import Dataset, Sessions, count_events
 from tron_cli.data.shares import share_of
 from tron_cli.distributed.processes import ALONE, Processes
+from tron_cli.distributed.tables import TableShard
 from tron_cli.errors import InputError, counted
 from tron_cli.models.base import Model, build_model
+from tron_cli.models.tables import dividing_tables
 from tron_cli.registry import CATALOGUE_LOSSES, SAMPLERS, load, settings_of
 from tron_cli.sampling.negatives import Distribution
 from tron_cli.training.averaging import add_to_average
+from tron_cli.training.divided import resumed
 from tron_cli.training.feed import build_feed, expected_in_batch, windows_of
 from tron_cli.training.graphs import CUDARecorder, GraphedSteps
 from tron_cli.training.optim import faster_adam, learning_rate, optimizer_of
@@ -82,27 +86,31 @@ def start_training(
     Raises InputError, before it writes anything, where config and dataset do not fit.
     """
     sessions, validation = training_splits(config, dataset)
-    _check_profiled(processes, profiler)
+    _check_processes(config, processes, profiler, init_from)
     _check_recency(config, dataset, sessions)
     item_ids = encode_item_ids(dataset.item_ids)
     config, measures = with_measures(config)
     dtype = _training_dtype(config.precision, device)
+    if config.table_sharding == "rows" and processes.count > 1 and dtype == torch.float16:
+        raise InputError(
+            "table_sharding=rows does not go with float16, whose gradients every process would "
+            "have to check for overflow; take precision=float32, or bf16 where the GPU has it"
+        )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     popularity: torch.Tensor | None = None
     average: Model | None = None
     max_epochs_before, is_auto = config.max_epochs, config.optimizer == "auto"
     if resume:
-        model, optimizer, progress, saved = _saved(run_dir / LAST, device, scaler)
+        model, optimizer, average, progress, saved = _saved(
+            run_dir / LAST, device, scaler, processes
+        )
         max_epochs_before, origin = saved.config.max_epochs, saved.origin
         if saved.popularity is not None:
             popularity = saved.popularity.clone()  # not mapped from a file that is replaced
-        if config.ema_decay:
-            average = saved.build_saved_model(device)
     else:
         chosen = _optimizer(config, sessions, dataset.num_items)
         config = dataclasses.replace(config, optimizer=chosen)
-        seed_generators(config.seed, step=0)
-        model = build_model(config, dataset.num_items)
+        model = new_model(config, dataset.num_items, processes)
         origin = {} if final is None else {"final": final}
         if init_from is not None:
             origin["init_from"] = start_from(init_from, model, config, dataset)
@@ -177,7 +185,7 @@ def start_training(
             "%s on %s: %s, %s, %s parameters, %s per epoch, %s in %s",
             config.method, dataset.name, _rows(config, sessions),
             counted(dataset.num_items, "item"),
-            f"{sum(weights.numel() for weights in model.parameters()):,}",
+            f"{_count_parameters(model):,}",
             counted(steps_per_epoch, "step"), device, str(dtype).removeprefix("torch."),
         )  # fmt: skip
         if is_auto:
@@ -202,6 +210,25 @@ def start_training(
     )
 
 
+def new_model(config: ExperimentConfig, num_items: int, processes: Processes) -> Model:
+    """Return a model with random weights, the same with any number of processes.
+
+    With table_sharding=rows, this process has only its rows of the item tables.
+    Raises InputError where the network does not let its tables be divided.
+    """
+    seed_generators(config.seed, step=0)
+    if config.table_sharding == "none" or processes.count == 1:
+        return build_model(config, num_items)
+    with dividing_tables(functools.partial(TableShard, processes)):
+        model = build_model(config, num_items)
+    if model.shard is None:
+        raise InputError(
+            f"table_sharding=rows divides the tables of ItemTables, which model={config.model} "
+            "does not extend; take table_sharding=none"
+        )
+    return model
+
+
 def training_splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Sessions, Sessions]:
     """Return training and validation sessions, cut to overfit_batches and limit_val_batches.
 
@@ -223,10 +250,27 @@ def training_splits(config: ExperimentConfig, dataset: Dataset) -> tuple[Session
     return sessions, _spread(validation, math.ceil(min(limit * whole, len(validation))))
 
 
-def _check_profiled(processes: Processes, profiler: StepProfiler) -> None:
-    if processes.count > 1 and profiler.steps:
+def _check_processes(
+    config: ExperimentConfig, processes: Processes, profiler: StepProfiler, init_from: Path | None
+) -> None:
+    """Raise InputError where several processes cannot share the training."""
+    if processes.count == 1:
+        return
+    if profiler.steps:
         raise InputError(
             "--profile measures the steps of one process; train it in one, without torchrun"
+        )
+    if config.table_sharding == "none":
+        return
+    if config.loss == "sce":
+        raise InputError(
+            "loss=sce fills its buckets from the whole item table, which table_sharding=rows "
+            "divides among processes; take table_sharding=none, or loss=ce"
+        )
+    if init_from is not None:
+        raise InputError(
+            "--init-from copies whole item tables, which table_sharding=rows divides among "
+            "processes; take table_sharding=none, or leave out --init-from"
         )
 
 
@@ -283,6 +327,15 @@ def _spread(sessions: Sessions, count: int) -> Sessions:
     return Sessions(np.concatenate(items), np.concatenate([[0], np.cumsum([*map(len, items)])]))
 
 
+def _count_parameters(model: Model) -> int:
+    """Return the number of parameters, those of divided tables in all processes."""
+    counts = [weights.numel() for weights in model.parameters()]
+    if model.shard is not None:
+        missing = model.shard.num_rows - (model.shard.last - model.shard.first)
+        counts += [missing * table.shape[1] for table in model.divided_tables]
+    return sum(counts)
+
+
 def scheduled_rate(config: ExperimentConfig, step: int, total_steps: int) -> float:
     """Return the learning rate of a step, counted from 0."""
     return learning_rate(
@@ -333,11 +386,12 @@ def _warn_of_a_jump(
 
 
 def _saved(
-    file: Path, device: torch.device, scaler: torch.amp.GradScaler
-) -> tuple[Model, torch.optim.Optimizer, Progress, Checkpoint]:
+    file: Path, device: torch.device, scaler: torch.amp.GradScaler, processes: Processes
+) -> tuple[Model, torch.optim.Optimizer, Model | None, Progress, Checkpoint]:
     """Load the training state from a checkpoint; the scaler's state goes to `scaler`.
 
-    Raises InputError where the file holds none, or that of another version of tron.
+    Returns model, optimizer, averaged model if any, progress and the checkpoint. Raises InputError
+    where the file holds no state, or that of another version of tron.
     """
     checkpoint = load_checkpoint(file)
     if not checkpoint.training:
@@ -345,11 +399,16 @@ def _saved(
             f"{file} holds only weights, as the best checkpoint of a run does, and no state to "
             f"resume from; take the {LAST} of its run, or start a new one"
         )
-    model = checkpoint.build_saved_model(device, to_resume=True)
-    before = checkpoint.config
-    optimizer = optimizer_of(before, model)
+    before, average = checkpoint.config, None
     try:
-        optimizer.load_state_dict(checkpoint.training["optimizer"])
+        if before.table_sharding == "rows":
+            model, optimizer, average = resumed(checkpoint, device, processes)
+        else:
+            model = checkpoint.build_saved_model(device, to_resume=True)
+            optimizer = optimizer_of(before, model)
+            optimizer.load_state_dict(checkpoint.training["optimizer"])
+            if before.ema_decay:
+                average = checkpoint.build_saved_model(device)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
     if checkpoint.training["scaler"]:  # empty where the precision before needed none
@@ -358,7 +417,7 @@ def _saved(
         progress = Progress(**checkpoint.training["progress"])
     except TypeError as error:
         raise InputError(f"{file} was written by another version of tron: {error}") from error
-    return model, optimizer, progress, checkpoint
+    return model, optimizer, average, progress, checkpoint
 
 
 def _optimizer(config: ExperimentConfig, sessions: Sessions, num_items: int) -> str:

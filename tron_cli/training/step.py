@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from tron_cli.config import ExperimentConfig
 from tron_cli.data.batches import Batch, Share, whole
+from tron_cli.distributed.cross_entropy import sharded_ce
 from tron_cli.distributed.gradients import add_up_gradients
 from tron_cli.distributed.processes import ALONE, Processes
 from tron_cli.errors import InputError
@@ -86,13 +87,17 @@ def accumulated_step(
     if processes.count > 1:
         with phase("exchange"):
             sparse = gradients_are_sparse(config.optimizer)
-            add_up_gradients(model.parameters(), processes, sparse=sparse)
+            add_up_gradients(
+                model.parameters(), processes, sparse=sparse, divided=model.divided_tables
+            )
     with phase("optimizer"):
         if several:
             _merge_rows(model)
         if config.clip_norm:
             scaler.unscale_(optimizer)
-            clip_gradients(model.parameters(), config.clip_norm)
+            clip_gradients(
+                model.parameters(), config.clip_norm, model.divided_tables, processes.add_up
+            )
         scaler.step(optimizer)
         scaler.update()
     return torch.stack(losses).sum() if several else losses[0]
@@ -169,11 +174,14 @@ def _sampled_loss(
             # Rows have the same pending updates in every process, to the last digit.
             _catch_up_whole(model, batch.share.whole, negatives, config, before)
             negatives, before = negatives.of_share(batch.share), None
-        looked = look_up(model.item_table, batch, negatives, sparse=sparse, before=before)
+        shard = model.shard
+        looked = look_up(
+            model.item_table, batch, negatives, sparse=sparse, before=before, shard=shard
+        )
         inputs, rows_UD = looked.batch, looked.rows_UD
         if not config.shares_table:
             inputs, rows_UD = look_up_inputs(
-                model.item_embedding.weight, batch, sparse=sparse, before=before
+                model.item_embedding.weight, batch, sparse=sparse, before=before, shard=shard
             )
     hidden_ND = _hidden(model, inputs, rows_UD)
     with phase("logits"):
@@ -205,15 +213,21 @@ def _catalogue_loss(
         sparse = sparse and not config.shares_table
         before = before_lookup if sparse else None
         if batch.share is not None and before is not None:
-            before(model.item_embedding.weight, batch.share.whole.inputs_N.unique())
+            _catch_up(model, model.item_embedding.weight, batch.share.whole.inputs_N, before)
             before = None
         inputs, rows_UD = look_up_inputs(
-            model.item_embedding.weight, batch, sparse=sparse, before=before
+            model.item_embedding.weight, batch, sparse=sparse, before=before, shard=model.shard
         )
     hidden_ND = _hidden(model, inputs, rows_UD)
     with phase("loss"):
         loss = build_loss(config, model.num_items)
         table_VD = model.scored_rows(model.item_table)
+        assert batch.targets_N is not None
+        if model.shard is not None:
+            return sharded_ce(
+                hidden_ND, table_VD, batch.targets_N, model.shard, model.num_items,
+                config.label_smoothing,
+            )  # fmt: skip
         if config.loss == "sce" and batch.share is not None:
             # Buckets are chosen among all positions; each process computes the loss of all.
             hidden_ND = _of_whole(hidden_ND.to(table_VD.dtype), batch.share, processes)
@@ -245,9 +259,15 @@ def _catch_up_whole(
         return
     assert whole.targets_N is not None
     ids = torch.cat([whole.inputs_N, whole.targets_N, negatives.uniform.flatten()])
-    before(model.item_table, ids.unique())
+    _catch_up(model, model.item_table, ids, before)
     if not config.shares_table:
-        before(model.item_embedding.weight, whole.inputs_N.unique())
+        _catch_up(model, model.item_embedding.weight, whole.inputs_N, before)
+
+
+def _catch_up(model: Model, table: torch.Tensor, ids: torch.Tensor, before: BeforeLookup) -> None:
+    """Do for some rows of a table, or those of them that it has, what precedes a lookup."""
+    ids_U = ids.unique()
+    before(table, ids_U if model.shard is None else model.shard.held(ids_U))
 
 
 def _hidden(model: Model, inputs: Batch, rows_UD: torch.Tensor) -> torch.Tensor:
