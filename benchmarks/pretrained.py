@@ -157,7 +157,7 @@ def reports(checkpoint: Path, result: Mapping[str, Any], data_dir: Path) -> dict
     options = {
         "dataset": result["dataset"],
         "data_dir": data_dir,
-        "full_sessions": "--full-sessions" in result["commands"][-1],
+        "full_sessions": covers_whole_sessions(result),
         "device": "cpu",
     }
     splits = ("test",) if is_final else ("val", "test")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +28,8 @@ KINDS = {
     "ce": {"model": "gsasrec", "loss": "ce", "reuse_item_embeddings": True},
 }  # fmt: skip
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+FIGURE = r"(?<!\d)\.\d{3,4}\b"
 SIZES = {"train": 80, "val": 5, "test": 5}
 
 
@@ -61,6 +65,22 @@ def test_every_packaged_config_says_what_it_is(name):
     doc = ast.get_docstring(ast.parse(source))
     assert doc is not None
     assert "\n" not in doc
+
+
+def test_figures_in_comments_are_in_the_results_or_in_the_log_of_the_search():
+    results = [
+        json.loads(path.read_text()) for path in (BENCHMARKS / "results/accuracy").glob("*.json")
+    ]
+    measured = {f"{value:.4f}"[1:] for each in results for value in each["validation"].values()}
+    measured |= {*re.findall(FIGURE, (BENCHMARKS / "SEARCH.md").read_text())}
+    claimed = {
+        (name, figure)
+        for name in packaged_configs()
+        for comment in re.findall("#.*", (CONFIGS_DIR / f"{name}.py").read_text())
+        for figure in re.findall(FIGURE, comment)
+    }
+    assert len(claimed) > 5
+    assert not [each for each in claimed if each[1] not in measured]
 
 
 @pytest.mark.parametrize("name", packaged_configs())

@@ -5,8 +5,7 @@ from tron_cli.config import ExperimentConfig
 config = ExperimentConfig(
     dataset_name="yoochoose",
     model="bert4rec",
-    # Leaves short sessions enough events to predict from (Yoochoose 1/64, one epoch: validation
-    # R@20 .607; .597 with the paper's 0.6 for short histories).
+    # Leaves short sessions more events to predict from than the paper's 0.6 for short histories.
     mask_probability=0.3,
     num_heads=2,
     feed_forward_dim=800,
