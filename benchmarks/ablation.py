@@ -15,16 +15,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import ROOT, commit, hardware, replace_between
+from benchmarks.commands import (
+    ROOT,
+    commit,
+    hardware,
+    measured,
+    processor_seconds,
+    replace_between,
+    write_result,
+)
 
 RESULTS = ROOT / "benchmarks" / "results" / "ablation"
 PAGE = ROOT / "docs" / "ablation.md"
@@ -97,11 +102,11 @@ def run(name: str, data_dir: Path) -> Path:
     data = ["--data-dir", str(data_dir)]
     with tempfile.TemporaryDirectory() as folder:
         where = [*data, "--output-dir", folder]
-        trained, spent = _measured([*words, *where, "--name", "run"])
-        _, of_start = _measured([*words, "max_batches_per_epoch=1", *where, "--name", "start"])
-        report, _ = _measured(["evaluate", trained["checkpoint"], "--full-sessions", *data])
+        trained, spent = measured([*words, *where, "--name", "run"])
+        _, of_start = measured([*words, "max_batches_per_epoch=1", *where, "--name", "start"])
+        report, _ = measured(["evaluate", trained["checkpoint"], "--full-sessions", *data])
         seed = json.loads((Path(folder) / "run" / "config.json").read_text())["seed"]
-    seconds = _processor_seconds(spent) - _processor_seconds(of_start)
+    seconds = processor_seconds(spent) - processor_seconds(of_start)
     unit = 1 if sys.platform == "darwin" else 1024
     result = {
         "experiment": name,
@@ -117,27 +122,7 @@ def run(name: str, data_dir: Path) -> Path:
         "validation": trained["validation"],
         "test": {key: value for key, value in report.items() if key != "checkpoint"},
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    return path
-
-
-def _measured(words: list[str]) -> tuple[dict[str, Any], resource.struct_rusage]:
-    """Run a tron command with --json; return its report and what it used."""
-    command = [sys.executable, "-m", "tron_cli", *words, "--json"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        report = process.stdout.read()
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return json.loads(report), used
-
-
-def _processor_seconds(used: resource.struct_rusage) -> float:
-    return used.ru_utime + used.ru_stime
+    return write_result(RESULTS / f"{name}.json", result)
 
 
 def results() -> dict[str, dict[str, Any]]:

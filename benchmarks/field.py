@@ -13,12 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import ROOT, commit, hardware, replace_between, tron
+from benchmarks.commands import (
+    ROOT,
+    commit,
+    hardware,
+    measured,
+    processor_seconds,
+    replace_between,
+    write_result,
+)
 
 RESULTS = ROOT / "benchmarks" / "results" / "field"
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
@@ -60,11 +67,9 @@ def run(dataset: str, method: str, data_dir: Path, output_dir: Path) -> Path:
         "train", "--config", f"{config}{suffix}", f"dataset_name={dataset}", *overrides, *budget,
     ]  # fmt: skip
     where = ["--data-dir", str(data_dir)]
-    before = _processor_seconds()
-    found = tron([*words, *where, "--output-dir", str(output_dir), "--name", name])
-    trained = _processor_seconds()
-    report = tron(["evaluate", found["checkpoint"], "--full-sessions", *where])
-    evaluated = _processor_seconds()
+    place = ["--output-dir", str(output_dir), "--name", name]
+    found, of_training = measured([*words, *where, *place])
+    report, of_evaluation = measured(["evaluate", found["checkpoint"], "--full-sessions", *where])
     config_file = output_dir / name / "config.json"
     result = {
         "experiment": name,
@@ -75,15 +80,12 @@ def run(dataset: str, method: str, data_dir: Path, output_dir: Path) -> Path:
         "hardware": hardware(),
         "seed": json.loads(config_file.read_text())["seed"],
         "epochs": None if method in BASELINES else epochs,
-        "training_processor_seconds": round(trained - before, 1),
-        "evaluation_processor_seconds": round(evaluated - trained, 1),
+        "training_processor_seconds": round(processor_seconds(of_training), 1),
+        "evaluation_processor_seconds": round(processor_seconds(of_evaluation), 1),
         "validation": found["validation"],
         "test": {key: value for key, value in report.items() if key != "checkpoint"},
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    return path
+    return write_result(RESULTS / f"{name}.json", result)
 
 
 def table(datasets: Iterable[str] = DATASETS) -> str:
@@ -118,12 +120,6 @@ def _row(result: dict[str, Any]) -> str:
         f"{result['evaluation_processor_seconds']:,.0f} s",
     ]
     return "| " + " | ".join(cells) + " |"
-
-
-def _processor_seconds() -> float:
-    """Return the processor time of all finished child processes."""
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return spent.ru_utime + spent.ru_stime
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy import RESULTS, ROOT, hardware
+from benchmarks.accuracy.runs import RESULTS
+from benchmarks.commands import ROOT, hardware
 from tron_cli.errors import InputError
 
 PRETRAINED = ROOT / "pretrained"

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy import tron
+from benchmarks.commands import tron
 from benchmarks.machine import ROOT, circumstances
 from benchmarks.measure import parser
 from benchmarks.serving import served

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from helpers.datasets import cyclic_sessions, write_dataset
 
-from benchmarks import ablation
+from benchmarks import ablation, commands
 
 FEW = ("embedding_dim=8", "num_blocks=1", "train_batch_size=32", "max_epochs=2")
 
@@ -53,7 +53,7 @@ def test_the_ablation_runs(
         report = json.loads(printed[printed.index("{") :])  # after the path that a run prints
         return report, SimpleNamespace(ru_utime=seconds, ru_stime=0, ru_maxrss=1e6)
 
-    monkeypatch.setattr(ablation, "_measured", measured)
+    monkeypatch.setattr(ablation, "measured", measured)
     words = ["run", "--data-dir", str(tiny)]
     ablation.main([*words, "1e-bce", "9b-ssm-top3"])
     results = {name: json.loads((tiny / "results" / f"{name}.json").read_text())
@@ -82,12 +82,12 @@ def test_the_ablation_runs(
 
 
 def test_what_a_command_uses_is_measured() -> None:
-    report, used = ablation._measured(["config", "show", "config_yoochoose"])
+    report, used = commands.measured(["config", "show", "config_yoochoose"])
     assert report["dataset_name"] == "yoochoose"
     assert 0.01 < used.ru_utime + used.ru_stime < 30
     assert used.ru_maxrss > 1000
     with pytest.raises(subprocess.CalledProcessError):
-        ablation._measured(["config", "show", "none_such"])
+        commands.measured(["config", "show", "none_such"])
 
 
 def test_the_ablation_names_its_runs(capsys: pytest.CaptureFixture[str]) -> None:

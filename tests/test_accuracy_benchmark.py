@@ -8,6 +8,7 @@ import shutil
 import statistics
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ import numpy as np
 import pytest
 from helpers.datasets import cyclic_sessions, random_sessions, tiny_settings, write_dataset
 
-from benchmarks import accuracy
-from benchmarks.accuracy import Experiment, table
+from benchmarks.accuracy import runs
+from benchmarks.accuracy import table as tables
+from benchmarks.accuracy.__main__ import main
+from benchmarks.accuracy.experiments import EXPERIMENTS, Experiment, Variant
+from benchmarks.accuracy.table import table
 from tron_cli.checkpoint import load_checkpoint
+from tron_cli.config import load_config
 from tron_cli.errors import InputError
 from tron_cli.files import best_checkpoint
 
@@ -50,8 +55,10 @@ def bench(
         "mixed": Experiment("tiny", "Network + kNN", parts=("net", "knn")),
         "seeds": Experiment("tiny", "Two seeds", parts=("net", "net-seed=43")),
     }
-    monkeypatch.setattr(accuracy, "EXPERIMENTS", experiments)
-    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "results")
+    for name, experiment in experiments.items():
+        monkeypatch.setitem(EXPERIMENTS, name, experiment)
+    for module in (runs, tables):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
 
     def tron(words: list[str]) -> dict[str, Any]:
         code, out, err = command(*words, "--json", "--device", "cpu")
@@ -59,11 +66,11 @@ def bench(
             raise subprocess.CalledProcessError(code, words, stderr=err)
         return json.loads(out.splitlines()[-1])
 
-    monkeypatch.setattr(accuracy, "tron", tron)
+    monkeypatch.setattr(runs, "tron", tron)
 
     def run(*words: object) -> dict[str, Any]:
         place = ["--data-dir", tmp_path / "data", "--output-dir", tmp_path / "runs"]
-        accuracy.main(["run", *map(str, [*words, *place])])
+        main(["run", *map(str, [*words, *place])])
         results = sorted((tmp_path / "results").iterdir(), key=lambda path: path.stat().st_mtime_ns)
         return json.loads(results[-1].read_text())
 
@@ -182,8 +189,8 @@ def test_a_run_from_elsewhere_is_recorded_if_it_is_the_experiment_s(
 
 def test_a_run_of_earlier_settings_is_refused(bench, tmp_path, monkeypatch, capfd) -> None:
     bench("net")
-    changed = accuracy.replace(accuracy.EXPERIMENTS["net"], overrides=("dropout_rate=0.1",))
-    monkeypatch.setitem(accuracy.EXPERIMENTS, "net", changed)
+    changed = replace(EXPERIMENTS["net"], overrides=("dropout_rate=0.1",))
+    monkeypatch.setitem(EXPERIMENTS, "net", changed)
     with pytest.raises(SystemExit):
         bench("net")
     assert "dropout_rate=0.3 instead of 0.1" in capfd.readouterr().err
@@ -215,15 +222,15 @@ def test_hours_leave_out_the_time_between_two_processes(tmp_path) -> None:
     )
     checkpoint = tmp_path / "tron-shop-R@20=0.2.pt"  # its file may be a copy, which is newer
     checkpoint.touch()
-    assert accuracy.training_seconds(tmp_path, "shop") == 42
+    assert runs.training_seconds(tmp_path, "shop") == 42
     end = datetime.fromisoformat("2026-01-02 10:00:05").timestamp()
     final = checkpoint.rename(tmp_path / "tron-shop-final.pt")
     os.utime(final, (end, end))
-    assert accuracy.training_seconds(tmp_path, "shop") == 45
+    assert runs.training_seconds(tmp_path, "shop") == 45
 
 
 def test_rows_follow_the_second_measure_and_untested_ones_come_last(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(accuracy, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for name, value in (("a", 0.1), ("b", 0.3), ("c", 0.2), ("d", None)):
         figure = {"value": 0.5, "stderr": 0.01}
         result = {
@@ -253,13 +260,13 @@ def test_rows_follow_the_second_measure_and_untested_ones_come_last(tmp_path, mo
 
 
 def test_parts_are_experiments_and_configs_load() -> None:
-    for name, experiment in accuracy.EXPERIMENTS.items():
-        variant = accuracy.Variant(name)
+    for name, experiment in EXPERIMENTS.items():
+        variant = Variant(name)
         if experiment.parts:
-            assert all(source.name in accuracy.EXPERIMENTS for source in variant.sources)
+            assert all(source.name in EXPERIMENTS for source in variant.sources)
         else:
             _, config, *overrides = variant.settings
             try:
-                assert accuracy.load_config(config, overrides)[0].dataset_name == experiment.dataset
+                assert load_config(config, overrides)[0].dataset_name == experiment.dataset
             except InputError as error:
                 pytest.fail(f"{name}: {error}")

@@ -16,7 +16,9 @@ from helpers.datasets import cyclic_sessions, write_dataset
 from helpers.runs import start, write_config
 
 import tron_cli
-from benchmarks import accuracy, pretrained
+from benchmarks import pretrained
+from benchmarks.accuracy.runs import RESULTS
+from benchmarks.commands import hardware
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.errors import InputError
 
@@ -59,7 +61,7 @@ def check_card(file: Path, results: Path) -> None:
 
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
 def test_a_published_checkpoint_is_that_of_its_card_and_its_result(file: Path) -> None:
-    check_card(file, accuracy.RESULTS)
+    check_card(file, RESULTS)
 
 
 def test_cards_and_records_name_files_and_all_is_small() -> None:
@@ -108,7 +110,7 @@ def write_result(place: Path, commands: list[str], name: str = "net") -> None:
     )
     result = {
         "title": "Network", "dataset": "ml1m_tiny", "commands": commands, "commit": "abc1234",
-        "hardware": accuracy.hardware(), "seed": 5, "training_seconds": 7200, "steps": run.step,
+        "hardware": hardware(), "seed": 5, "training_seconds": 7200, "steps": run.step,
         "validation": {name: each["value"] for name, each in val["metrics"].items()}, "test": test,
     }  # fmt: skip
     (place / "RESULTS" / "net.json").write_text(json.dumps(result))

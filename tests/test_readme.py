@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from benchmarks import field as benchmark
-from benchmarks.accuracy import BEGIN, END, RESULTS, table
+from benchmarks.accuracy.runs import RESULTS
+from benchmarks.accuracy.table import BEGIN, END, table
 from tron_cli.config import load_config, packaged_configs, parse_overrides
 from tron_cli.errors import InputError
 from tron_cli.registry import BASELINES, CATALOGUE_LOSSES, LOSSES, MODELS, SAMPLERS
