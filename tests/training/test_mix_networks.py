@@ -40,6 +40,10 @@ MIXES: dict[str, list[dict[str, Any]]] = {
         {"model": "gsasrec", "output_bias": True},
     ],
     "cosine and dot": [{"score": "cosine", "score_scale": 7.0, "output_bias": True}, {}],
+    "filters and relative positions": [
+        {"block": "bsarec", "training_windows": "prefixes", "low_frequencies": 3},
+        {"relative_positions": True},
+    ],
     "masks": [{"model": "bert4rec"}, {"model": "bert4rec", "embedding_dim": 12}],
 }
 
