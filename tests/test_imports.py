@@ -134,7 +134,7 @@ MAY_IMPORT = {
     "losses": "errors models ops registry sampling",
     "distributed": "errors losses",
     "baselines": "config data errors registry",
-    "checkpoint": "baselines config data errors files models ops registry",
+    "checkpoint": "baselines config data distributed errors files models ops registry",
     "prepare": "data errors files text_table",
     "evaluation": "baselines checkpoint config data distributed errors files models ops registry "
     "text_table",

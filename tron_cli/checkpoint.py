@@ -10,7 +10,8 @@ import dataclasses
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from tron_cli.config import ExperimentConfig, config_from_dict
 from tron_cli.config.plugins import UnnamedCodeError, label
 from tron_cli.data.dataset import Dataset
 from tron_cli.data.final import TrainAndValidation
+from tron_cli.distributed.tables import TableShard
 from tron_cli.errors import InputError, RunError
 from tron_cli.files import LAST as LAST  # which was defined here
 from tron_cli.files import best_checkpoint, written_aside
 from tron_cli.models.base import Model, build_model
 from tron_cli.models.mixed import MixedNetworks
+from tron_cli.models.tables import dividing_tables
 from tron_cli.ops import row_adam
 from tron_cli.registry import BASELINES, settings_of
 
@@ -165,12 +168,18 @@ class Checkpoint:
             row_adam.catch_up(weights, rows, **state, **shared)
 
     def build_saved_model(
-        self, device: torch.device, *, mapped: bool = False, to_resume: bool = False
+        self,
+        device: torch.device,
+        *,
+        mapped: bool = False,
+        to_resume: bool = False,
+        divide: Callable[[int], TableShard] | None = None,
     ) -> Model:
         """Return the model with its weights just as they were when the file was written.
 
         mapped: they are `weights`, not copies, unless these are stored in half precision; the
         model computes with float32 weights in both cases. to_resume: they are those to train on.
+        divide: returns the rows of item tables, for their number, that this process is to hold.
         """
         if "tables" in self.training:
             raise InputError(
@@ -179,11 +188,12 @@ class Checkpoint:
                 "checkpoint of the run instead"
             )
         weights = self.training.get("weights", self.weights) if to_resume else self.weights
-        with torch.device("meta"):  # no random weights, only to be replaced
+        dividing = nullcontext() if divide is None else dividing_tables(divide)
+        with torch.device("meta"), dividing:  # no random weights, only to be replaced
             models = [build_model(config, self.dataset["num_items"]) for config in self.configs]
             model = MixedNetworks(models) if self.networks else models[0]
         expected = model.state_dict()
-        weights = _widened(weights, expected)
+        weights = _widened(_own_rows(weights, model), expected)
         self._check_shapes(weights, expected)
         if not mapped:
             model.to_empty(device=device)
@@ -213,6 +223,21 @@ class Checkpoint:
             lines = self.item_ids.numpy().tobytes().decode().split("\n")
             return np.array(lines[:-1], dtype=object)
         return self.item_ids.numpy()
+
+
+def _own_rows(weights: Mapping[str, torch.Tensor], model: Model) -> Mapping[str, torch.Tensor]:
+    """Return weights with only the rows of divided tables that this process is to hold."""
+    shard, divided = model.shard, model.divided_tables
+    if shard is None:
+        return weights
+    named = model.named_parameters(remove_duplicate=False)
+    names = {name for name, each in named if any(each is table for table in divided)}
+    return {
+        name: values[shard.first : shard.last]
+        if name in names and len(values) == shard.num_rows
+        else values
+        for name, values in weights.items()
+    }
 
 
 def _widened(

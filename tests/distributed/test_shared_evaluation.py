@@ -23,8 +23,10 @@ from tron_cli.baselines import predict as of_baselines
 from tron_cli.checkpoint import load_checkpoint
 from tron_cli.data.dataset import Dataset
 from tron_cli.distributed.processes import Processes
+from tron_cli.errors import InputError
 from tron_cli.evaluation import compare, evaluate, predict
 from tron_cli.evaluation.evaluate import EvaluationOptions
+from tron_cli.evaluation.sharded import divided_model
 from tron_cli.prepare.reading.bad_lines import BadLines
 from tron_cli.serving.bulk import RecommendOptions, recommend_sessions
 from tron_cli.serving.list_files import list_writer
@@ -37,6 +39,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "start": {"positions": "start", "eval_batch_size": 3},
     "gru4rec": {"model": "gru4rec"},
     "bert4rec": {"model": "bert4rec"},
+    "cosine": {"score": "cosine", "output_bias": True, "reuse_item_embeddings": False},
     "knn": {"model": "session_knn"},
     "popular": {"model": "popular"},
     "ease": {"model": "ease"},
@@ -54,6 +57,17 @@ CASES = [
     ("popular", EvaluationOptions(limit_sessions=1)),
     ("sasrec", EvaluationOptions(sample_sessions=20, seed=3)),
 ]
+DIVIDED = [
+    (name, dataclasses.replace(EVERYTHING, cutoff=0, divided=True, filter_rated=filter_rated))
+    for name, filter_rated in (
+        ("sasrec", True), ("sasrec", False), ("start", False), ("gru4rec", False),
+        ("bert4rec", False), ("cosine", True),
+    )
+] + [
+    ("start", EvaluationOptions(full_sessions=True, divided=True)),
+    ("sasrec", EvaluationOptions(one_pass=True, divided=True)),
+    ("sasrec", EvaluationOptions(limit_sessions=1, divided=True)),
+]  # fmt: skip
 
 
 def write_models(folder: Path) -> None:
@@ -86,6 +100,10 @@ def rank_all(processes: Processes, folder: Path) -> dict[str, Any]:
         if number % 2 == 0:
             files = {each: out / f"{number}.{each}" for each in ("run", "qrels")}
             options = dataclasses.replace(options, **files, per_event=out / f"{number}.csv")
+        checkpoint = load_checkpoint(folder / f"{name}.pt")
+        reports.append(evaluate.assess(checkpoint, dataset, options, device, processes))
+    for number, (name, options) in enumerate(DIVIDED):
+        options = dataclasses.replace(options, per_event=out / f"divided-{number}.csv")
         checkpoint = load_checkpoint(folder / f"{name}.pt")
         reports.append(evaluate.assess(checkpoint, dataset, options, device, processes))
     checkpoints = [load_checkpoint(folder / f"{name}.pt") for name in ("sasrec", "knn", "start")]
@@ -127,13 +145,27 @@ def test_several_processes_find_what_one_finds(tmp_path: Path) -> None:
     expected = alone(rank_in_parts, tmp_path)
     assert expected["reports"][0]["events"] == expected["reports"][-1]["events"] > 300
     files = {file.name: file.read_bytes() for file in (tmp_path / "1").iterdir()}
-    assert len(files) == 3 * len(CASES[::2]) + 3
+    assert len(files) == 3 * len(CASES[::2]) + len(DIVIDED) + 3
     for count in (2, 4):
         first, *others = in_processes(count, rank_in_parts, tmp_path, tmp_path)
         assert first == expected
         assert all(other["reports"] == expected["reports"] for other in others)
         for name, content in files.items():
             assert (tmp_path / str(count) / name).read_bytes() == content, (count, name)
+
+
+def test_what_processes_cannot_divide_is_refused(tmp_path: Path) -> None:
+    write_models(tmp_path)
+    processes, cpu = Processes(1, 4), torch.device("cpu")
+    model = divided_model(load_checkpoint(tmp_path / "sasrec.pt"), cpu, processes)
+    whole = load_checkpoint(tmp_path / "sasrec.pt").build_model(cpu)
+    assert torch.equal(model.item_table, whole.item_table[16:32])  # 61 rows in four processes
+    with pytest.raises(InputError, match="is session_knn; leave out --table-sharding"):
+        divided_model(load_checkpoint(tmp_path / "knn.pt"), cpu, processes)
+    dataset = Dataset.open(tmp_path / "data" / "tiny")
+    options = EvaluationOptions(cutoff=3, divided=True)
+    with pytest.raises(InputError, match="--run and --cutoff list the best items"):
+        evaluate.assess(load_checkpoint(tmp_path / "sasrec.pt"), dataset, options, cpu)
 
 
 def torchrun(count: int, *words: object, folder: Path) -> subprocess.CompletedProcess[str]:

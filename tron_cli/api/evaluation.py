@@ -136,6 +136,7 @@ def evaluate(
     run: AnyPath | None = None,
     qrels: AnyPath | None = None,
     per_event: AnyPath | None = None,
+    table_sharding: Literal["none", "rows"] = "none",
     plugins: Sequence[str] = (),
     device: str | torch.device = "auto",
 ) -> EvaluationResult:
@@ -148,7 +149,8 @@ def evaluate(
     files to write.
 
     Processes that torchrun starts rank the events together; the first one writes the files, and all
-    return the same result.
+    return the same result. table_sharding: with "rows" each of them holds only an equal part of the
+    item tables; figures, but not lists, of tables larger than one device.
 
     Raises InputError where checkpoint, dataset and options do not fit together or a file is
     missing, and RunError where scores are not finite.
@@ -179,6 +181,7 @@ def evaluate(
         by=tuple(dict.fromkeys(by)),
         cutoff=cutoff,
         drop_unknown=drop_unknown,
+        divided=table_sharding == "rows",
     )
     used_device = device_of_process(chosen_device(device))
     with joined(used_device, PATIENCE_IN_RANKING) as processes:

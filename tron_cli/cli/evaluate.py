@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -73,6 +73,13 @@ def evaluate(
             "serendipity; 0: no lists, which saves time.",
         ),
     ] = 0,
+    table_sharding: Annotated[
+        Literal["none", "rows"],
+        typer.Option(
+            help="Under torchrun, hold the whole item tables in each process, or an equal part of "
+            "their rows, for tables larger than one device; without --run and --cutoff."
+        ),
+    ] = "none",
     data_dir: DataDir = DATASETS,
     plugin: Plugins = None,
     device: Device = "auto",
@@ -94,6 +101,7 @@ def evaluate(
         per_event=per_event,
         by=[kind.value for kind in by or ()],
         cutoff=cutoff,
+        table_sharding=table_sharding,
         data_dir=data_dir,
         device=device,
     )

@@ -27,6 +27,7 @@ from tron_cli.evaluation.beyond_accuracy import (
 )
 from tron_cli.evaluation.metrics import figures, parse_measures, values_by_rank
 from tron_cli.evaluation.predict import of_all_processes, predict
+from tron_cli.evaluation.sharded import divided_model
 from tron_cli.evaluation.slices import KINDS, sliced_figures
 from tron_cli.evaluation.trec import Ids, write_qrels, write_run
 from tron_cli.files import check_writable
@@ -59,6 +60,7 @@ class EvaluationOptions:
     by: tuple[str, ...] = ()  # keys of slices.KINDS
     cutoff: int = 0  # length of the lists for the beyond-accuracy figures; 0: omit these
     drop_unknown: bool = False  # leave out events on items that the checkpoint does not know
+    divided: bool = False  # processes hold equal parts of the rows of item tables
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,11 @@ def _read(
     measures = parse_measures(config.metrics if options.metrics is None else options.metrics)
     sessions, number_S = chosen_sessions(dataset, options)
     processes.of_first(lambda: _check_files(options))
-    model = checkpoint.build_model(device)
+    model = (
+        divided_model(checkpoint, device, processes)
+        if options.divided and processes.count > 1
+        else checkpoint.build_model(device)
+    )
     if options.one_pass and model.mask_item is not None:
         raise InputError(
             f"--one-pass does not apply to model={config.model}, which predicts from a mask after "
@@ -441,6 +447,11 @@ def _check(options: EvaluationOptions, checkpoint: Checkpoint) -> None:
     if unknown:
         raise InputError(f"--by must be one of {', '.join(KINDS)}, got {unknown[0]!r}")
     check_cutoff(options.cutoff)
+    if options.divided and (options.run or options.cutoff):
+        raise InputError(
+            "--run and --cutoff list the best items, for which each process needs the whole item "
+            "table; leave them out, or leave out --table-sharding"
+        )
     if options.one_pass and options.full_sessions:
         raise InputError(
             "--one-pass covers the last sequence_length events of a session only; leave out "

@@ -8,9 +8,14 @@ Shapes: E events of a process, M of all, U distinct targets, D width, P (event, 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from tron_cli.errors import RunError
+from tron_cli.checkpoint import Checkpoint
+from tron_cli.distributed.processes import Processes
+from tron_cli.distributed.tables import TableShard
+from tron_cli.errors import InputError, RunError
 from tron_cli.evaluation.ranking import Catalogue, SeenItems
 from tron_cli.models.base import Model
 
@@ -75,3 +80,29 @@ class ShardedCatalogue:
             with_row_0=self._with_row_0,
         )
         return 1 + processes.add_up(ahead_M)[begin:end]
+
+
+def divided_model(checkpoint: Checkpoint, device: torch.device, processes: Processes) -> Model:
+    """Return a network of which this process holds an equal part of the rows of item tables.
+
+    Raises InputError for a checkpoint of which rows cannot be divided.
+    """
+    cure = "leave out --table-sharding"
+    if checkpoint.config.is_baseline or checkpoint.networks or checkpoint.knn is not None:
+        raise InputError(
+            f"--table-sharding rows divides the item table of one network, and {checkpoint.path} "
+            f"is {checkpoint.method}; {cure}"
+        )
+    if checkpoint.training:
+        raise InputError(
+            f"--table-sharding rows takes the best checkpoint of a run, and {checkpoint.path} is "
+            "the last one; name the run's folder"
+        )
+    divide = functools.partial(TableShard, processes)
+    model = checkpoint.build_saved_model(device, divide=divide).eval()
+    if model.shard is None:
+        raise InputError(
+            "--table-sharding rows divides the tables of ItemTables, which "
+            f"model={checkpoint.config.model} does not extend; {cure}"
+        )
+    return model
