@@ -10,7 +10,7 @@ import pytest
 from helpers.tables import MINUTE, shop
 
 import tron_cli
-from tron_cli.prepare import event_spool
+from tron_cli.prepare import event_spool, session_files
 from tron_cli.prepare.event_spool import EventSpool
 
 
@@ -74,6 +74,23 @@ def test_the_dataset_does_not_depend_on_the_number_of_parts(
     monkeypatch.setattr(event_spool, "_EVENT_BYTES", 1 << 20)  # as if compressed: divided later
     assert prepared("divided") == whole
     assert min(parts) > 20
+
+
+def test_items_are_numbered_as_they_appear_whatever_the_size_of_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source has no times, and is one part."""
+    monkeypatch.setattr(session_files, "CHUNK_SESSIONS", 7)
+    rng = np.random.default_rng(0)
+    lines = [rng.integers(0, 10 + number, 3).tolist() for number in range(100)]
+    for name, part in (("train", lines), ("test", lines[::-3])):
+        text = "".join(" ".join(map(str, items)) + "\n" for items in part)
+        (tmp_path / name).write_text(text)
+    data = tron_cli.prepare(
+        "sequences", name="x", data_dir=tmp_path, train=tmp_path / "train", test=tmp_path / "test"
+    )
+    expected = list(dict.fromkeys(item for items in lines for item in items))
+    assert data.item_ids.tolist() == expected
 
 
 def test_a_part_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -56,7 +56,9 @@ def in_order_of_appearance(parts: Iterable[Sessions]) -> np.ndarray:
     # Start and place of the first session of each item, and the position in it.
     first = np.full((3, 0), _NEVER)
     for sessions in parts:
-        for chunk in by_first_event(sessions):
+        # Places of one part alone too: those of a chunk begin anew.
+        placed = replace(sessions, places=first_keys(sessions)[1])
+        for chunk in by_first_event(placed):
             items, at = np.unique(chunk.items, return_index=True)
             row = np.searchsorted(chunk.offsets, at, side="right") - 1
             found = np.stack([*(key[row] for key in first_keys(chunk)), at - chunk.offsets[row]])
