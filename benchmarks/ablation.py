@@ -39,7 +39,9 @@ BEGIN, END = "<!-- ablation: begin -->", "<!-- ablation: end -->"
 DATASET = "yoochoose1_64"
 CONFIG = "config_yoochoose"
 EPOCHS = 2
-COMMON = ("embedding_dim=100", "dropout_rate=0.05", "lr=5e-4", f"max_epochs={EPOCHS}")
+COMMON = (
+    "embedding_dim=100", "score=dot", "dropout_rate=0.05", "lr=5e-4", f"max_epochs={EPOCHS}",
+)  # fmt: skip
 STYLES = {"e": "eventwise", "s": "sessionwise", "b": "batchwise"}
 
 

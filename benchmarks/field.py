@@ -30,8 +30,11 @@ from benchmarks.commands import (
 RESULTS = ROOT / "benchmarks" / "results" / "field"
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 
-# The dataset's packaged configs, and the epochs of each network.
-DATASETS = {"yoochoose1_64": ("config_yoochoose", 3), "diginetica": ("config_diginetica", 2)}
+# The dataset's packaged configs, the epochs of each network, and TRON's own dropout.
+DATASETS = {
+    "yoochoose1_64": ("config_yoochoose", 3, 0.05),
+    "diginetica": ("config_diginetica", 2, 0.2),
+}
 IN_README = ("yoochoose1_64",)
 
 _CE = ("loss=ce", "num_uniform_negatives=0", "num_batch_negatives=0", "topk_sampling=False")
@@ -60,8 +63,10 @@ BASELINES = ("session_knn", "markov", "ease", "session_popular", "popular")
 def run(dataset: str, method: str, data_dir: Path, output_dir: Path) -> Path:
     """Train and evaluate one method, and return its result file."""
     _, suffix, overrides = METHODS[method]
-    config, epochs = DATASETS[dataset]
+    config, epochs, dropout = DATASETS[dataset]
     budget = () if method in BASELINES else (f"max_epochs={epochs}",)
+    if not suffix and budget:  # before the scores and dropout that validation chose
+        budget = (*budget, "score=dot", f"dropout_rate={dropout}")
     name = f"{dataset}-{method}"
     words = [
         "train", "--config", f"{config}{suffix}", f"dataset_name={dataset}", *overrides, *budget,

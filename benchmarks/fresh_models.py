@@ -32,6 +32,7 @@ RUNS = ("from scratch", "from last week's model")
 SHARES = (0.95, 0.99, 1.0)  # of the best figure of training from scratch
 SETTINGS: dict[str, Any] = {
     "positions": "start",
+    "score": "dot",
     "embedding_dim": 64,
     "dropout_rate": 0.2,
     "num_uniform_negatives": 1024,

@@ -33,7 +33,7 @@ def test_a_method_is_trained_and_evaluated_and_its_processor_time_recorded(
 
     monkeypatch.setattr(field, "measured", measured)
     monkeypatch.setattr(field, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(field, "DATASETS", {"tiny": ("config_yoochoose", 2)})
+    monkeypatch.setattr(field, "DATASETS", {"tiny": ("config_yoochoose", 2, 0.05)})
     monkeypatch.setitem(field.METHODS, "tron", ("TRON", "", FEW))
     for method, epochs in (("tron", 2), ("popular", None)):
         path = field.run("tiny", method, tmp_path, tmp_path / "runs")

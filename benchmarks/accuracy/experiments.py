@@ -29,18 +29,24 @@ _CE = ("loss=ce", "num_uniform_negatives=0", "num_batch_negatives=0", "topk_samp
 _COSINE = ("score=cosine", "score_scale=14")
 
 
-def _session_experiments(dataset: str, config: str, *changes: str) -> dict[str, Experiment]:
+def _session_experiments(
+    dataset: str, config: str, dropout: str, *changes: str
+) -> dict[str, Experiment]:
+    """Return TRON with its own scores and a dropout, and its SASRec with other changes."""
     common = (f"dataset_name={dataset}", *changes)
     tron = f"config_{config}"
+    published = (f"dataset_name={dataset}", "score=dot", f"dropout_rate={dropout}")
+    if config == "yoochoose":
+        published = (*published, "max_epochs=10")
     # SASRec's epochs are many, for the gain of each is small. On the parts of Yoochoose patience
     # ends them; on Diginetica a budget of one and a half times TRON's steps.
     epochs = "max_epochs=100" if config == "yoochoose" else "max_epochs=10"
     return {
         f"{dataset}-tron-end": Experiment(
-            dataset, "TRON, positions=end", tron, (*common, "positions=end"), one_pass=True
+            dataset, "TRON, positions=end", tron, (*published, "positions=end"), one_pass=True
         ),
         f"{dataset}-tron-start": Experiment(
-            dataset, "TRON, positions=start", tron, (*common, "positions=start")
+            dataset, "TRON, positions=start", tron, (*published, "positions=start")
         ),
         f"{dataset}-sasrec": Experiment(
             dataset, "SASRec, BCE, 1 negative", f"config_{config}_sasrec", (*common, epochs)
@@ -56,11 +62,12 @@ _BASELINES = {
 }
 
 
-def _with_knn(dataset: str, config: str, dropouts: dict[str, str]) -> dict[str, Experiment]:
+def _with_knn(
+    dataset: str, config: str, dropouts: dict[str, str], *changes: str
+) -> dict[str, Experiment]:
     """Return the baselines, TRON with cosines, and mixtures with session-kNN.
 
-    dropouts: what follows the name of a network, and its dropout; "" is the config's. The last two
-    networks are also joined.
+    dropouts: what follows the name of a network, and its dropout; both networks are also joined.
     """
     common, knn = f"dataset_name={dataset}", f"{dataset}-session_knn"
     found = {
@@ -69,11 +76,11 @@ def _with_knn(dataset: str, config: str, dropouts: dict[str, str]) -> dict[str, 
     }
     for suffix, rate in dropouts.items():
         name = f"{dataset}-tron-cosine{suffix}"
-        title = f"TRON, cosine, dropout {rate}" if rate else "TRON, cosine"
-        changes = (f"dropout_rate={rate}",) if rate else ()
-        found[name] = Experiment(dataset, title, config, (common, *_COSINE, *changes))
+        title = f"TRON, cosine, dropout {rate}"
+        settings = (common, *_COSINE, f"dropout_rate={rate}", *changes)
+        found[name] = Experiment(dataset, title, config, settings)
         found[f"{name}-knn"] = Experiment(dataset, f"{title} + session-kNN", parts=(name, knn))
-    two = tuple(f"{dataset}-tron-cosine{suffix}" for suffix in dropouts)[-2:]
+    two = tuple(f"{dataset}-tron-cosine{suffix}" for suffix in dropouts)
     title = "TRON, cosine, dropout 0.2 and 0.4"
     found[f"{dataset}-tron-cosine-two"] = Experiment(dataset, title, parts=two)
     found[f"{dataset}-tron-cosine-two-knn"] = Experiment(
@@ -103,7 +110,9 @@ def _classics(dataset: str, config: str) -> dict[str, Experiment]:
         f"{dataset}-gsasrec": Experiment(
             dataset, "gSASRec, gBCE, 16 negatives", f"{config}_gsasrec", (common, longer)
         ),
-        f"{dataset}-sasrec-ce": Experiment(dataset, "SASRec, cross-entropy", config, ce),
+        f"{dataset}-sasrec-ce": Experiment(
+            dataset, "SASRec, cross-entropy", config, (*ce, "score=dot")
+        ),
         f"{dataset}-sasrec-ce-cosine": Experiment(
             dataset, "SASRec, cross-entropy, cosine", config, (*ce, *_COSINE)
         ),
@@ -170,11 +179,12 @@ _LONGER = (
 EXPERIMENTS = {
     # A week of sessions overfits at TRON's dropout: 0.4 is better than 0.05 on validation, for
     # SASRec too.
-    **_session_experiments("yoochoose_100k", "yoochoose", "dropout_rate=0.4"),
-    **_session_experiments("yoochoose1_64", "yoochoose"),
+    **_session_experiments("yoochoose_100k", "yoochoose", "0.4", "dropout_rate=0.4"),
+    **_session_experiments("yoochoose1_64", "yoochoose", "0.05"),
     **_with_knn(
         "yoochoose1_64", "config_yoochoose",
-        {"": "", "-dropout=0.2": "0.2", "-dropout=0.4": "0.4"},
+        {"-dropout=0.2": "0.2", "-dropout=0.4": "0.4"},
+        "max_epochs=10",
     ),
     **_classics("yoochoose1_64", "config_yoochoose"),
     # Diginetica has too many items for it.
@@ -182,8 +192,8 @@ EXPERIMENTS = {
         "yoochoose1_64", "EASE", "config_yoochoose",
         ("dataset_name=yoochoose1_64", "model=ease"),
     ),
-    **_session_experiments("diginetica", "diginetica"),
-    **_with_knn("diginetica", "config_diginetica", {"": "", "-dropout": "0.4"}),
+    **_session_experiments("diginetica", "diginetica", "0.2"),
+    **_with_knn("diginetica", "config_diginetica", {"": "0.2", "-dropout": "0.4"}),
     **_classics("diginetica", "config_diginetica"),
     "ml1m-tron-end": Experiment("ml1m", "TRON, positions=end", "config_ml1m", ("positions=end",)),
     "ml1m-tron-start": Experiment(

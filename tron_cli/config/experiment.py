@@ -147,7 +147,7 @@ class ExperimentConfig:
         rectools="distance",
     )
     score_scale: float = setting(
-        16.0,
+        14.0,
         help="factor of the scores with score=cosine; 12 to 16 in NISER",
         above=0,
     )

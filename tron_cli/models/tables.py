@@ -62,7 +62,7 @@ class ItemTables(Model):
         reuse_item_embeddings: bool,
         output_bias: bool,
         score: str = "dot",
-        score_scale: float = 16.0,
+        score_scale: float = 14.0,
         learn_score_scale: bool = False,
         normalize_inputs: bool = False,
     ) -> None:
