@@ -107,13 +107,14 @@ def test_every_option_of_evaluate_arrives(
         "--one-pass", "--limit-sessions", 7, "--run", "r", "--qrels", "q", "--data-dir", "d",
         "--device", "cpu", "--sample-sessions", 3, "--seed", 4, "--per-event", "e.csv",
         "--by", "repeat", "--by", "length", "--cutoff", 5, "--drop-unknown",
+        "--table-sharding", "rows",
     )[0] == 0  # fmt: skip
     assert seen.pop() == {
         "checkpoint": Path("a.pt"), "dataset": "shop", "split": "val", "protocol": "last-item",
         "metrics": "R@3", "filter_rated": True, "full_sessions": True, "one_pass": True,
         "limit_sessions": 7, "run": Path("r"), "qrels": Path("q"), "sample_sessions": 3, "seed": 4,
         "per_event": Path("e.csv"), "by": ["repeat", "length"], "cutoff": 5, "drop_unknown": True,
-        "data_dir": Path("d"), "device": "cpu",
+        "data_dir": Path("d"), "device": "cpu", "table_sharding": "rows",
     }  # fmt: skip
     command("evaluate", "a.pt", "--no-filter-rated")
     assert seen.pop()["filter_rated"] is False

@@ -58,15 +58,15 @@ CASES = [
     ("sasrec", EvaluationOptions(sample_sessions=20, seed=3)),
 ]
 DIVIDED = [
-    (name, dataclasses.replace(EVERYTHING, cutoff=0, divided=True, filter_rated=filter_rated))
-    for name, filter_rated in (
+    (name, dataclasses.replace(EVERYTHING, cutoff=0, table_sharding="rows", filter_rated=filtered))
+    for name, filtered in (
         ("sasrec", True), ("sasrec", False), ("start", False), ("gru4rec", False),
         ("bert4rec", False), ("cosine", True),
     )
 ] + [
-    ("start", EvaluationOptions(full_sessions=True, divided=True)),
-    ("sasrec", EvaluationOptions(one_pass=True, divided=True)),
-    ("sasrec", EvaluationOptions(limit_sessions=1, divided=True)),
+    ("start", EvaluationOptions(full_sessions=True, table_sharding="rows")),
+    ("sasrec", EvaluationOptions(one_pass=True, table_sharding="rows")),
+    ("sasrec", EvaluationOptions(limit_sessions=1, table_sharding="rows")),
 ]  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def test_what_processes_cannot_divide_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is session_knn; leave out --table-sharding"):
         divided_model(load_checkpoint(tmp_path / "knn.pt"), cpu, processes)
     dataset = Dataset.open(tmp_path / "data" / "tiny")
-    options = EvaluationOptions(cutoff=3, divided=True)
+    options = EvaluationOptions(cutoff=3, table_sharding="rows")
     with pytest.raises(InputError, match="--run and --cutoff list the best items"):
         evaluate.assess(load_checkpoint(tmp_path / "sasrec.pt"), dataset, options, cpu)
 

@@ -181,7 +181,7 @@ def evaluate(
         by=tuple(dict.fromkeys(by)),
         cutoff=cutoff,
         drop_unknown=drop_unknown,
-        divided=table_sharding == "rows",
+        table_sharding=table_sharding,
     )
     used_device = device_of_process(chosen_device(device))
     with joined(used_device, PATIENCE_IN_RANKING) as processes:

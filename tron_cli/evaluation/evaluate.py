@@ -60,7 +60,7 @@ class EvaluationOptions:
     by: tuple[str, ...] = ()  # keys of slices.KINDS
     cutoff: int = 0  # length of the lists for the beyond-accuracy figures; 0: omit these
     drop_unknown: bool = False  # leave out events on items that the checkpoint does not know
-    divided: bool = False  # processes hold equal parts of the rows of item tables
+    table_sharding: str = "none"  # rows: processes hold equal parts of the item tables
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _read(
     processes.of_first(lambda: _check_files(options))
     model = (
         divided_model(checkpoint, device, processes)
-        if options.divided and processes.count > 1
+        if options.table_sharding == "rows" and processes.count > 1
         else checkpoint.build_model(device)
     )
     if options.one_pass and model.mask_item is not None:
@@ -447,7 +447,7 @@ def _check(options: EvaluationOptions, checkpoint: Checkpoint) -> None:
     if unknown:
         raise InputError(f"--by must be one of {', '.join(KINDS)}, got {unknown[0]!r}")
     check_cutoff(options.cutoff)
-    if options.divided and (options.run or options.cutoff):
+    if options.table_sharding == "rows" and (options.run or options.cutoff):
         raise InputError(
             "--run and --cutoff list the best items, for which each process needs the whole item "
             "table; leave them out, or leave out --table-sharding"
