@@ -109,7 +109,7 @@ def test_every_model_and_loss_by_cosine(tmp_path, model, loss):
     assert found_share(tmp_path, **settings) >= 0.95
 
 
-@pytest.mark.parametrize(("loss", "style"), zip(LOSSES, itertools.cycle(STYLES)))
+@pytest.mark.parametrize(("loss", "style"), [*zip(LOSSES, itertools.cycle(STYLES), strict=False)])
 def test_session_parallel(tmp_path, loss, style):
     settings = {"loss": loss, "sampling_style": style, "max_epochs": 3, "lr": 4e-2}
     if loss == "gbce":

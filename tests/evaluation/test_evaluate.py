@@ -17,6 +17,7 @@ from tron_cli.checkpoint import (
     Checkpoint,
 )
 from tron_cli.cli.report import evaluation_text
+from tron_cli.data.batches import Batch
 from tron_cli.data.dataset import Dataset
 from tron_cli.errors import InputError
 from tron_cli.evaluation.beyond_accuracy import beyond_accuracy, count_items
@@ -403,11 +404,12 @@ def test_no_forward_pass_sees_more_histories_than_eval_batch_size(
     checkpoint = random_checkpoint(dataset, tmp_path / "model.pt", eval_batch_size=7)
     rows: list[int] = []
     forward = SASRec.forward
-    monkeypatch.setattr(
-        SASRec,
-        "forward",
-        lambda self, batch: rows.append(len(batch.lengths_B)) or forward(self, batch),
-    )
+
+    def counted(self: SASRec, batch: Batch, *others: Any) -> Any:
+        rows.append(len(batch.lengths_B))
+        return forward(self, batch, *others)
+
+    monkeypatch.setattr(SASRec, "forward", counted)
     assess(checkpoint, dataset, EvaluationOptions(), CPU)
     assert max(rows) == 7
 

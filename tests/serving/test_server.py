@@ -33,6 +33,14 @@ def server() -> Iterator[RunningServer]:
         yield running
 
 
+def wait_until_nobody_is_connected(server: RunningServer) -> None:
+    """Wait for the server to notice that earlier clients have gone."""
+    end = time.monotonic() + 10
+    while server.server.server_state.connections and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not server.server.server_state.connections
+
+
 def raw(port: int, data: bytes, seconds: float = 5) -> bytes:
     """Send bytes as they are; return all that comes back until the server closes."""
     with socket.create_connection((HOST, port), timeout=seconds) as connection:
@@ -230,6 +238,7 @@ def test_slow_clients_are_refused(server: RunningServer, monkeypatch: pytest.Mon
 def test_more_connections_than_allowed_are_refused(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wait_until_nobody_is_connected(server)
     monkeypatch.setattr("tron_cli.serving.protocol.MAX_CONNECTIONS", 3)
     open_ones = [socket.create_connection((HOST, server.port)) for _ in range(3)]
     time.sleep(0.1)
@@ -243,11 +252,13 @@ def test_more_connections_than_allowed_are_refused(
 def test_the_connection_that_is_idle_longest_gives_way(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wait_until_nobody_is_connected(server)
     monkeypatch.setattr("tron_cli.serving.protocol.MAX_CONNECTIONS", 3)
     idle = [http.client.HTTPConnection(HOST, server.port, timeout=10) for _ in range(3)]
     for connection in idle:
         connection.request("GET", "/health")
         assert connection.getresponse().read()
+        time.sleep(0.01)  # the server's clock counts milliseconds
     assert server.get("/health")[0] == 200  # with a connection of its own
     for connection in idle[1:]:
         connection.request("GET", "/health")
@@ -259,6 +270,7 @@ def test_the_connection_that_is_idle_longest_gives_way(
 
 def test_idle_connections_outlive_those_of_proxies(server: RunningServer) -> None:
     """nginx keeps its own for 60 s; the one that waits longer must be the server."""
+    wait_until_nobody_is_connected(server)
     connection = http.client.HTTPConnection(HOST, server.port, timeout=10)
     connection.request("GET", "/health")
     assert connection.getresponse().read()
