@@ -1,7 +1,7 @@
 """Peak memory per process, and bytes sent per step, of a training that divides its item tables.
 
     python -m benchmarks.sharded_tables WORK --output FILE.json [--items 100000 1855603]
-        [--processes 1 2 4] [--settings key=value ...]
+        [--processes 1 2 4] [--widths 64 200]
 
 Some steps of TRON on generated sessions of OTTO's lengths, with one save. Processes run on this
 machine, are joined by gloo and have one thread each. Peaks are those of the process with the
@@ -12,6 +12,7 @@ which counts mapped files too, such as that in which the first process collects 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -30,16 +31,16 @@ _STEPS = 4
 _INSIDE = "--inside"  # the rest of the command line: folder of the figures, words of tron
 
 
-def measured(work: Path, items: int, count: int, sharding: str, settings: list[str]) -> Any:
+def measured(work: Path, items: int, width: int, count: int, sharding: str) -> Any:
     """Train in `count` processes; return the largest figures of any."""
     folder, runs = work / "figures", work / "runs"
     for each in (folder, runs):
         shutil.rmtree(each, ignore_errors=True)
         each.mkdir()
     words = [
-        "train", "--config", "config_otto", "dataset_name=generated", "embedding_dim=64",
-        "optimizer=row_adam", "max_epochs=1", f"max_batches_per_epoch={_STEPS}",
-        f"table_sharding={sharding}", *settings, "--data-dir", str(work / str(items)),
+        "train", "--config", "config_otto", "dataset_name=generated", "optimizer=row_adam",
+        f"embedding_dim={width}", "max_epochs=1", f"max_batches_per_epoch={_STEPS}",
+        f"table_sharding={sharding}", "--data-dir", str(work / str(items)),
         "--output-dir", str(runs), "--name", "run", "--device", "cpu",
     ]  # fmt: skip
     start = [] if count == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(count)]
@@ -118,16 +119,16 @@ def main() -> None:
     command.add_argument("work", type=Path)
     command.add_argument("--items", type=int, nargs="+", default=[100_000, ITEMS])
     command.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    command.add_argument("--settings", nargs="*", default=[])
+    command.add_argument("--widths", type=int, nargs="+", default=[64, 200])
     options = command.parse_args()
     lines = []
     for items in options.items:
         if not (options.work / str(items)).exists():
             write_dataset(options.work / str(items), 5_000, items, 50)
-        for count in options.processes:
+        for width, count in itertools.product(options.widths, options.processes):
             for sharding in ("none", "rows") if count > 1 else ("none",):
-                found = measured(options.work, items, count, sharding, options.settings)
-                lines.append({"items": items, "processes": count, "sharding": sharding, **found})
+                case = {"items": items, "width": width, "processes": count, "sharding": sharding}
+                lines.append({**case, **measured(options.work, *case.values())})
                 print(lines[-1], file=sys.stderr)
     if options.output:
         content = {"command": " ".join(["python -m", *sys.orig_argv[2:]]), **circumstances()}
@@ -137,7 +138,7 @@ def main() -> None:
         [f"{value:,.3g}" if isinstance(value, float) else str(value) for value in line.values()]
         for line in lines
     ]
-    header = ["items", "processes", "table_sharding", "own GB", "resident GB", "sent MB"]
+    header = ["items", "width", "processes", "table_sharding", "own GB", "resident GB", "sent MB"]
     print(format_table(header, rows))
 
 
